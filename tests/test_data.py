@@ -1,0 +1,784 @@
+"""What 00_data.ipynb does not show: unusual files, broken ones, full disks, interrupted downloads."""
+import json
+import os
+import pickle
+import resource
+import signal
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import medfusion.data as data
+from medfusion.data import (CTMRIDataset, case_of, check_split, crop_pair, download_harvard, fill_dataset, harvard_split,
+                            inspect_dataset, list_pairs, prepare_dataset, read_image, split_by_case, to_depth, to_float,
+                            write_image, write_split_info)
+
+
+def noise(seed=0, shape=(24, 20), dtype=np.uint8):
+    return np.random.default_rng(seed).integers(1, np.iinfo(dtype).max, shape).astype(dtype)
+
+
+def make_flat(folder, cases=('1', '2', '16', '20'), slices=2, shape=(24, 24)):
+    "A flat CT/ + MRI/ folder of noise."
+    for seed, modality in enumerate(('CT', 'MRI')):
+        (folder / modality).mkdir(parents=True)
+        for case in cases:
+            for index in range(slices):
+                image = noise((seed, int(case), index), shape)
+                write_image(folder / modality / f'{case}{index:03d}.png', image)
+    return folder
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*'))
+
+
+@pytest.fixture
+def flat(tmp_path):
+    return make_flat(tmp_path / 'flat')
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('suffix', ['.png', '.PNG', '.bmp', '.tif', '.TIFF'])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('shape', [(17, 33), (16, 16, 3), (1, 1)])
+def test_lossless_formats_give_back_what_was_written(tmp_path, suffix, dtype, shape):
+    image, path = noise(1, shape, dtype), tmp_path / f'a{suffix}'
+    if dtype == np.uint16 and suffix == '.bmp':
+        with pytest.raises(ValueError, match='16 bits to 8'):
+            write_image(path, image)
+        assert tree(tmp_path) == []
+        return
+    write_image(path, image)
+    again = read_image(path, color=True)
+    assert again.dtype == dtype and np.array_equal(again, image)
+    assert read_image(path).shape == shape[:2]
+    assert tree(tmp_path) == [path.name]
+
+
+def test_jpeg(tmp_path):
+    image = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
+    write_image(tmp_path / 'a.jpg', image)
+    assert np.abs(read_image(tmp_path / 'a.jpg').astype(int) - image).max() <= 4
+
+
+def test_non_contiguous_arrays_are_written(tmp_path):
+    image = noise(2, (20, 30, 3))
+    write_image(tmp_path / 'a.png', image[:, ::-1])
+    assert np.array_equal(read_image(tmp_path / 'a.png', color=True), image[:, ::-1])
+    write_image(tmp_path / 'b.png', image[:, ::2, 0].T)
+    assert np.array_equal(read_image(tmp_path / 'b.png'), image[:, ::2, 0].T)
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA'])
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+def test_every_kind_of_grey_file_is_the_same_slice(tmp_path, mode, suffix):
+    image = (noise(3) > 127).astype(np.uint8) * 255
+    path = tmp_path / f'a{suffix}'
+    Image.fromarray(image).convert(mode).save(path)
+    assert np.array_equal(read_image(path), image)
+
+
+def test_transparency(tmp_path):
+    picture = Image.fromarray(noise(3)).convert('RGBA')
+    picture.putalpha(Image.fromarray(noise(4)))
+    picture.save(tmp_path / 'a.png')
+    assert np.array_equal(read_image(tmp_path / 'a.png'), noise(3))
+    picture.save(tmp_path / 'a.tif')  # libtiff multiplies such greys by their opacity
+    with pytest.raises(ValueError, match='TIFF with transparency'):
+        read_image(tmp_path / 'a.tif')
+
+
+def test_rgb_is_luminance_and_in_rgb_order(tmp_path):
+    image = noise(5, (20, 20, 3))
+    Image.fromarray(image).save(tmp_path / 'a.png')
+    assert np.array_equal(read_image(tmp_path / 'a.png', color=True), image)
+    luminance = image @ [0.299, 0.587, 0.114]
+    assert np.abs(read_image(tmp_path / 'a.png') - luminance).max() <= 0.51
+    write_image(tmp_path / 'deep.png', image.astype(np.uint16) * 257)
+    assert np.abs(read_image(tmp_path / 'deep.png') - 257 * luminance).max() <= 2
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_float_tiff(tmp_path, dtype):
+    image = np.linspace(0, 1, 400).reshape(20, 20).astype(dtype)
+    cv2.imwrite(str(tmp_path / 'a.tif'), image)
+    assert read_image(tmp_path / 'a.tif').dtype == np.float32
+    assert np.array_equal(read_image(tmp_path / 'a.tif'), image.astype(np.float32))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -0.001, 1.001, -1024])
+def test_float_tiff_with_a_value_that_is_no_grey(tmp_path, value):
+    image = np.full((20, 20), 0.5, np.float32)
+    image[3, 4] = value
+    cv2.imwrite(str(tmp_path / 'a.tif'), image)
+    with pytest.raises(ValueError, match=r'a\.tif holds float pixels that are NaN or outside \[0, 1\]'):
+        read_image(tmp_path / 'a.tif')
+
+
+def test_hounsfield_units_are_refused(tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.tif'), noise(6).astype(np.int16) - 1024)
+    with pytest.raises(ValueError, match='int16 pixels; window it'):
+        read_image(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize('how', ['opencv', 'pillow'])
+def test_a_stack_is_refused(tmp_path, how):
+    stack = [noise(seed) for seed in range(5)]
+    if how == 'opencv':
+        cv2.imwritemulti(str(tmp_path / 'a.tif'), stack)
+    else:
+        first, *rest = map(Image.fromarray, stack)
+        first.save(tmp_path / 'a.tif', save_all=True, append_images=rest)
+    with pytest.raises(ValueError, match=r'a\.tif holds 5 pages \(a 3-D stack\)'):
+        read_image(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.bmp', '.tif'])
+@pytest.mark.parametrize('size', [(40, 40), (40, 40, 3)])
+def test_a_truncated_file_is_refused_wherever_it_stops(tmp_path, suffix, size, capfd):
+    write_image(tmp_path / f'a{suffix}', noise(7, size))
+    whole = (tmp_path / f'a{suffix}').read_bytes()
+    for length in [1, 2, 8, 30, *range(60, len(whole), 131), *range(len(whole) - 13, len(whole))]:
+        (tmp_path / f'cut{suffix}').write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf'cut\{suffix} .*(truncated|not an image).*; .*\.$'):
+            read_image(tmp_path / f'cut{suffix}')
+    assert capfd.readouterr().err == ''  # the decoders' own complaints are not shown
+
+
+def test_a_truncated_planar_tiff_is_refused(tmp_path):
+    tifffile = pytest.importorskip('tifffile')
+    tifffile.imwrite(tmp_path / 'a.tif', noise(7, (3, 40, 40)), photometric='rgb', planarconfig='separate')
+    assert read_image(tmp_path / 'a.tif', color=True).shape == (40, 40, 3)
+    (tmp_path / 'a.tif').write_bytes((tmp_path / 'a.tif').read_bytes()[:-1000])  # the blue plane
+    with pytest.raises(ValueError, match='truncated'):
+        read_image(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize('options', [{}, {'compression': 'zlib'}, {'tile': (16, 16)}, {'rowsperstrip': 8},
+                                     {'bigtiff': True}, {'byteorder': '>'}])
+def test_kinds_of_tiff(tmp_path, options):
+    tifffile = pytest.importorskip('tifffile')
+    for image in (noise(8, (40, 40), np.uint16), np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)):
+        tifffile.imwrite(tmp_path / 'a.tif', image, **options)
+        assert np.array_equal(read_image(tmp_path / 'a.tif'), image)
+
+
+def test_a_changed_byte_in_a_png_is_noticed(tmp_path):
+    write_image(tmp_path / 'a.png', noise(8, (40, 40)))
+    content = bytearray((tmp_path / 'a.png').read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / 'a.png').write_bytes(content)
+    with pytest.raises(ValueError, match='truncated or damaged'):
+        read_image(tmp_path / 'a.png')
+
+
+def test_files_that_hold_no_image(tmp_path):
+    (tmp_path / 'empty.png').touch()
+    (tmp_path / 'text.png').write_text('CT of the head\n' * 20)
+    (tmp_path / 'folder.png').mkdir()
+    (tmp_path / 'slice.dcm').write_bytes(bytes(128) + b'DICM')
+    for name, error, sentence in (('empty.png', ValueError, 'is empty'), ('text.png', ValueError, 'is not an image'),
+                                  ('folder.png', FileNotFoundError, 'no file'), ('none.png', FileNotFoundError, 'no file'),
+                                  ('slice.dcm', ValueError, 'does not end in .png')):
+        with pytest.raises(error, match=sentence) as caught:
+            read_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('image', [np.zeros((4, 4)), np.zeros((4, 4), bool), np.zeros((4, 4, 4), np.uint8),
+                                   np.zeros((1, 4, 4), np.uint8), np.zeros(4, np.uint8), np.zeros((0, 4), np.uint8)])
+def test_what_is_no_slice_is_not_written(tmp_path, image):
+    with pytest.raises(ValueError, match='needs a uint8 or uint16 array'):
+        write_image(tmp_path / 'a.png', image)
+    assert tree(tmp_path) == []
+
+
+def test_writing_needs_a_folder_and_a_known_suffix(tmp_path):
+    with pytest.raises(FileNotFoundError, match='make it first'):
+        write_image(tmp_path / 'none/a.png', noise())
+    with pytest.raises(ValueError, match='does not end in'):
+        write_image(tmp_path / 'a.gif', noise())
+    assert tree(tmp_path) == []
+
+
+def in_little_space(function, *arguments, limit=3000):
+    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            function(*arguments)
+        except OSError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, encoding='utf-8') as answer:
+        return answer.read()
+
+
+def test_no_space_left_for_an_image(tmp_path):
+    path = tmp_path / 'a.png'
+    write_image(path, noise(1, (10, 10)))
+    before = path.read_bytes()
+    message = in_little_space(write_image, path, noise(2, (99, 99)))
+    assert message == f"[Errno 27] Cannot write (File too large), and nothing was left half-written: '{path}'"
+    assert tree(tmp_path) == ['a.png'] and path.read_bytes() == before
+
+
+def test_no_space_left_for_a_data_set(tmp_path):
+    source, root = make_flat(tmp_path / 'flat', shape=(99, 99)), tmp_path / 'new/Dataset'
+    before = tree(tmp_path)
+    message = in_little_space(prepare_dataset, source, root)
+    assert message == ("[Errno 27] Cannot fill the data set (File too large), and nothing was left half-written: "
+                       f"'{root}'")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
+def test_a_full_device_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Path, 'with_name', lambda path, name: tmp_path / 'full')
+    (tmp_path / 'full').symlink_to('/dev/full')
+    with pytest.raises(OSError, match='Cannot write .No space left on device.*a.png'):
+        write_image(tmp_path / 'a.png', noise())
+    assert tree(tmp_path) == []
+
+
+# --- floats ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_depth_survives_the_way_through_floats(dtype):
+    every = np.arange(np.iinfo(dtype).max + 1).astype(dtype)
+    assert to_float(every).dtype == np.float32 and to_float(every).max() == 1
+    assert np.array_equal(to_depth(to_float(every), dtype), every)
+
+
+def test_floats_that_are_no_greys():
+    for bad in (np.array([0, np.nan]), np.array([0, 1.5]), np.array([1, 2])):
+        with pytest.raises(ValueError, match=r'in \[0, 1\]'):
+            to_float(bad)
+    with pytest.raises(ValueError, match='NaN'):
+        to_depth(np.array([0, np.nan]), np.uint8)
+    with pytest.raises(ValueError, match='uint8 or uint16'):
+        to_depth(np.array([0.]), np.int32)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, case', [('34010.png', '34'), ('2005.tif', '2'), ('patient7_012.png', 'patient7_'),
+                                        ('a.b010.png', 'a.b'), ('010.png', '010'), ('head.png', 'head')])
+def test_case_of(name, case):
+    assert case_of(name) == case
+
+
+def test_a_one_sided_slice_is_named(flat):
+    (flat / 'MRI/1000.png').rename(flat / 'MRI/1000.tif')
+    (flat / 'CT/20001.png').unlink()
+    with pytest.raises(ValueError) as caught:
+        list_pairs(flat / 'CT', flat / 'MRI')
+    assert str(caught.value) == (
+        f'CT slice 1000.png has no MRI slice of the same name in {flat / "MRI"}; remove it or add the MRI. '
+        f'MRI slice 1000.tif (like 20001.png) has no CT slice of the same name in {flat / "CT"}; '
+        'remove it or add the CT.')
+
+
+def test_missing_empty_and_false_folders(flat):
+    (flat / 'empty').mkdir()
+    (flat / 'empty/notes.txt').write_text('none here')
+    (flat / 'file').write_text('no folder')
+    for name, error, sentence in (('none', FileNotFoundError, 'There is no folder'), ('empty', ValueError, 'holds no slice'),
+                                  ('file', ValueError, 'is a file, not a folder')):
+        for folders in ((flat / name, flat / 'MRI'), (flat / 'CT', flat / name)):
+            with pytest.raises(error, match=sentence) as caught:
+                CTMRIDataset(*folders)
+            assert str(flat / name) in str(caught.value)
+
+
+def test_what_is_not_a_slice_does_not_count(flat):
+    for name in ('.DS_Store', '._1000.png', 'README.md', '.1000.png.77.tmp'):
+        (flat / 'CT' / name).write_text('clutter')
+    (flat / 'CT/.ipynb_checkpoints').mkdir()
+    pairs = list_pairs(str(flat / 'CT'), str(flat / 'MRI'))
+    names = [pair.name for pair in pairs]
+    assert names == sorted(names) and len(names) == 8
+    assert pairs[0].ct == flat / 'CT/1000.png' and pairs[0].mri == flat / 'MRI/1000.png'
+
+
+# --- the data set ----------------------------------------------------------------------------------------------------
+
+def test_items(flat):
+    dataset = CTMRIDataset(flat / 'CT', flat / 'MRI')
+    assert len(dataset) == 8 and dataset.cases == ['1', '2', '16', '20'] and len(list(dataset)) == 8
+    item = dataset[0]
+    assert item['name'] == '1000.png' == dataset.names[0] and item['case'] == '1'
+    for modality in ('ct', 'mri'):
+        expected = to_float(read_image(flat / modality.upper() / '1000.png'))
+        assert item[modality].dtype == torch.float32 and np.array_equal(item[modality][0], expected)
+    assert repr(dataset) == 'CTMRIDataset: 8 pairs of 24×24 pixels, cases 1, 2, 16, 20'
+    assert '<img' in dataset._repr_html_()
+
+
+def test_depths_may_differ_within_a_pair(flat):
+    for image, name in ((noise(1, (24, 24), np.uint16), 'CT/1000.png'), (noise(2, (24, 24, 3)), 'MRI/1000.png')):
+        write_image(flat / name, image)
+    item = CTMRIDataset(flat / 'CT', flat / 'MRI', cases=[1])[0]
+    assert item['ct'].shape == item['mri'].shape == (1, 24, 24)
+    assert torch.equal(item['ct'][0] * 65535, torch.from_numpy(noise(1, (24, 24), np.uint16).astype(np.float32)))
+
+
+def test_cases_restrict(flat):
+    assert CTMRIDataset(flat / 'CT', flat / 'MRI', cases=['20', 2]).cases == ['2', '20']
+    for cases, sentence in ((['2', '3'], 'case 3 has no slice'), ([], 'an empty list of cases')):
+        with pytest.raises(ValueError, match=f'{sentence}.* are 1, 2, 16, 20'):
+            CTMRIDataset(flat / 'CT', flat / 'MRI', cases=cases)
+    first_letter = CTMRIDataset(flat / 'CT', flat / 'MRI', cases=['2'], case_of=lambda name: name[0])
+    assert first_letter.names == ['2000.png', '20000.png', '20001.png', '2001.png']
+
+
+def test_two_sizes_in_a_pair(flat):
+    write_image(flat / 'MRI/2001.png', noise(1, (24, 26)))
+    with pytest.raises(ValueError, match=r'CT/2001\.png is 24×24 pixels and .*MRI/2001\.png is 24×26;'):
+        CTMRIDataset(flat / 'CT', flat / 'MRI')
+
+
+def test_a_broken_slice_is_found_before_training(flat):
+    content = (flat / 'CT/20001.png').read_bytes()
+    for broken, sentence in ((content[:-30], 'truncated'), (b'', 'is empty'), (b'hello', 'not an image')):
+        (flat / 'CT/20001.png').write_bytes(broken)
+        with pytest.raises(ValueError, match=rf'CT/20001\.png .*{sentence}'):
+            CTMRIDataset(flat / 'CT', flat / 'MRI')
+
+
+def test_a_black_slice_is_a_warning(flat):
+    write_image(flat / 'MRI/2001.png', np.zeros((24, 24), np.uint8))
+    with pytest.warns(UserWarning, match=r'MRI/2001\.png is all black'):
+        dataset = CTMRIDataset(flat / 'CT', flat / 'MRI')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # said once, not every epoch
+        assert all(item['ct'].max() > 0 for item in dataset)
+
+
+def coordinates(folder, shape):
+    "A flat folder whose CT holds the row and whose MRI the column of each pixel."
+    for modality, image in zip(('CT', 'MRI'), np.mgrid[:shape[0], :shape[1]].astype(np.uint8)):
+        (folder / modality).mkdir(parents=True)
+        write_image(folder / modality / '1000.png', image)
+    return folder / 'CT', folder / 'MRI'
+
+
+@pytest.mark.parametrize('shape, crop, expected', [((30, 30), None, (30, 30)), ((30, 22), None, (30, 22)),
+                                                   ((30, 22), 16, (16, 16)), ((31, 33), (16, 20), (16, 20)),
+                                                   ((31, 33), (31, 33), (31, 33))])
+def test_augmentation_keeps_the_pair_together(tmp_path, shape, crop, expected):
+    dataset = CTMRIDataset(*coordinates(tmp_path, shape), augment=True, crop=crop)
+    seen = set()
+    for epoch in range(60):
+        dataset.set_epoch(epoch)
+        row, column = ((dataset[0][modality][0] * 255).round().int() for modality in ('ct', 'mri'))
+        assert row.shape == expected
+        assert row.min() % 2 == 0 and column.min() % 2 == 0
+        assert len(set(zip(row.flatten().tolist(), column.flatten().tolist()))) == row.numel()
+        seen.add((row[0, 0].item(), column[0, 0].item(), row[0, 1].item()))
+    corners = 8 if expected[0] == expected[1] else 4
+    assert len(seen) >= corners if crop in (None, (31, 33)) else len(seen) > corners
+
+
+def test_crop_without_augmentation_is_the_middle(tmp_path):
+    dataset = CTMRIDataset(*coordinates(tmp_path, (31, 33)), crop=16)
+    assert (dataset[0]['ct'] * 255).round()[0, 0, 0] == 6 and (dataset[0]['mri'] * 255).round()[0, 0, 0] == 8
+    with pytest.raises(ValueError, match='A window of 40×40 does not fit into a slice of 31×33'):
+        CTMRIDataset(*(tmp_path / modality for modality in ('CT', 'MRI')), crop=40)
+    with pytest.raises(ValueError, match='does not fit'):
+        crop_pair(noise(), noise(), 0)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(flat):
+    def epoch(number, seed=0, order=range(8)):
+        dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16, seed=seed)
+        dataset.set_epoch(number)
+        items = {i: dataset[i]['ct'] for i in order}
+        return torch.stack([items[i] for i in range(8)])
+    assert torch.equal(epoch(3), epoch(3, order=reversed(range(8))))
+    assert not torch.equal(epoch(3), epoch(4)) and not torch.equal(epoch(3), epoch(3, seed=1))
+    dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True)
+    assert torch.equal(dataset[-1]['ct'], dataset[7]['ct'])
+    with pytest.raises(IndexError):
+        dataset[8]
+
+
+def test_running_workers_learn_of_the_epoch(flat):
+    dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16)
+    loader = DataLoader(dataset, batch_size=8, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1, 2):
+        dataset.set_epoch(epoch)
+        from_worker = next(iter(loader))['ct']
+        assert torch.equal(from_worker, torch.stack([item['ct'] for item in dataset]))
+
+
+def test_a_data_set_can_be_pickled(flat):
+    dataset = CTMRIDataset(flat / 'CT', flat / 'MRI')
+    assert pickle.loads(pickle.dumps(dataset)).names == dataset.names
+
+
+# --- splits and records ----------------------------------------------------------------------------------------------
+
+def test_split_by_case():
+    cases = ['20', '2', '16', '1', '2', '20']
+    split = split_by_case(cases, val=1, test=1, seed=3)
+    assert split == split_by_case(sorted(cases), val=1, test=1, seed=3)
+    assert sorted(sum(split.values(), [])) == sorted(set(cases))
+    assert [len(split[part]) for part in ('train', 'val', 'test')] == [2, 1, 1]
+    assert len({str(split_by_case(cases, seed=seed)) for seed in range(30)}) > 5
+    assert split_by_case(cases, val=0, test=0) == {'train': ['1', '2', '16', '20'], 'val': [], 'test': []}
+    for val, test in ((2, 2), (-1, 1), (5, 0)):
+        with pytest.raises(ValueError, match='4 cases cannot give'):
+            split_by_case(cases, val, test)
+
+
+@pytest.fixture
+def dataset(flat, tmp_path):
+    return prepare_dataset(flat, tmp_path / 'Dataset')
+
+
+def test_prepare_dataset(flat, dataset):
+    info = check_split(dataset)
+    assert set(info) == {'format', 'rule', 'seed', 'source', 'cases', 'held_out', 'files'}
+    assert info['seed'] == 0 and info['source'] == 'flat' and 'case' in info['rule']
+    assert info['cases'] == split_by_case(['1', '2', '16', '20']) and len(info['files']) == 16
+    for name in info['files']:
+        part, modality, file = name.split('/')
+        assert (dataset / name).read_bytes() == (flat / modality / file).read_bytes()
+        assert case_of(file) in info['cases'][part]
+    assert CTMRIDataset(dataset / 'train/CT', dataset / 'train/MRI').cases == info['cases']['train']
+
+
+def test_a_given_split(flat, tmp_path):
+    split = {'train': ['1'], 'val': ['2'], 'test': ['16'], 'held_out': ['20', '21']}
+    info = check_split(prepare_dataset(flat, tmp_path / 'Dataset', split))
+    assert info['cases'] == {part: split[part] for part in ('train', 'val', 'test')}
+    assert info['held_out'] == ['20', '21'] and '20' not in {entry['case'] for entry in info['files'].values()}
+    for bad, sentence in (({'train': ['1'], 'val': ['2'], 'test': ['16']}, 'Case 20 of .* is in no part'),
+                          ({**split, 'val': ['2', '3']}, 'holds no slice of case 3'),
+                          ({**split, 'held_out': ['20', '2']}, 'Case 2 is on two sides')):
+        with pytest.raises(ValueError, match=sentence):
+            prepare_dataset(flat, tmp_path / 'Other', bad)
+    assert tree(tmp_path / 'Dataset') and not (tmp_path / 'Other').exists()
+
+
+def test_names_that_do_not_tell_the_case(tmp_path):
+    for modality in ('CT', 'MRI'):
+        (tmp_path / 'flat' / modality).mkdir(parents=True)
+        for name in ('ann-1.png', 'ann-2.png', 'bob-1.png', 'cy-1.png'):
+            write_image(tmp_path / 'flat' / modality / name, noise())
+    with pytest.raises(ValueError, match=r'The case of ann-1\.png in .* cannot be told'):
+        prepare_dataset(tmp_path / 'flat', tmp_path / 'Dataset')
+    root = prepare_dataset(tmp_path / 'flat', tmp_path / 'Dataset', case_of=lambda name: name.split('-')[0])
+    assert sorted(sum(check_split(root)['cases'].values(), [])) == ['ann', 'bob', 'cy']
+
+
+def test_prepare_leaves_nothing_behind_when_a_slice_is_broken(flat, tmp_path):
+    (flat / 'MRI/20001.png').write_bytes((flat / 'MRI/20001.png').read_bytes()[:-40])
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match='MRI/20001.png is truncated'):
+        prepare_dataset(flat, tmp_path / 'Dataset')
+    assert tree(tmp_path) == before
+
+
+def edit(root, **changes):
+    path = root / 'split_info.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_check_split_notices(dataset):
+    record = json.loads((dataset / 'split_info.json').read_text())
+    name = next(name for name in record['files'] if name.startswith('train'))
+    content = (dataset / name).read_bytes()
+
+    def complaint(error=ValueError):
+        with pytest.raises(error) as caught:
+            check_split(dataset)
+        return str(caught.value)
+
+    (dataset / name).unlink()
+    assert f'{dataset / name} is missing' in complaint()
+    (dataset / name).write_bytes(content + b'\0')
+    assert f'{dataset / name} has changed' in complaint()
+    (dataset / name).write_bytes(content)
+    (dataset / 'test/MRI/99001.png').write_bytes(content)
+    assert f'{dataset / "test/MRI/99001.png"} is not listed' in complaint()
+    (dataset / 'test/MRI/99001.png').unlink()
+    train, val = record['cases']['train'], record['cases']['val']
+    edit(dataset, cases={**record['cases'], 'val': val + train[:1]})
+    assert f'Case {train[0]} is on two sides' in complaint()
+    edit(dataset, cases=record['cases'], held_out=train[:1])
+    assert f'Case {train[0]} is on two sides' in complaint()
+    edit(dataset, held_out=[], cases={**record['cases'], 'train': train[1:]})
+    assert f'belongs to case {train[0]}' in complaint()
+    edit(dataset, **record)
+    assert check_split(dataset) == record
+    (dataset / 'split_info.json').write_text('{"format": "medfusion-spl')
+    assert 'is not JSON' in complaint()
+    (dataset / 'split_info.json').write_text('[]')
+    assert 'is not a record' in complaint()
+    (dataset / 'split_info.json').unlink()
+    assert 'There is no' in complaint(FileNotFoundError)
+
+
+def test_a_case_on_two_sides_is_not_recorded(tmp_path):
+    for part, name in (('train', '7001.png'), ('test', '7002.png')):
+        for modality in ('CT', 'MRI'):
+            (tmp_path / part / modality).mkdir(parents=True)
+            write_image(tmp_path / part / modality / name, noise())
+    with pytest.raises(ValueError, match='Case 7 is on two sides'):
+        write_split_info(tmp_path, rule='by hand')
+    assert not (tmp_path / 'split_info.json').exists()
+    with pytest.raises(ValueError, match='no folder train, val or test'):
+        write_split_info(tmp_path / 'train', rule='by hand')
+
+
+def test_labels_are_part_of_the_record(tmp_path):
+    for folder in ('train/CT', 'train/MRI', 'train/labels'):
+        (tmp_path / folder).mkdir(parents=True)
+        write_image(tmp_path / folder / '7001.png', noise())
+    assert 'train/labels/7001.png' in write_split_info(tmp_path, rule='by hand')['files']
+    (tmp_path / 'train/labels/7001.png').unlink()
+    with pytest.raises(ValueError, match='is missing'):
+        check_split(tmp_path)
+
+
+# --- filling a folder ------------------------------------------------------------------------------------------------
+
+def test_a_filled_folder_is_refused(flat, tmp_path):
+    root = tmp_path / 'Dataset'
+    root.mkdir()
+    (root / 'README.md').write_text('keep me')
+    (root / '.gitkeep').touch()
+    (root / 'notes.txt').write_text('mine')
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=r'Dataset is not empty \(it holds notes\.txt\)'):
+        prepare_dataset(flat, root)
+    assert tree(tmp_path) == before
+    (root / 'notes.txt').unlink()
+    check_split(prepare_dataset(flat, root))
+    assert (root / 'README.md').read_text() == 'keep me' and (root / '.gitkeep').exists()
+    with pytest.raises(FileExistsError, match='split_info.json, test, train, val'):
+        prepare_dataset(flat, root)
+
+
+def test_a_file_in_the_folders_place(flat, tmp_path):
+    (tmp_path / 'Dataset').write_text('a file')
+    for replace in (False, True):
+        with pytest.raises(FileExistsError, match='is a file where the data set folder should be'):
+            prepare_dataset(flat, tmp_path / 'Dataset', replace=replace)
+    assert (tmp_path / 'Dataset').read_text() == 'a file'
+
+
+def test_replacing_takes_the_old_data_set_away_and_nothing_else(flat, dataset, tmp_path):
+    make_flat(dataset / 'CT-MRI', cases=('5', '6', '7'))
+    prepare_dataset(dataset / 'CT-MRI', dataset, replace=True)
+    assert sorted(sum(check_split(dataset)['cases'].values(), [])) == ['5', '6', '7']
+    assert len(list_pairs(dataset / 'CT-MRI/CT', dataset / 'CT-MRI/MRI')) == 6
+    with pytest.raises(ValueError, match='lies in the data set that would be replaced'):
+        prepare_dataset(dataset / 'train', dataset, replace=True)
+    assert not [name for name in tree(tmp_path) if '.tmp' in name]
+
+
+def test_a_failed_replacement_leaves_the_old_data_set(flat, dataset, tmp_path, monkeypatch):
+    before = tree(tmp_path)
+    with pytest.raises(RuntimeError), fill_dataset(dataset, replace=True) as folder:
+        (folder / 'train').mkdir()
+        raise RuntimeError
+    assert tree(tmp_path) == before and check_split(dataset)
+    move, calls = data.shutil.move, []
+
+    def fails_at_the_sixth(source, target):  # four parts go out, the second of the new ones does not come in
+        calls.append(source)
+        if len(calls) == 6:
+            raise PermissionError('not today')
+        return move(source, target)
+    monkeypatch.setattr(data.shutil, 'move', fails_at_the_sixth)
+    with pytest.raises(PermissionError):
+        prepare_dataset(flat, dataset, replace=True, seed=9)
+    assert tree(tmp_path) == before and check_split(dataset)['seed'] == 0
+
+
+def test_new_parents_are_made_only_on_success(flat, tmp_path):
+    root = tmp_path / 'a/b/Dataset'
+    with pytest.raises(RuntimeError), fill_dataset(root):
+        raise RuntimeError
+    assert not (tmp_path / 'a').exists()
+    check_split(prepare_dataset(flat, root))
+
+
+def test_somebody_elses_data_set_is_not_overrun(tmp_path):
+    with pytest.raises(FileExistsError), fill_dataset(tmp_path / 'Dataset') as folder:
+        (folder / 'train').mkdir()
+        (tmp_path / 'Dataset/val').mkdir(parents=True)  # another process was quicker
+    assert tree(tmp_path) == ['Dataset', 'Dataset/val']
+
+
+# --- the download ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A loopback server with a small tree like the public one; `.requests`, `.broken` (names answered badly)."
+    site = tmp_path / 'site'
+    make_flat(site / 'CT-MRI', cases=sum(harvard_split().values(), []), slices=1)
+    names = [name for name in tree(site) if name.endswith('.png')]
+    registry = {'repository': 'nobody/nothing', 'commit': 'c0ffee',
+                'sha256': {name: data._sha256(site / name) for name in names}}
+    monkeypatch.setattr(data, 'harvard_registry', lambda: registry)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # pooch waits before it tries again
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip('/')
+            self.server.requests.append(name)
+            fault = self.server.broken.get(name)
+            if fault is None:
+                return super().do_GET()
+            if fault == 500:
+                return self.send_error(500)
+            content = (site / name).read_bytes()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-20] if fault == 'cut' else content[:-20] + bytes(20))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(site)))
+    server.names, server.requests, server.broken = names, [], {}
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_download(server, tmp_path, capsys):
+    root = download_harvard(tmp_path / 'Dataset', tmp_path / 'cache', server.url)
+    info = check_split(root)
+    assert {**info['cases'], 'held_out': info['held_out']} == harvard_split()
+    assert info['source'] == 'github.com/nobody/nothing at c0ffee' and len(info['files']) == 2 * 8
+    assert not any(case_of(name) in ('16', '21') for name in tree(root) if name.endswith('.png'))
+    assert sorted(server.requests) == server.names
+    captured = capsys.readouterr()
+    assert captured.out == f'Harvard slices: all 20 files are in {tmp_path / "cache"}, verified.\n' and not captured.err
+    with pytest.raises(FileExistsError):
+        download_harvard(root, tmp_path / 'cache', server.url + '/')
+    check_split(download_harvard(root, tmp_path / 'cache', server.url, replace=True, progress=False))
+    assert len(server.requests) == 20 and capsys.readouterr() == ('', '')  # nothing is fetched twice
+
+
+@pytest.mark.parametrize('fault', [500, 'cut', 'changed'])
+def test_download_goes_on_where_it_stopped(server, tmp_path, fault):
+    server.broken[server.names[7]] = fault
+    with pytest.raises(OSError, match='could not be fetched, after 7 of 20 files .*run it again') as caught:
+        download_harvard(tmp_path / 'Dataset', tmp_path / 'cache', server.url)
+    assert server.names[7] in str(caught.value)
+    assert not (tmp_path / 'Dataset').exists() and not list(tmp_path.glob('.Dataset*'))
+    assert not (tmp_path / 'cache' / server.names[7]).exists()
+    server.broken.clear()
+    server.requests.clear()
+    check_split(download_harvard(tmp_path / 'Dataset', tmp_path / 'cache', server.url))
+    assert server.requests == server.names[7:]
+
+
+def test_a_spoilt_cache_is_noticed(server, tmp_path):
+    download_harvard(tmp_path / 'Dataset', tmp_path / 'cache', server.url)
+    server.requests.clear()
+    (tmp_path / 'cache' / server.names[3]).write_bytes(b'spoilt')
+    check_split(download_harvard(tmp_path / 'Other', tmp_path / 'cache', server.url))
+    assert server.requests == [server.names[3]]
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(OSError, match='after 0 of 368 files'):
+        download_harvard(tmp_path / 'Dataset', tmp_path / 'cache', 'http://127.0.0.1:9')
+    assert not (tmp_path / 'Dataset').exists()
+
+
+def test_an_impatient_user(flat, tmp_path, monkeypatch):
+    "Ctrl-C while the data set is being arranged leaves no half of it."
+    monkeypatch.setattr(data, 'write_split_info', lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(flat, tmp_path / 'Dataset')
+    assert os.listdir(tmp_path) == ['flat']
+
+
+def test_the_shipped_registry():
+    registry = data.harvard_registry()
+    assert len(registry['sha256']) == 368 and all(len(digest) == 64 for digest in registry['sha256'].values())
+    names = {modality: {name.split('/')[-1] for name in registry['sha256'] if f'/{modality}/' in name}
+             for modality in ('CT', 'MRI')}
+    assert names['CT'] == names['MRI'] and len(names['CT']) == 184
+    assert {case_of(name) for name in names['CT']} == set(sum(harvard_split().values(), []))
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[1] / '../shared/harvard').is_dir(), reason='no ../shared/harvard here')
+def test_real_slices(tmp_path):
+    source = Path(__file__).parents[1] / '../shared/harvard'
+    info = check_split(prepare_dataset(source, tmp_path / 'Dataset', harvard_split()))
+    assert {**info['cases'], 'held_out': info['held_out']} == harvard_split() and len(info['files']) == 2 * 149
+    registry = data.harvard_registry()['sha256']
+    for name, entry in info['files'].items():
+        assert entry['sha256'] == registry['CT-MRI/' + name.split('/', 1)[1]]
+
+
+# --- the inspector ---------------------------------------------------------------------------------------------------
+
+def test_inspect_a_good_data_set(dataset):
+    report = inspect_dataset(dataset)
+    assert report.problems == [] and report.duplicates == [] and report.black == [] and len(report.files) == 16
+    assert f'Data set {dataset}' in repr(report) and 'no problems' in repr(report)
+    assert '24×24 pixels; 8 bit grey' in repr(report)
+
+
+def test_inspect_a_flat_folder_with_every_trouble(flat):
+    (flat / 'CT/1001.png').unlink()
+    (flat / 'MRI/2000.png').write_bytes(b'')
+    write_image(flat / 'MRI/2001.png', noise(1, (24, 26), np.uint16))
+    write_image(flat / 'CT/2001.png', noise(1, (24, 24, 3)))
+    write_image(flat / 'CT/16000.png', np.zeros((24, 24), np.uint8))
+    (flat / 'CT/20000.png').write_bytes((flat / 'CT/20001.png').read_bytes())
+    report = inspect_dataset(flat)
+    text = '\n'.join(report.problems)
+    assert 'MRI/2000.png is empty' in text and 'MRI slice 1001.png has no CT slice' in text
+    assert '2001.png in all has two sizes, 24×24 and 24×26' in text and len(report.problems) == 3
+    assert report.black == ['CT/16000.png'] and report.duplicates == [['CT/20000.png', 'CT/20001.png']]
+    assert all(depth in repr(report) for depth in ('8 bit grey', '8 bit RGB', '16 bit grey'))
+
+
+def test_inspect_finds_a_case_on_two_sides_and_a_changed_file(dataset):
+    info = check_split(dataset)
+    name = f'{info["cases"]["train"][0]}000.png'
+    for modality in ('CT', 'MRI'):
+        write_image(dataset / 'test' / modality / name, noise(1, (24, 24)))
+    text = '\n'.join(inspect_dataset(dataset).problems)
+    assert f'Case {info["cases"]["train"][0]} is on two sides: train and test' in text
+    assert 'is not listed in split_info.json' in text
+
+
+def test_inspect_nothing(tmp_path):
+    for folder in (tmp_path, tmp_path / 'none'):
+        with pytest.raises(FileNotFoundError, match='holds no slices'):
+            inspect_dataset(folder)
