@@ -1,0 +1,545 @@
+"""What the page of 03_metrics does not show: reference values, independent oracles, odd inputs, tables."""
+import importlib.util
+import itertools
+import json
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medfusion import metrics as M
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+SOURCE_COLUMNS = ('MI', 'CC', 'PSNR', 'VIF', 'SSIM', 'SSIM2', 'SSIM255', 'MS-SSIM')
+OWN_COLUMNS = ('EN', 'SD', 'SF', 'AG', 'SCD', 'Qabf', 'Nabf', 'Labf')
+DIFFERENTIABLE = {
+    'vif': lambda f, a, b: sum(M.vif_of_pair(f, a, b)), 'qabf': M.qabf,
+    'qabf_wrapped': lambda f, a, b: M.qabf(f, a, b, wrapped=True, equal=1),
+    'ssim': lambda f, a, b: M.ssim(f, a), 'ssim2': lambda f, a, b: sum(M.ssim_of_pair(f, a, b, data_range=2)),
+    'ssim_gaussian': lambda f, a, b: M.ssim(f, a, window='gaussian'), 'sf': lambda f, a, b: M.spatial_frequency(f),
+    'ag': lambda f, a, b: M.average_gradient(f), 'sd': lambda f, a, b: M.standard_deviation(f), 'scd': M.scd,
+    'cc': lambda f, a, b: M.correlation(f, a) + M.correlation(f, b)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def direct_forms():
+    "The benchmark's columns, the direct way in SciPy and scikit-image: an oracle that shares no line with ours."
+    spec = importlib.util.spec_from_file_location('metrics_speed', ROOT / 'benchmarks' / 'metrics_speed.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blobs(height, width, seed, pairs=1):
+    "Smooth images with some texture and a black border, (pairs, 1, height, width), on whole grey levels in [0, 1]."
+    random = np.random.default_rng(seed)
+    images = []
+    for _ in range(pairs):
+        image = cv2.GaussianBlur(random.random((height, width)), (0, 0), 3)
+        image = (image - image.min()) / np.ptp(image) + 0.1 * random.random((height, width))
+        image[:height // 8] = 0
+        images.append(np.round(np.clip(image, 0, 1) * 255) / 255)
+    return torch.from_numpy(np.stack(images))[:, None].float()
+
+
+def triple(height=67, width=54, pairs=1):
+    ct, mri = blobs(height, width, 1, pairs), blobs(height, width, 2, pairs)
+    return M.quantise(0.6 * torch.maximum(ct, mri) + 0.4 * mri) / 255, ct, mri
+
+
+def levels(image):
+    return (image[0, 0].double() * 255).round().numpy()
+
+
+def close(value, expected, tolerance=1e-6):
+    "A NaN fails."
+    return abs(float(value) - float(expected)) <= tolerance * max(abs(float(expected)), 1e-12)
+
+
+def quietly(*arguments, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return M.measure(*arguments, **options)
+
+
+# -- reference values ------------------------------------------------------------------------------------------------
+
+def reference_rows():
+    path = SHARED / 'reference' / 'metrics.json'
+    if not (path.is_file() and (SHARED / 'harvard' / 'CT').is_dir()):
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f'needs {path} and {SHARED / "harvard"}'))]
+    rows = json.loads(path.read_text())['rows']
+    return [pytest.param(row, id=f'{row["pair"]}-{row["fusion_rule"]}{"-crop" if row["crop"] else ""}') for row in rows]
+
+
+@pytest.mark.parametrize('row', reference_rows())
+def test_reference_row(row):
+    ct, mri = (cv2.imread(str(SHARED / 'harvard' / part / f'{row["pair"]}.png'), cv2.IMREAD_GRAYSCALE).astype(int)
+               for part in ('CT', 'MRI'))
+    if row['crop']:
+        top, bottom, left, right = row['crop']
+        ct, mri = ct[top:bottom, left:right], mri[top:bottom, left:right]
+    fused = {'maximum': np.maximum(ct, mri), 'minimum': np.minimum(ct, mri), 'average_floor': (ct + mri) // 2,
+             'three_to_one_floor': (3 * ct + mri) // 4}[row['fusion_rule']]
+    images = [torch.tensor(image / 255, dtype=torch.float32)[None, None] for image in (fused, ct, mri)]
+    ours = M.measure(*images, names=[name for name in M.metric_names() if name != 'MS-SSIM'])
+    for column in ('EN', 'SD', 'SF', 'AG', 'MI', 'CC', 'SCD', 'PSNR', 'VIF', 'Qabf'):
+        assert close(ours[column], row[column], 5e-6), column
+    assert close(ours['SSIM'], row['SSIM_range2'], 5e-6) and close(ours['SSIM2'], row['SSIM_range2'], 5e-6)
+    assert close(ours['SSIM255'], row['SSIM_range255'], 5e-6)
+    assert close(ours['Nabf'], row['Nabf_tang_py'], 0.02)
+    textbook = M.measure(*images, preset='textbook', names=['PSNR', 'SSIM'])
+    assert close(textbook['PSNR'], 10 * math.log10(255 ** 2 / row['MSE']), 5e-6)
+    assert close(textbook['SSIM'], row['SSIM_range255'], 5e-6)
+
+
+# -- independent implementations --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('shape', [(67, 54), (64, 64), (129, 180)])
+def test_eight_columns_match_scipy_and_skimage(shape):
+    images = triple(*shape)
+    expected = direct_forms().direct(*map(levels, images))
+    ours = M.measure(*images, names=expected)
+    for name, value in expected.items():
+        assert close(ours[name], value, 1e-5 if name == 'VIF' else 1e-6), name
+
+
+def test_vif_matches_torchmetrics():
+    from torchmetrics.functional.image import visual_information_fidelity
+    fused, ct, mri = (image.double() for image in triple(80, 97))
+    for source in (ct, mri, 0.5 * fused + 0.1):
+        assert close(M.vif(fused, source), visual_information_fidelity(fused * 255, source * 255, sigma_n_sq=2.0), 1e-9)
+
+
+def test_single_precision_suffices_for_vif():
+    "Faint contrast on a bright ground is the hard case: mean square and squared mean agree in four digits."
+    noise = torch.randn(2, 1, 1, 128, 128, dtype=torch.float64, generator=torch.manual_seed(0))
+    dark = triple(128, 128)[0].double()
+    for base, spread in ((250, 0.3), (200, 1), (30, 2), (128, 20)):
+        source = M.quantise((base + spread * noise[0]) / 255) / 255
+        fused = M.quantise((base + spread * (noise[0] + 0.5 * noise[1])) / 255) / 255
+        for f, s in ((fused, source), (dark, source), (fused, dark), (0.1 * dark + 0.8, dark)):
+            assert close(M.vif(f.float(), s.float()), M.vif(f, s), 1e-4)
+
+
+def test_ssim_matches_skimage():
+    from skimage.metrics import structural_similarity
+    fused, ct, _ = (image.double() for image in triple())
+    pair = fused[0, 0].numpy() * 255, ct[0, 0].numpy() * 255
+    for data_range in (2, 255):
+        assert close(M.ssim(fused, ct, data_range), structural_similarity(*pair, data_range=data_range), 1e-9)
+        gaussian = structural_similarity(*pair, data_range=data_range, gaussian_weights=True, sigma=1.5,
+                                         use_sample_covariance=False)
+        assert close(M.ssim(fused, ct, data_range, 'gaussian'), gaussian, 1e-9)
+
+
+def test_ms_ssim_matches_wang():
+    """Wang's program in SciPy: 'valid' windows at every scale, and an odd last row or column kept when halving.
+
+    torchmetrics is no oracle here: at the last scale, and only there, it counts a reflected border.
+    """
+    from scipy.signal import convolve2d
+    fused, ct, _ = triple(187, 208)
+    x, y = levels(fused), levels(ct)
+    offset = np.arange(11) - 5
+    window = np.exp(-(offset[:, None] ** 2 + offset ** 2) / (2 * 1.5 ** 2))
+    window /= window.sum()
+
+    def mean(image):
+        return convolve2d(image, window, 'valid')
+
+    def halved(image):
+        image = np.pad(image, [(0, side % 2) for side in image.shape], mode='edge')
+        return (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
+
+    expected, c1, c2 = 1, 2.55 ** 2, 7.65 ** 2
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mx, my = mean(x), mean(y)
+        structure = (2 * (mean(x * y) - mx * my) + c2) / (mean(x * x) - mx ** 2 + mean(y * y) - my ** 2 + c2)
+        luminance = (2 * mx * my + c1) / (mx ** 2 + my ** 2 + c1) if scale == 4 else 1
+        expected *= (structure * luminance).mean() ** weight
+        x, y = halved(x), halved(y)
+    assert close(M.ms_ssim(fused.double(), ct.double()), expected, 1e-6)
+
+
+def test_psnr_matches_skimage():
+    from skimage.metrics import peak_signal_noise_ratio
+    fused, ct, mri = triple()
+    assert close(M.psnr(fused, ct), peak_signal_noise_ratio(levels(ct), levels(fused), data_range=255))
+    assert close(M.psnr(fused, ct, peak='fused'),
+                 peak_signal_noise_ratio(levels(ct), levels(fused), data_range=levels(fused).max()))
+    parts = M.measure(fused, ct, mri, 'textbook', ['PSNR'])
+    assert close(parts['PSNR_ct'], M.psnr(fused, ct)) and close(parts['PSNR_mri'], M.psnr(fused, mri))
+
+
+def test_average_gradient_matches_numpy():
+    fused, *_ = triple()
+    down, across = np.gradient(levels(fused))
+    expected = np.sqrt((down ** 2 + across ** 2) / 2)
+    assert close(M.average_gradient(fused), expected.mean())
+    assert close(M.average_gradient(fused, over='inner'), expected.sum() / (66 * 53))
+
+
+def test_spatial_frequency_over_pixels():
+    f = levels(fused := triple()[0])
+    expected = np.sqrt((np.sum(np.diff(f, axis=0) ** 2) + np.sum(np.diff(f, axis=1) ** 2)) / f.size)
+    assert close(M.spatial_frequency(fused, over='pixels'), expected)
+
+
+def test_petrovic_matches_a_loop_over_pixels():
+    images = triple(24, 19)
+    maps = []
+    for image in images:
+        padded = np.pad(levels(image), 1, mode='reflect')
+        strength, angle = np.zeros((24, 19)), np.zeros((24, 19))
+        for y, x in itertools.product(range(24), range(19)):
+            patch = padded[y:y + 3, x:x + 3]
+            gx = (patch[:, 2] - patch[:, 0]) @ [1, 2, 1] / 8
+            gy = (patch[0] - patch[2]) @ [1, 2, 1] / 8
+            strength[y, x], angle[y, x] = math.hypot(gx, gy), math.atan(gy / gx) if gx else math.pi / 2
+        maps.append((strength, angle))
+    (gf, af), *sources = maps
+    kept = lost = invented = total = 0
+    for y, x in itertools.product(range(24), range(19)):
+        artefact = all(gf[y, x] > g[y, x] for g, _ in sources)
+        for g, a in sources:
+            g, a = g[y, x], a[y, x]
+            ratio = 0 if g == 0 or gf[y, x] == 0 else min(g, gf[y, x]) / max(g, gf[y, x])
+            alike = abs(abs(a - af[y, x]) - math.pi / 2) * 2 / math.pi
+            quality = math.sqrt(0.9999 / (1 + math.exp(-19 * (ratio - 0.5)))
+                                * 0.9995 / (1 + math.exp(-22 * (alike - 0.5))))
+            weight = g ** 1.5 if g >= 2 else 0.001
+            kept, total = kept + quality * weight, total + weight
+            invented += (1 - quality) * weight * artefact
+            lost += (1 - quality) * weight * (not artefact)
+    ours = M.measure(*images, names=['Nabf', 'Labf'])
+    assert close(ours['Nabf'], invented / total, 1e-5) and close(ours['Labf'], lost / total, 1e-5)
+    assert close(M.petrovic(*images)[0], kept / total, 1e-4)
+
+
+def test_units_of_mutual_information():
+    from scipy.stats import entropy
+    fused, ct, _ = triple()
+    own, other = (entropy(np.bincount(levels(image).astype(int).ravel())) for image in (fused, ct))
+    information = M.mutual_information(fused, ct)
+    assert close(M.mutual_information(fused, ct, 'bits'), information * 1.442695, 1e-6)
+    assert close(M.mutual_information(fused, ct, 'normalised'), 2 * information / (own + other))
+
+
+# -- what every metric should obey -------------------------------------------------------------------------------------
+
+def test_identity():
+    _, ct, _ = triple(176, 176)
+    scores = quietly(ct, ct, ct)
+    for name in ('VIF', 'SSIM', 'SSIM2', 'SSIM255', 'MS-SSIM'):
+        assert close(scores[name], 2), name
+        assert close(scores[f'{name}_min'], 1), name
+    assert close(scores['CC'], 1) and scores['PSNR'] == math.inf
+    assert close(scores['MI'], 2 * scores['EN'] * math.log(2))
+    assert 0.97 < scores['Qabf'] < 0.98 and scores['Nabf'] == 0 and scores['SCD'].isnan()
+
+
+def test_exchange_of_sources():
+    fused, ct, mri = triple(170, 163)
+    there, back = M.measure(fused, ct, mri), M.measure(fused, mri, ct)
+    for name, value in there.items():
+        mirror = name.replace('_ct', '_other').replace('_mri', '_ct').replace('_other', '_mri')
+        assert close(back[mirror], value, 1e-9), name
+
+
+def test_offset_changes_no_scd():
+    fused, ct, mri = triple()
+    fused, offset = 0.5 * fused, 40 / 255
+    fused = M.quantise(fused) / 255
+    there, here = (M.measure(image, ct, mri, names=['SCD'])['SCD'] for image in (fused, fused + offset))
+    assert close(here, there, 1e-9)
+    fused, ct, mri = fused.double(), ct.double(), mri.double()
+    assert close(M.scd(fused + offset, ct, mri), M.scd(fused, ct, mri))
+
+
+def test_parts_and_minimum():
+    scores = M.measure(*triple(170, 163, pairs=2))
+    for name in SOURCE_COLUMNS:
+        ct, mri = scores[f'{name}_ct'], scores[f'{name}_mri']
+        assert torch.equal(scores[f'{name}_min'], torch.minimum(ct, mri))
+        if name not in ('CC', 'PSNR'):
+            assert torch.equal(scores[name], ct + mri)
+    assert torch.allclose(scores['CC'], (scores['CC_ct'] + scores['CC_mri']) / 2)
+
+
+def test_a_batch_is_its_images():
+    images = triple(48, 57, pairs=5)
+    batch = quietly(*images)
+    for index in range(5):
+        single = quietly(*(image[index:index + 1] for image in images))
+        for name, value in single.items():
+            assert batch[name].shape == (5,)
+            assert torch.allclose(batch[name][index:index + 1], value, rtol=1e-6, equal_nan=True), name
+
+
+def test_single_functions_agree_with_measure():
+    fused, ct, mri = triple(170, 163)
+    scores = M.measure(fused, ct, mri, 'textbook')
+    own = dict(EN=M.entropy(fused), SD=M.standard_deviation(fused), SF=M.spatial_frequency(fused),
+               AG=M.average_gradient(fused), SCD=M.scd(fused, ct, mri), Nabf=M.nabf(fused, ct, mri))
+    for name, value in own.items():
+        assert close(value, scores[name], 2e-3 if name == 'Nabf' else 2e-5), name
+    single = dict(MI=M.mutual_information, CC=M.correlation, PSNR=M.psnr, VIF=M.vif, SSIM=M.ssim,
+                  SSIM2=lambda f, s: M.ssim(f, s, 2))
+    single['MS-SSIM'] = M.ms_ssim
+    for name, function in single.items():
+        assert close(function(fused, ct), scores[f'{name}_ct'], 2e-5), name
+        assert close(function(fused, mri), scores[f'{name}_mri'], 2e-5), name
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', DIFFERENTIABLE)
+def test_gradcheck(name):
+    side = 45 if name == 'vif' else 14
+    images = [torch.rand(1, 1, side, side + 1, dtype=torch.float64, generator=torch.manual_seed(seed))
+              for seed in range(3)]
+    for image in images:
+        image.requires_grad_()
+    assert torch.autograd.gradcheck(DIFFERENTIABLE[name], images, eps=1e-7, atol=1e-4, rtol=1e-3, fast_mode=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('name', DIFFERENTIABLE)
+def test_finite_gradients(name, dtype):
+    random = torch.rand(1, 1, 48, 48, generator=torch.manual_seed(0)).to(dtype)
+    black, bright = torch.zeros_like(random), torch.full_like(random, 0.9)
+    half, faint = random * (torch.arange(48) > 20), random * 1e-6
+    for images in itertools.product([black, bright, half, faint], repeat=3):
+        images = [image.clone().requires_grad_() for image in images]
+        value = DIFFERENTIABLE[name](*images)
+        assert value.isfinite().all()
+        if value.requires_grad:
+            value.sum().backward()
+            assert all(image.grad is None or image.grad.isfinite().all() for image in images)
+
+
+def test_small_steps_raise_the_metrics():
+    _, ct, mri = triple(64, 64)
+    for name in ('vif', 'qabf', 'ssim2', 'sf', 'scd', 'cc'):
+        fused = ((ct + mri) / 2).requires_grad_()
+        before = DIFFERENTIABLE[name](fused, ct, mri)
+        gradient, = torch.autograd.grad(before.sum(), fused)
+        after = DIFFERENTIABLE[name](fused.detach() + 1e-3 * gradient / gradient.abs().max(), ct, mri)
+        assert after > before, name
+
+
+def test_training_after_inference_mode():
+    fused, ct, mri = triple(53, 49)
+    M._band.cache_clear()
+    with torch.inference_mode():
+        expected = M.vif(fused, ct)
+    fused.requires_grad_()
+    M.vif(fused, ct).backward()
+    assert close(expected, M.vif(fused.detach(), ct)) and fused.grad.isfinite().all()
+
+
+def test_precision_settings_do_not_reach_the_windows():
+    fused, ct, _ = triple(96, 96)
+    expected = M.vif(fused, ct)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert close(M.vif(fused, ct), expected)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        assert close(M.vif(fused, ct), expected, 1e-5)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert M.vif(fused.bfloat16(), ct.bfloat16()).dtype == torch.float32
+
+
+# -- where a definition ends ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('shape', [(16, 16), (16, 41), (40, 300), (41, 41), (160, 200), (161, 161), (163, 250)])
+def test_small_and_odd_sizes(shape):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        scores = M.measure(*triple(*shape))
+    missing = {name for name, value in scores.items() if not value.isfinite().all()}
+    expected = {name for name, side in (('VIF', 41), ('MS-SSIM', 161)) if min(shape) < side}
+    assert missing == {f'{name}{part}' for name in expected for part in ('', '_ct', '_mri', '_min')}
+    assert {str(warning.message).split()[0] for warning in heard} == expected
+    for name, function, side in (('VIF', M.vif, 41), ('MS-SSIM', M.ms_ssim, 161)):
+        if min(shape) < side:
+            with pytest.warns(UserWarning, match=f'{name} needs {side} pixels'):
+                assert function(*triple(*shape)[:2]).isnan()
+
+
+@pytest.mark.parametrize('fused, ct, mri, expected', [
+    ('image', 'other', 'third', set()),
+    ('image', 'image', 'third', {'SCD'}),
+    ('black', 'image', 'other', {'CC', 'CC_ct', 'CC_mri', 'CC_min', 'PSNR', 'PSNR_ct', 'PSNR_mri', 'PSNR_min'}),
+    ('grey', 'image', 'other', {'CC', 'CC_ct', 'CC_mri', 'CC_min'}),
+    ('image', 'black', 'other', {'CC', 'CC_ct', 'CC_min', 'SCD'}),
+    # Against the zeros around it the grey image has a frame of edges, so that Qabf exists.
+    ('image', 'black', 'grey', {'CC', 'CC_ct', 'CC_mri', 'CC_min', 'SCD'}),
+    ('black', 'black', 'black', {'CC', 'CC_ct', 'CC_mri', 'CC_min', 'SCD', 'Qabf'}),
+])
+def test_constant_images(fused, ct, mri, expected):
+    image, other, third = triple(163, 166)
+    images = dict(image=image, other=other, third=third, black=0 * image, grey=0 * image + 128 / 255)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        scores = M.measure(*(images[name] for name in (fused, ct, mri)))
+    missing = {name for name, value in scores.items() if value.isnan().all()}
+    assert missing == expected
+    assert {str(warning.message).split()[0] for warning in heard} == {name for name in expected if '_' not in name}
+
+
+def test_one_pixel_is_not_nothing():
+    _, ct, mri = triple(163, 166)
+    fused = ct.clone()
+    fused[0, 0, 80, 80] += 1 / 255
+    scores = M.measure(fused, ct, mri)
+    assert scores['SCD'].isfinite() and 90 < scores['PSNR_ct'] < 95
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+def test_names_restrict_the_work(monkeypatch):
+    images = triple()
+    monkeypatch.setattr(M, '_vif', lambda *_: pytest.fail('VIF was computed'))
+    scores = M.measure(*images, names=['SD', 'EN', 'MI', 'SSIM_min'])
+    assert list(scores) == ['EN', 'SD', 'MI', 'MI_ct', 'MI_mri', 'MI_min', 'SSIM_min']
+    assert all(value.dtype == torch.float64 for value in scores.values())
+
+
+def test_columns_and_presets():
+    fused, ct, mri = triple(170, 163)
+    images = 0.8 * fused, ct, mri
+    cvpr, textbook = M.measure(*images), M.measure(*images, preset='textbook')
+    assert set(cvpr) == set(textbook)
+    assert set(M.metric_names()) == set(SOURCE_COLUMNS + OWN_COLUMNS) == {name for name in cvpr if '_' not in name}
+    assert torch.equal(cvpr['SSIM'], cvpr['SSIM2']) and torch.equal(textbook['SSIM'], textbook['SSIM255'])
+    assert {name for name in cvpr if not torch.equal(cvpr[name], textbook[name])} == {
+        f'{name}{part}' for name in ('SSIM', 'PSNR') for part in ('', '_ct', '_mri', '_min')}
+    assert 'data range 2 ' in M.convention('cvpr') and 'peak max(F)' in M.convention('cvpr')
+    assert 'data range 255 ' in M.convention('textbook') and 'peak 255' in M.convention('textbook')
+
+
+def test_variants():
+    images = triple(170, 163)
+    default = M.measure(*images, preset='textbook')
+    choice = replace(M.presets()['textbook'], name='mine', mi_unit='bits', combine='mean', qabf_wrapped=True,
+                     qabf_equal=1, ssim_window='gaussian', sf_over='pixels', ag_over='inner')
+    variant = M.measure(*images, preset=choice)
+    assert close(variant['VIF'], default['VIF'] / 2) and close(variant['MI'], default['MI'] / 2 * 1.442695, 1e-6)
+    assert close(variant['Qabf'], M.qabf(*images, wrapped=True, equal=1), 1e-3)
+    assert variant['Qabf'] > default['Qabf']
+    assert close(variant['SSIM'], sum(M.ssim_of_pair(*images, window='gaussian')) / 2, 1e-5)
+    assert close(variant['SF'], M.spatial_frequency(images[0], 'pixels')) and variant['AG'] > default['AG']
+    assert all(word in M.convention(choice) for word in ('mine', 'bits', 'mean of both', 'gaussian', 'wrapped'))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (lambda f, a, b: (f[0], a, b), r'shape \(B, 1, H, W\)'),
+    (lambda f, a, b: (f.expand(1, 3, -1, -1), a, b), r'shape \(B, 1, H, W\)'),
+    (lambda f, a, b: (f[..., 1:], a, b), 'different shapes'),
+    (lambda f, a, b: (f, a, (b * 255).byte()), 'uint8'),
+    (lambda f, a, b: (f * 255, a, b), r'fused reaches from 0 to .* outside of \[0, 1\]'),
+    (lambda f, a, b: (f, a, b * math.nan), 'NaN'),
+])
+def test_images_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        M.measure(*arguments(*triple()))
+
+
+def test_choices_that_are_refused():
+    images = triple()
+    with pytest.raises(ValueError, match="'cvpr', 'textbook', not 'cpvr'"):
+        M.measure(*images, preset='cpvr')
+    for names in (['Vif'], 'VIF'):
+        with pytest.raises(ValueError, match='names is a list of EN, SD'):
+            M.measure(*images, names=names)
+    with pytest.raises(ValueError, match="'nats', 'bits', 'normalised', not 'bit'"):
+        M.mutual_information(*images[:2], unit='bit')
+    with pytest.raises(ValueError, match="not 'disc'"):
+        M.ssim(*images[:2], window='disc')
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+def write_folders(root, pairs=3, suffix='.png'):
+    images = triple(48, 52, pairs=pairs)
+    for part, batch in zip(('fused', 'CT', 'MRI'), images):
+        (root / part).mkdir()
+        for index, image in enumerate(batch):
+            path = (root / part / f'0700{index}').with_suffix(suffix if part == 'fused' else '.png')
+            cv2.imwrite(str(path), np.uint8(levels(image[None])))
+    return images, (root / 'fused', root / 'CT', root / 'MRI')
+
+
+def test_folders_give_what_the_arrays_give(tmp_path):
+    images, folders = write_folders(tmp_path)
+    table = M.evaluate_pairs(*folders, names=M.metric_names()[:-1])
+    expected = M.measure(*images, names=M.metric_names()[:-1])
+    assert list(table.index) == ['07000.png', '07001.png', '07002.png'] and table.index.name == 'name'
+    assert list(table.columns) == list(expected)
+    for name, value in expected.items():
+        assert np.array_equal(table[name], value), name
+    assert table.attrs == {'preset': 'cvpr', 'convention': M.convention('cvpr')}
+
+
+def test_other_formats_of_the_fused_image(tmp_path):
+    _, folders = write_folders(tmp_path, suffix='.bmp')
+    expected = M.evaluate_pairs(*folders, names=['VIF', 'EN'])
+    for path in sorted(folders[0].iterdir()):
+        grey = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        path.unlink()
+        kinds = {'07000': (cv2.merge([grey] * 3), '.png'), '07001': (grey.astype(np.uint16) * 257, '.png'),
+                 '07002': (grey, '.tif')}
+        image, suffix = kinds[path.stem]
+        cv2.imwrite(str(path.with_suffix(suffix)), image)
+    assert M.evaluate_pairs(*folders, names=['VIF', 'EN']).equals(expected)
+
+
+def test_table_round_trip(tmp_path):
+    batches = [(['07001.png', '07002.png'], *triple(48, 52, pairs=2)), (['09001.png'], *triple(33, 70))]
+    with pytest.warns(UserWarning, match=r'VIF is undefined \(NaN\) for 09001.png \(1 of 3\)'):
+        table = M.evaluate_batches(batches, names=['EN', 'VIF'])
+    path = M.write_table(table, tmp_path / 'new' / 'metrics.csv')
+    assert [file.name for file in path.parent.iterdir()] == ['metrics.csv']
+    assert path.read_text().startswith('# preset cvpr: ')
+    again = M.read_table(path)
+    assert again.attrs['convention'] == table.attrs['convention']
+    pd.testing.assert_frame_equal(again, table, check_exact=True)
+    assert again.loc['07001.png', 'EN'] == table.loc['07001.png', 'EN']
+
+
+def test_a_table_without_convention_is_refused(tmp_path):
+    (tmp_path / 'plain.csv').write_text('name,EN\n1.png,2.0\n')
+    with pytest.raises(ValueError, match='plain.csv does not begin with a comment'):
+        M.read_table(tmp_path / 'plain.csv')
+
+
+def test_folders_that_are_refused(tmp_path):
+    _, folders = write_folders(tmp_path)
+    with pytest.raises(FileNotFoundError, match='nowhere is not a folder'):
+        M.evaluate_pairs(tmp_path / 'nowhere', *folders[1:])
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='holds no image'):
+        M.evaluate_pairs(tmp_path / 'empty', *folders[1:])
+    (folders[1] / '07001.png').rename(folders[1] / '07009.png')
+    with pytest.raises(FileNotFoundError, match='07001.png has no source of the same name'):
+        M.evaluate_pairs(*folders)
+    cv2.imwrite(str(folders[1] / '07001.png'), np.zeros((20, 20), np.uint8))
+    with pytest.raises(ValueError, match=r'07001.png and its sources differ in size \(48 x 52, 20 x 20, 48 x 52\)'):
+        M.evaluate_pairs(*folders, names=['EN'])
+    (folders[1] / '07001.png').write_text('no image')
+    with pytest.raises(ValueError, match='is not an image that can be read'):
+        M.evaluate_pairs(*folders, names=['EN'])
