@@ -273,51 +273,7 @@ def crop_pair(ct, mri, size, rng=None):
     top, left = (space // 4 * 2 if rng is None else 2 * rng.integers(space // 2 + 1) for space in free)
     return tuple(image[top:top + rows, left:left + columns] for image in (ct, mri))
 
-# %% ../nbs/00_data.ipynb #9998ce9c
-class CTMRIDataset(Dataset):
-    """Registered slices of two folders: item i is {'ct', 'mri': (1, H, W) float32 in [0, 1], 'name', 'case'}.
-
-    `cases` keeps only these cases. `augment` flips, turns and (with `crop`) crops both slices alike, decided by
-    (seed, epoch, index) alone; `crop` without `augment` cuts out the middle. Raises `ValueError` for slices that
-    cannot be read, do not pair or differ in size within a pair; warns of an all-black slice.
-    """
-
-    def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of):
-        self.pairs = _of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
-        self.augment, self.crop, self.seed, self.case_of = augment, crop, seed, case_of
-        self.names = [pair.name for pair in self.pairs]
-        self.cases = _in_order(map(case_of, self.names))
-        self.sizes = sorted({_check_pair(pair, crop) for pair in self.pairs})
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see set_epoch, too
-
-    def set_epoch(self, epoch):
-        "Chooses the augmentation of an epoch, also in data loader workers that already run."
-        self.epoch.fill_(epoch)
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        index = range(len(self))[index]  # -1 is the last slice, with the augmentation of the last slice
-        pair = self.pairs[index]
-        ct, mri = (to_float(image) for image in read_pair(pair))  # (H, W) each
-        rng = np.random.default_rng((self.seed, int(self.epoch), index)) if self.augment else None
-        if self.crop is not None:
-            ct, mri = crop_pair(ct, mri, self.crop, rng)
-        if self.augment:
-            ct, mri = augment_pair(ct, mri, rng)
-        ct, mri = (torch.from_numpy(np.ascontiguousarray(image))[None] for image in (ct, mri))  # (1, H, W) each
-        return {'ct': ct, 'mri': mri, 'name': pair.name, 'case': self.case_of(pair.name)}
-
-    def __repr__(self):
-        sizes = ', '.join(f'{rows}×{columns}' for rows, columns in self.sizes)
-        extras = ', augmented' * self.augment + f', cropped to {self.crop}' * (self.crop is not None)
-        return f'CTMRIDataset: {len(self)} pairs of {sizes} pixels, cases {", ".join(self.cases)}{extras}'
-
-    def _repr_html_(self):
-        return _pair_html(self[0], repr(self))
-
-# %% ../nbs/00_data.ipynb #db659ce4
+# %% ../nbs/00_data.ipynb #4e11ef3f
 def _of_cases(pairs, cases, case_of):
     "The pairs of these cases (None: of all); a case without a slice is an error."
     if cases is None:
@@ -331,14 +287,26 @@ def _of_cases(pairs, cases, case_of):
 
 
 def _check_pair(pair, crop=None):
-    "The (rows, columns) of a pair that can be read and cropped; warns of an all-black slice."
+    "The two slices of a pair that can be read and cropped; warns of an all-black slice."
     ct, mri = read_pair(pair)
     for path, image in ((pair.ct, ct), (pair.mri, mri)):
         if not image.any():
             warnings.warn(f'{path} is all black; remove the pair if that is not meant.', stacklevel=4)
     if crop is not None:
         crop_pair(ct, mri, crop)
-    return ct.shape
+    return ct, mri
+
+
+def _read_all(pairs, crop, room=2 ** 29):
+    "The sizes (rows, columns) of all pairs, each checked, and {index: (ct, mri)} of those that fit into `room` bytes."
+    sizes, kept = set(), {}
+    for index, pair in enumerate(pairs):
+        slices = _check_pair(pair, crop)
+        sizes.add(slices[0].shape)
+        room -= sum(image.nbytes for image in slices)
+        if room >= 0:
+            kept[index] = slices
+    return sorted(sizes), kept
 
 
 def _pair_html(item, caption):
@@ -347,6 +315,52 @@ def _pair_html(item, caption):
     picture = base64.b64encode(cv2.imencode('.png', pixels)[1].tobytes()).decode()
     return (f'<figure><img alt="CT and MRI" src="data:image/png;base64,{picture}"/>'
             f'<figcaption>{caption}<br/>Shown: {item["name"]}, CT left, MRI right.</figcaption></figure>')
+
+
+class CTMRIDataset(Dataset):
+    """Registered slices of two folders: item i is {'ct', 'mri': (1, H, W) float32 in [0, 1], 'name', 'case'}.
+
+    `cases` keeps only these cases. `augment` flips, turns and (with `crop`) crops both slices alike, decided by
+    (seed, epoch, index) alone; `crop` without `augment` cuts out the middle. `sizes` lists the (rows, columns) that
+    occur: a batch has one size, so where there are several, give a `crop` or load with batch_size=1.
+    Raises `ValueError` for slices that cannot be read, do not pair or differ in size within a pair; warns of an
+    all-black slice.
+    """
+
+    def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of):
+        self.pairs = _of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
+        self.augment, self.crop, self.seed, self.case_of = augment, crop, seed, case_of
+        self.names = [pair.name for pair in self.pairs]
+        self.cases = _in_order(map(case_of, self.names))
+        self.sizes, self._kept = _read_all(self.pairs, crop)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see set_epoch, too
+
+    def set_epoch(self, epoch):
+        "Chooses the augmentation of an epoch, also in data loader workers that already run."
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]  # -1 is the last slice, with the augmentation of the last slice
+        pair = self.pairs[index]
+        ct, mri = self._kept.get(index) or read_pair(pair)  # (H, W) each
+        rng = np.random.default_rng((self.seed, int(self.epoch), index)) if self.augment else None
+        if self.crop is not None:
+            ct, mri = crop_pair(ct, mri, self.crop, rng)
+        if self.augment:
+            ct, mri = augment_pair(ct, mri, rng)
+        ct, mri = (torch.from_numpy(np.ascontiguousarray(to_float(image)))[None] for image in (ct, mri))  # (1, H, W)
+        return {'ct': ct, 'mri': mri, 'name': pair.name, 'case': self.case_of(pair.name)}
+
+    def __repr__(self):
+        sizes = ', '.join(f'{rows}×{columns}' for rows, columns in self.sizes)
+        extras = ', augmented' * self.augment + f', cropped to {self.crop}' * (self.crop is not None)
+        return f'CTMRIDataset: {len(self)} pairs of {sizes} pixels, cases {", ".join(self.cases)}{extras}'
+
+    def _repr_html_(self):
+        return _pair_html(self[0], repr(self))
 
 # %% ../nbs/00_data.ipynb #0754921e
 def split_by_case(cases, val=1, test=1, seed=0):
@@ -421,7 +435,7 @@ def fill_dataset(root, replace=False):
         reason = f'Cannot fill the data set ({os.strerror(error.errno)}), and nothing was left half-written'
         raise OSError(error.errno, reason, str(root)) from error
 
-# %% ../nbs/00_data.ipynb #8e2cc389
+# %% ../nbs/00_data.ipynb #0a5f2af4
 def _split_files(root):
     "The files that a record speaks of: {'train/CT/34010.png': path, ...}, hidden ones left out."
     paths = {path.relative_to(root): path
@@ -480,7 +494,7 @@ def _read_split_info(root):
         raise ValueError(f'{path} is not a record of format medfusion-split-1; fill the folder anew.')
     return info
 
-# %% ../nbs/00_data.ipynb #319fcd72
+
 def check_split(root):
     """The dict in `root/split_info.json`, once what lies in the folder is what the record says.
 

@@ -430,6 +430,34 @@ def test_running_workers_learn_of_the_epoch(flat):
         assert torch.equal(from_worker, torch.stack([item['ct'] for item in dataset]))
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_slices_are_read_once_while_there_is_room(tmp_path, monkeypatch, dtype):
+    for modality in ('CT', 'MRI'):
+        (tmp_path / modality).mkdir()
+        for index in range(3):
+            write_image(tmp_path / modality / f'1{index:03d}.png', noise((index,), (20, 24), dtype))
+    dataset = CTMRIDataset(tmp_path / 'CT', tmp_path / 'MRI')
+    items, pairs = [dataset[i] for i in range(3)], dataset.pairs
+    monkeypatch.setattr(data, 'read_pair', lambda pair: pytest.fail(f'{pair.name} is read again'))
+    for again, item in zip(dataset, items):
+        item['ct'].zero_()  # what a caller does to an item does not reach the next one
+        assert torch.equal(again['ct'], torch.from_numpy(to_float(read_image(tmp_path / 'CT' / item['name'])))[None])
+    monkeypatch.undo()
+    bytes_of_two = 2 * 2 * 20 * 24 * np.dtype(dtype).itemsize
+    assert list(data._read_all(pairs, None, room=bytes_of_two)[1]) == [0, 1]
+    dataset._kept.clear()
+    assert torch.equal(dataset[2]['ct'], dataset[2]['mri'])  # without room it is read when it is asked for
+
+
+def test_slices_of_different_sizes_need_a_crop_or_batches_of_one(flat):
+    for modality in ('CT', 'MRI'):
+        write_image(flat / modality / '2000.png', noise(1, (32, 20)))
+    dataset = CTMRIDataset(flat / 'CT', flat / 'MRI')
+    assert dataset.sizes == [(24, 24), (32, 20)] and '24×24, 32×20' in repr(dataset)
+    assert len(list(DataLoader(dataset, batch_size=1))) == 8
+    assert len(list(DataLoader(CTMRIDataset(flat / 'CT', flat / 'MRI', crop=16), batch_size=8))) == 1
+
+
 def test_a_data_set_can_be_pickled(flat):
     dataset = CTMRIDataset(flat / 'CT', flat / 'MRI')
     assert pickle.loads(pickle.dumps(dataset)).names == dataset.names
