@@ -25,11 +25,12 @@ def execute(source, workplace):
     given = PARAMETERS.get(source.name)
     if given:
         notebook = parameterize_notebook(notebook, given, kernel_name='python3', language='python')
-    NotebookClient(notebook, timeout=None, resources={'metadata': {'path': str(workplace / 'nbs')}}).execute()
+    NotebookClient(notebook, timeout=None, store_widget_state=False,
+                   resources={'metadata': {'path': str(workplace / 'nbs')}}).execute()
     notebook.cells = [cell for cell in notebook.cells if 'injected-parameters' not in cell.metadata.get('tags', [])]
-    notebook.metadata.pop('widgets', None)
     for cell in notebook.cells:
         for output in cell.get('outputs', []):
+            output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)  # a page has no kernel to talk to
             for place in (str(workplace), str(ROOT), str(Path.home())):
                 if place in str(output):
                     raise SystemExit(f'{source.name}: an output holds the path {place}; print relative paths.')

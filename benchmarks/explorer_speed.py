@@ -1,0 +1,81 @@
+"""How long the explorer takes to answer a change: median and worst per kind of change, in milliseconds.
+
+    python benchmarks/explorer_speed.py [--threads 2] [--size 256] [--pause 0.4] [--models wavelet resnet]
+
+A change is timed from setting a control's value to the end of drawing (reading, fusing, measuring, composing, PNG), as
+the kernel does it; the way of the picture to the page is measured by tests/test_browser.py. Between two changes the
+reader looks for --pause seconds, in which the explorer prepares the next slice; a jump goes to a slice that is not
+prepared. The column `cpu` is the median of the processor time that was used meanwhile: where it is far below `median`,
+the machine was busy with something else. Without --models two rules without learning fuse, with --models the shipped
+networks of these names."""
+import argparse
+import time
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+
+from medfusion.baselines import laplacian_pyramid, maximum
+from medfusion.data import CTMRIDataset
+from medfusion.inference import load_model
+from medfusion.phantom import write_phantom
+from medfusion.viewer import explore
+
+
+def methods_of(models):
+    "The functions to fuse with and their maps, by name."
+    if not models:
+        return {'maximum': maximum, 'laplacian': laplacian_pyramid}, None
+    networks = {name: load_model(name, device='cpu') for name in models}
+    return networks, {name: network.maps for name, network in networks.items()}
+
+
+def changes(explorer):
+    "The changes to time: (kind, control, value), in the order in which they are made."
+    def turn(name, values):
+        return [(name, explorer.controls[name], value) for value in values]
+    yield from [('slice, next', *change) for _, *change in turn('slice', range(2, 11))]
+    yield from [('slice, jump', *change) for _, *change in turn('slice', (13, 16, 19, 22))]
+    yield from [('slice, seen before', *change) for _, *change in turn('slice', (*range(10, 1, -1), *range(1, 11)))]
+    for mode in explorer.controls['mode'].options[1:]:
+        yield f'view: {mode}', explorer.controls['mode'], mode
+        name = {'blend': 'alpha', 'checkerboard': 'tile'}.get(mode, 'window')
+        control = explorer.controls[name]
+        yield from [(f'{name} in {mode}', control, control.value - steps * control.step) for steps in range(1, 6)]
+    yield 'view: slices', explorer.controls['mode'], 'slices'
+    yield from turn('window', [0.9 - 0.05 * i for i in range(8)])
+    yield from turn('level', [0.3 + 0.05 * i for i in range(8)])
+    yield from turn('zoom', [2, 3, 4, 5, 6, 7, 8])
+    yield from turn('across', [0.3 + 0.05 * i for i in range(8)])
+    last = list(explorer.methods.values())[-1]
+    yield from [('method', last, ticked) for ticked in (False, True) * 3]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--size', type=int, default=256)
+    parser.add_argument('--pause', type=float, default=0.4)
+    parser.add_argument('--models', nargs='*', default=[])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with TemporaryDirectory() as scratch:
+        root = write_phantom(f'{scratch}/phantom', cases=6, slices=24, size=options.size)
+        datasets = {'test': CTMRIDataset(root / 'test/CT', root / 'test/MRI')}
+        explorer = explore(datasets, *methods_of(options.models))
+        rows = []
+        for kind, control, value in changes(explorer):
+            time.sleep(options.pause)
+            start, work = time.perf_counter(), time.process_time()
+            control.value = value
+            rows.append({'change': kind, 'wall': time.perf_counter() - start, 'cpu': time.process_time() - work})
+    kinds = pd.DataFrame(rows).groupby('change', sort=False)
+    seconds = pd.DataFrame({'median': kinds['wall'].median(), 'worst': kinds['wall'].max(),
+                            'cpu': kinds['cpu'].median()})
+    table = (1000 * seconds).round(1).assign(changes=kinds.size())
+    print(f'{options.size}x{options.size}, {options.threads} threads, methods: {", ".join(explorer.methods)}')
+    print(table.to_string())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,171 @@
+"""The notebooks in a real browser: every cell runs in JupyterLab, the explorer answers to the keyboard, no cell fails.
+
+Chromium is the system's own, driven by Playwright. Without one the tests are skipped; with MEDFUSION_REQUIRE_BROWSER=1
+(which `make browser` sets) they fail instead. Screenshots are written to results/browser/."""
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ('resnet_based_fusion.ipynb', 'trainable-wavelet-fusion.ipynb', '07_viewer.ipynb')
+CHROMIUM_ARGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+                 '--disable-component-update', '--disable-sync']
+# No news from the network, and every cell in the page (by default JupyterLab holds only the cells near the window).
+LAB_SETTINGS = {
+    'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True},
+    'notebook-extension/tracker': {'windowingMode': 'none'},
+}
+# Where an exception is shown, and what a widget says in place of itself when it fails; a callback's goes to stderr.
+ERRORS = '[data-mime-type="application/vnd.jupyter.error"], .jp-OutputArea-error, .jupyter-widgets-error-widget'
+STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'
+PICTURE = '.medfusion-explorer img'
+HANDLE = '.medfusion-slice .noUi-handle'
+
+
+def missing():
+    "Why a browser test cannot run here, or an empty string."
+    if not chromium():
+        return 'no chromium: install the system package `chromium` (Debian, Ubuntu, Fedora) to run the browser tests'
+    for package in ('playwright', 'jupyterlab'):
+        if not any((Path(folder) / package).is_dir() for folder in sys.path):
+            return f'no {package}: install the development requirements, pip install -e .[dev]'
+    return ''
+
+
+def chromium():
+    "The path of the system's chromium or chrome, or None."
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "A headless chromium."
+    reason = missing()
+    if reason:
+        if os.environ.get('MEDFUSION_REQUIRE_BROWSER') == '1':
+            pytest.fail(reason)
+        print(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope='module')
+def lab(browser, tmp_path_factory):
+    "JupyterLab on loopback over a copy of nbs/: (url, token, folder); those of the repository stay as they are."
+    home = tmp_path_factory.mktemp('lab')
+    shutil.copytree(ROOT / 'nbs', home / 'work/nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    shutil.copy(ROOT / 'settings.ini', home / 'work')
+    for name, values in LAB_SETTINGS.items():
+        path = home / f'settings/@jupyterlab/{name}.jupyterlab-settings'
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    folders = {'JUPYTER_CONFIG_DIR': 'config', 'JUPYTER_DATA_DIR': 'data', 'JUPYTER_RUNTIME_DIR': 'runtime',
+               'JUPYTERLAB_SETTINGS_DIR': 'settings', 'JUPYTERLAB_WORKSPACES_DIR': 'workspaces',
+               'IPYTHONDIR': 'ipython'}
+    env = {**os.environ, **{name: str(home / folder) for name, folder in folders.items()}, 'IN_TEST': '1'}
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
+               '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}',
+               f'--ServerApp.root_dir={home / "work"}', '--LabApp.extension_manager=readonly']
+    with open(home / 'server.log', 'w') as log:
+        server = subprocess.Popen(command, env=env, cwd=home / 'work', stdout=log, stderr=subprocess.STDOUT)
+    url = f'http://127.0.0.1:{port}'
+    try:
+        wait_for_server(server, url, token, home / 'server.log')
+        yield url, token, home / 'work/nbs'
+    finally:
+        server.terminate()  # JupyterLab stops its kernels on SIGTERM
+        server.wait(timeout=30)
+
+
+def wait_for_server(server, url, token, log, seconds=60):
+    "Returns when the server answers; fails with its log when it ends or stays silent."
+    for _ in range(seconds * 5):
+        try:
+            return urlopen(Request(f'{url}/api/status', headers={'Authorization': f'token {token}'}), timeout=5)
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+    pytest.fail(f'JupyterLab did not answer within {seconds} s:\n{log.read_text()}')
+
+
+def run_all(page, seconds):
+    "Runs all cells from the menu and waits until none is running or waiting; returns early when a cell fails."
+    page.get_by_role('menubar').get_by_text('Run', exact=True).click()
+    page.get_by_text('Run All Cells', exact=True).click()
+    page.wait_for_selector('.jp-CodeCell .jp-InputPrompt:text("[*]:")', timeout=30_000)
+    page.wait_for_function("""() => {
+        const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim());
+        return prompts.every(text => text !== '[*]:');
+    }""", timeout=seconds * 1000, polling=250)
+
+
+def errors(page):
+    "The text of every output that reports an error; a warning is none."
+    tracebacks = page.locator(STDERR).filter(has_text='Traceback')
+    return [text.strip() for text in page.locator(ERRORS).all_inner_texts() + tracebacks.all_inner_texts()]
+
+
+def press(page, key):
+    "Presses a key on the slice slider; returns the seconds until the picture on the page is another one."
+    before = page.locator(PICTURE).first.get_attribute('src')
+    page.locator(HANDLE).first.focus()
+    start = time.perf_counter()
+    page.keyboard.press(key)
+    page.wait_for_function("""([selector, before]) => {
+        const picture = document.querySelector(selector);
+        return picture.src !== before && picture.complete && picture.naturalWidth > 0;
+    }""", arg=[PICTURE, before], timeout=20_000, polling='raf')
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_explorer_in_jupyterlab(lab, browser, name):
+    url, token, folder = lab
+    if not (folder / name).exists():
+        pytest.skip(f'{name} is not written yet')
+    shots = ROOT / 'results/browser'
+    shots.mkdir(parents=True, exist_ok=True)
+    stem = Path(name).stem
+    page = browser.new_page(viewport={'width': 1440, 'height': 1100})
+    try:
+        page.goto(f'{url}/lab/workspaces/{stem}/tree/nbs/{name}?token={token}')
+        page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
+        page.get_by_text('| Idle').wait_for(timeout=60_000)  # the status bar; before that, JupyterLab asks for a kernel
+        run_all(page, seconds=400)
+        assert errors(page) == []
+        unrun = page.locator('.jp-CodeCell .jp-InputPrompt').filter(has_text='[ ]:').count()
+        assert unrun == 0, f'{unrun} cells of {name} did not run'
+        page.wait_for_selector(PICTURE, timeout=30_000)
+        page.locator('.medfusion-explorer').first.scroll_into_view_if_needed()
+        page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-explorer.png')
+        seconds = [press(page, key) for key in ('ArrowRight', 'ArrowLeft')]
+        print(f'{name}: key to picture {", ".join(f"{1000 * s:.0f} ms" for s in seconds)}')
+        press(page, 'ArrowRight')
+        assert errors(page) == []
+        page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-next-slice.png')
+    finally:
+        page.screenshot(path=shots / f'{stem}-page.png')
+        page.close()
+
+
+def test_reason_without_chromium(monkeypatch):
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    assert 'install the system package' in missing()
