@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from medfusion.phantom import write_phantom
+from medfusion.training import notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -17,7 +18,7 @@ SHELL = re.findall(r'```sh\n(.*?)```', TEXT, re.DOTALL)
 COMMANDS = [line.split('  #')[0].strip() for block in SHELL for line in block.splitlines()
             if line.startswith(('papermill ', 'medfusion '))]
 # What makes a command small; the folders of the commands exist in the workplace.
-SMOKE = {'papermill': ['-p', 'num_epochs', '1', '-p', 'crop', '32'], 'medfusion train': ['-p', 'epochs=1']}
+SMOKE = {'papermill': ['-p', 'num_epochs', '1', '-p', 'crop', '48'], 'medfusion train': ['-p', 'epochs=1']}
 
 
 @pytest.fixture(scope='module')
@@ -81,3 +82,9 @@ def test_the_three_lines_of_python(workplace):
 @pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([^)#]+)\)', TEXT)) - {'https://nbdev.fast.ai'}))
 def test_link_leads_somewhere(link):
     assert link.startswith('http') or (ROOT / link).exists()
+
+
+@pytest.mark.parametrize('notebook', ['trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb'])
+def test_every_parameter_is_explained(notebook):
+    for parameter in notebook_parameters(notebook).values():
+        assert f'| `{parameter.name}` | `{parameter.default!r}` | {parameter.comment} |' in TEXT
