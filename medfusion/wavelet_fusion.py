@@ -41,7 +41,7 @@ class HaarTransform(nn.Module):
     def inverse(self, subbands):
         return self.inverse_transform((subbands[:, :1], [subbands[:, None, 1:]]))
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #d3aa2f4c
+# %% ../nbs/trainable-wavelet-fusion.ipynb #5aa10089
 def _two_convolutions(channels_in, channels, stride=1):
     "Two 3 x 3 convolutions with leaky rectifiers; the first may halve the resolution."
     return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1), nn.LeakyReLU(0.1),
@@ -52,7 +52,7 @@ def _double(x):
     "x (B, C, h, w) at twice its resolution, interpolated linearly so that no checkerboard can arise."
     return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #9e289cde
+
 class MaskNetwork(nn.Module):
     "From the subbands of both slices, (B, 8, h, w) with h and w multiples of 4, to eight maps (B, 8, h, w), unbounded."
 
@@ -90,7 +90,7 @@ def between_blocks(maps, down, right):
         maps = (maps[..., 1:] + maps[..., :-1]) / 2
     return maps
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #88a0d101
+# %% ../nbs/trainable-wavelet-fusion.ipynb #6359bede
 class WaveletFusion(nn.Module):
     """The fused slices, (B, 1, H, W) in [0, 1], of CT and MRI slices of that shape, H and W from 16 up.
 
@@ -116,14 +116,14 @@ class WaveletFusion(nn.Module):
 
     def forward(self, ct, mri):
         height, width = _check_pair(ct, mri)
-        brighter = torch.maximum(ct, mri)
+        brighter = torch.maximum(ct, mri)  # (B, 1, H, W)
         ct, mri = (F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode='replicate') for x in (ct, mri))
-        maps = self.decide(ct, mri)
+        maps = self.decide(ct, mri)  # (B, 8, h, w), half the padded sides
         shifts = [(0, 0), (0, 1), (1, 0), (1, 1)] if self.config['cycle_spin'] else [(0, 0)]
         fused = 0
         for down, right in shifts:
             shifted = (F.pad(x, (right, right, down, down), mode='replicate') for x in (ct, mri))
-            part = self.apply_maps(*shifted, between_blocks(maps, down, right))
+            part = self.apply_maps(*shifted, between_blocks(maps, down, right))  # (B, 1, 2h + 2 down, 2w + 2 right)
             fused = fused + part[..., down:down + height, right:right + width]
         gate = (32 * (brighter - 4 / 255)).clamp(0, 1)  # 0 up to 4 grey levels of 255, 1 from 12 on
         return (brighter + gate * (fused / len(shifts) - brighter)).clamp(0, 1)
@@ -144,7 +144,7 @@ def _check_pair(ct, mri):
                          f'{tuple(ct.shape)} and {tuple(mri.shape)}; register or resample the slices first.')
     return ct.shape[2:]
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #3ec19a38
+# %% ../nbs/trainable-wavelet-fusion.ipynb #78f78d7b
 def missing_contrast(fused, ct, mri, margin=1.02):
     "How far the standard deviation falls short of `margin` times that of the pixelwise maximum, as a fraction: a scalar."
     target = margin * metrics.standard_deviation(torch.maximum(ct, mri)).clamp(min=1)  # grey levels
@@ -152,7 +152,7 @@ def missing_contrast(fused, ct, mri, margin=1.02):
 
 
 def log_vif(fused, ct, mri):
-    "The sum of -log VIF to CT and to MRI, mean of the batch: a scalar. It grows without bound where a source is lost."
+    "The sum of -log(0.01 + VIF) to CT and to MRI, mean of the batch: a scalar. A source that is lost costs 4.6."
     return -sum((vif + 0.01).log() for vif in metrics.vif_of_pair(fused, ct, mri)).mean()
 
 
