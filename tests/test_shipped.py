@@ -43,11 +43,13 @@ def test_files_are_small_and_recorded(folder):
 @pytest.mark.parametrize('name', NAMES)
 def test_background_stays_black_and_both_sources_are_kept(name, models):
     ct, mri = phantom_pair()
+    for image in (ct, mri):
+        image[..., :24, :] = 0  # the phantom's MRI has noise outside the head
     with torch.inference_mode():
         fused = models[name](ct, mri)
     assert fused.shape == ct.shape and torch.isfinite(fused).all()
     background = fused[(ct == 0) & (mri == 0)]
-    assert len(background) > 1000 and background.median() == 0 and background.max() < 0.5 / 255
+    assert len(background) > 5000 and background.max() == 0
     values = measure(fused, ct, mri, names=['VIF_min', 'SD', 'SF'])
     average = measure((ct + mri) / 2, ct, mri, names=['VIF_min', 'SD', 'SF'])
     for column in values:
