@@ -18,7 +18,9 @@ SHELL = re.findall(r'```sh\n(.*?)```', TEXT, re.DOTALL)
 COMMANDS = [line.split('  #')[0].strip() for block in SHELL for line in block.splitlines()
             if line.startswith(('papermill ', 'medfusion '))]
 # What makes a command small; the folders of the commands exist in the workplace.
-SMOKE = {'papermill': ['-p', 'num_epochs', '1', '-p', 'crop', '48'], 'medfusion train': ['-p', 'epochs=1']}
+SMOKE = {'papermill': ['-p', 'num_epochs', '1', '-p', 'crop', '48'],
+         'medfusion train': ['-p', 'epochs=1'],
+         'medfusion train wavelet -f': ['-p', 'crop=48']}
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +57,7 @@ def test_command(command, workplace):
         shutil.rmtree(workplace / 'Dataset')  # it refuses a folder that is not empty
     if 'Dataset/CT-MRI' in command and not (workplace / 'Dataset/CT-MRI').exists():
         shutil.copytree(workplace / 'my_slices', workplace / 'Dataset/CT-MRI')
-    extra = next((more for start, more in SMOKE.items() if command.startswith(start)), [])
+    extra = [text for start, more in SMOKE.items() if command.startswith(start) for text in more]
     done = run(command, workplace, extra)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
