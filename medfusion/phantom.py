@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['label_names', 'PhantomSlice', 'phantom_slice', 'phantom_slices', 'write_phantom', 'contrast_to_noise',
-           'lesion_contrast']
+           'lesion_contrast', 'lesion_loss', 'LesionCrops', 'LesionTerm']
 
-# %% ../nbs/01_phantom.ipynb #1d44b070
+# %% ../nbs/01_phantom.ipynb #edd6e5e9
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import torch
 
 from .data import fill_dataset, to_depth, write_image, write_split_info
 
@@ -627,3 +628,70 @@ def lesion_contrast(ct, mri, fused, labels) -> pd.DataFrame:
             for lesion in _lesion_kinds()]
     table = pd.DataFrame(rows).dropna(subset=['ct', 'mri'], how='all').reset_index(drop=True)
     return table.assign(kept=table['fused'] / table[['ct', 'mri']].max(axis=1))
+
+# %% ../nbs/01_phantom.ipynb #c06b2ef4
+def _crop_cnr(image, lesion, ring):
+    "The contrast to noise (B,) of the lesions in crops (B, 1, H, W); a variance of 1e-6 is added to that of the ring."
+    inside, around = ((image * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1) for mask in (lesion, ring))
+    squares = ((image - around[:, None, None, None]).square() * ring).sum((1, 2, 3))
+    return (inside - around).abs() / (squares / ring.sum((1, 2, 3)).clamp(min=1) + 1e-6).sqrt()
+
+
+def lesion_loss(fused, ct, mri, lesion, ring, margin=1.05):
+    """The share of the lesions' contrast to noise that is missing: a scalar, 0 where `margin` times the better source
+    is reached. The formula above.
+
+    All are float tensors (B, 1, H, W): three images in [0, 1], and two masks of 0 and 1, a lesion and the ring around
+    it in each crop. Differentiable in `fused`.
+    """
+    better = torch.maximum(_crop_cnr(ct, lesion, ring), _crop_cnr(mri, lesion, ring))
+    return (1 - _crop_cnr(fused, lesion, ring) / (margin * better).clamp(min=1e-3)).clamp(min=0).mean()
+
+
+class LesionCrops:
+    """Square crops around the lesions of phantom heads, with their masks.
+
+    size: side of a crop in pixels, of slices of 256; cases, slices, seed: as of `phantom_slices`.
+    """
+    def __init__(self, size=80, cases=24, slices=6, seed=1):
+        self.size, self.stacks = size, []
+        for cut in phantom_slices(cases, slices, seed=seed):
+            for kind in _lesion_kinds():
+                inside, ring = _lesion_regions(cut.labels, kind)
+                if inside.any() and ring.any():
+                    images = [to_depth(cut.ct, np.uint8), to_depth(cut.mri, np.uint8), inside, ring]
+                    self.stacks.append(torch.from_numpy(np.stack(images).astype(np.uint8)))
+
+    def __repr__(self):
+        return f'LesionCrops: {self.size} pixels a side around {len(self.stacks)} lesions'
+
+    def draw(self, count, generator=None) -> dict[str, torch.Tensor]:
+        "`count` random crops, mirrored and turned: {'ct', 'mri', 'lesion', 'ring'}, each (count, 1, size, size) float32."
+        crops = torch.stack([self._crop(generator) for _ in range(count)]).float()
+        ct, mri, lesion, ring = crops.split(1, 1)
+        return {'ct': ct / 255, 'mri': mri / 255, 'lesion': lesion, 'ring': ring}
+
+    def _crop(self, generator):
+        "One crop (4, size, size), with a pixel of the lesion no further than a quarter of its side from the middle."
+        def below(limit):
+            return int(torch.randint(limit, (), generator=generator))
+        stack, reach = self.stacks[below(len(self.stacks))], self.size // 4
+        lesion = stack[2].nonzero()
+        starts = [int(place) - self.size // 2 + below(2 * reach + 1) - reach for place in lesion[below(len(lesion))]]
+        top, left = (min(max(start, 0), side - self.size) for start, side in zip(starts, stack.shape[1:]))
+        crop = stack[:, top:top + self.size, left:left + self.size]
+        return torch.rot90(crop.flip(-1) if below(2) else crop, below(4), (1, 2))
+
+
+class LesionTerm:
+    "The lesions' term of a training loss: called with the model, it draws and fuses crops and returns `lesion_loss`."
+
+    def __init__(self, crops=2, cases=24, seed=1):
+        self.crops, self.train = crops, LesionCrops(cases=cases, seed=seed)
+        self.held_out = LesionCrops(cases=4, seed=seed + 1).draw(8, torch.Generator().manual_seed(seed))
+
+    def __call__(self, model):
+        crops = self.train.draw(self.crops) if model.training else self.held_out
+        device = next(model.parameters()).device
+        crops = {name: part.to(device) for name, part in crops.items()}
+        return lesion_loss(model(crops['ct'], crops['mri']), **crops)

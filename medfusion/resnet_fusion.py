@@ -33,7 +33,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 from . import losses, metrics
 from .training import nbs_dir, resolve_path, sha256_of
 
-# %% ../nbs/resnet_based_fusion.ipynb #d26879a6
+# %% ../nbs/resnet_based_fusion.ipynb #9d159b31
 @dataclass
 class Config:
     """What one run of ResNet fusion needs to know: folders, network, loss, optimiser. The notebook's parameters, by
@@ -63,6 +63,7 @@ class Config:
     backbone_weights: str = 'IMAGENET1K_V2'
     deepest: str = 'layer3'
     residual: float = 0.2
+    white_bone: bool = False
     perceptual_stages: str = 'stem layer1 layer2'
     w_ssim: float = 1.0
     w_gradient: float = 0.5
@@ -72,6 +73,8 @@ class Config:
     w_vif: float = 0.0
     w_scd: float = 0.0
     w_sd: float = 0.0
+    w_ssim_min: float = 0.0
+    w_lesion: float = 0.0
     gradient_gain: float = 1.0
 
 # %% ../nbs/resnet_based_fusion.ipynb #7204c0a4
@@ -281,7 +284,7 @@ class FusionModule(nn.Module):
         share = torch.sigmoid(self.share(condensed.flatten(1, 2)))                          # (B, 1, h, w)
         return share * condensed[:, 0] + (1 - share) * condensed[:, 1], share
 
-# %% ../nbs/resnet_based_fusion.ipynb #651a3bcc
+# %% ../nbs/resnet_based_fusion.ipynb #6a6e5bf4
 class DecoderStep(nn.Module):
     """Doubles the resolution of what comes from below and joins it with a skip: (B, below, h, w), (B, skip, 2h, 2w)
     -> (B, width, 2h, 2w).
@@ -296,18 +299,22 @@ class DecoderStep(nn.Module):
         return self.convolve(torch.cat([x, skip.to(x.dtype)], 1))
 
 
-def weighted_sum(ct, mri, logits, residual):
+def weighted_sum(ct, mri, logits, residual, white_bone=False):
     """The fused image and the two weights, each (B, 1, H, W), of the decoder's three outputs per pixel, `logits` (B,
     3, H, W).
 
-    The formula above; `residual` bounds the correction. All zero where both slices are.
+    The formula above; `residual` bounds the correction. All zero where both slices are; with `white_bone` all one
+    where the CT is.
     """
     weights = torch.sigmoid(logits[:, :2])                                       # (B, 2, H, W)
-    gate = (8 * torch.maximum(ct, mri)).clamp(max=1)
+    brighter = torch.maximum(ct, mri)
+    gate = (8 * brighter).clamp(max=1)
     fused = (weights * torch.cat([ct, mri], 1)).sum(1, keepdim=True) + gate * residual * torch.tanh(logits[:, 2:])
+    if white_bone:
+        fused = brighter + (16 * (1 - ct)).clamp(max=1) * (fused - brighter)
     return fused.clamp(0, 1), weights[:, :1], weights[:, 1:]
 
-# %% ../nbs/resnet_based_fusion.ipynb #6b5b5d2e
+# %% ../nbs/resnet_based_fusion.ipynb #53504c5a
 class ResNetFusion(OnFrozenBackbone):
     """Fuses CT and MRI (B, 1, H, W) in [0, 1], H and W from 16 up, to one image of that shape and range.
 
@@ -317,7 +324,7 @@ class ResNetFusion(OnFrozenBackbone):
     arguments. Raises ValueError on another hash, and on slices that do not fit.
     """
     def __init__(self, backbone='medfusion', backbone_sha256=None, deepest='layer3', widths=(16, 32, 48, 64, 64),
-                 residual=0.2):
+                 residual=0.2, white_bone=False):
         super().__init__(backbone, backbone_sha256, deepest)
         stages = self.backbone.stages
         if len(widths) < len(stages):
@@ -325,7 +332,7 @@ class ResNetFusion(OnFrozenBackbone):
                              'give one for each.')
         widths = list(widths[:len(stages)])
         self.config = {'backbone': backbone, 'backbone_sha256': self.backbone_sha256, 'deepest': deepest,
-                       'widths': widths, 'residual': residual}
+                       'widths': widths, 'residual': residual, 'white_bone': white_bone}
         self.fusions = nn.ModuleDict({stage: FusionModule(_stages()[stage][0], width)
                                       for stage, width in zip(stages, widths)})
         self.steps = nn.ModuleDict({stage: DecoderStep(below, width, width)
@@ -361,7 +368,7 @@ class ResNetFusion(OnFrozenBackbone):
         x = self.full(x, _padded(torch.cat([ct, mri], 1), self.backbone))     # (B, 16, H, W)
         with torch.autocast(x.device.type, enabled=False):            # bfloat16 has too few digits for grey levels
             logits = self.head(x.float())[..., :ct.shape[-2], :ct.shape[-1]]  # (B, 3, H, W)
-            return *weighted_sum(ct, mri, logits, self.config['residual']), shares
+            return *weighted_sum(ct, mri, logits, self.config['residual'], self.config['white_bone']), shares
 
 
 def _check_pair(ct, mri):
@@ -388,7 +395,7 @@ def perceptual_loss(fused, sources, margin=0):
         terms.append(difference / target.mean(dtype=torch.float32).clamp(min=1e-6))
     return torch.stack(terms).mean()
 
-# %% ../nbs/resnet_based_fusion.ipynb #5dd1c2c4
+# %% ../nbs/resnet_based_fusion.ipynb #2b87379e
 def loss_terms(fused, ct, mri, gradient_gain=1.0):
     """Every term of the loss that needs only the images, (B, 1, H, W) in [0, 1]: {name: function without arguments ->
     scalar}.
@@ -399,7 +406,8 @@ def loss_terms(fused, ct, mri, gradient_gain=1.0):
             'qabf': lambda: 1 - metrics.qabf(fused, ct, mri).mean(),
             'vif': lambda: -sum((of_source + 1e-3).log().mean() for of_source in metrics.vif_of_pair(fused, ct, mri)),
             'scd': lambda: 2 - metrics.scd(fused, ct, mri).mean(),
-            'sd': lambda: _missing_contrast(fused, ct, mri)}
+            'sd': lambda: _missing_contrast(fused, ct, mri),
+            'ssim_min': lambda: 1 - torch.minimum(losses.ssim(fused, ct), losses.ssim(fused, mri)).mean()}
 
 
 def _missing_contrast(fused, ct, mri, margin=1.02):
@@ -408,21 +416,22 @@ def _missing_contrast(fused, ct, mri, margin=1.02):
     return F.relu(1 - metrics.standard_deviation(fused) / target).mean()
 
 
-def fusion_loss(fused, ct, mri, weights, perceptual=None, gradient_gain=1.0):
+def fusion_loss(fused, ct, mri, weights, perceptual=None, gradient_gain=1.0, lesion=None):
     """{'loss': the weighted sum, and each term by its name}, scalars; terms of weight 0 are left out.
 
-    weights: {name: weight}, the names of the table above; perceptual: a function without arguments that returns that
-    term, needed where its weight is not 0.
+    weights: {name: weight}, the names of the table above; perceptual, lesion: functions without arguments that return
+    these terms, needed where their weight is not 0.
     """
-    functions = {**loss_terms(fused, ct, mri, gradient_gain), 'perceptual': perceptual}
+    functions = {**loss_terms(fused, ct, mri, gradient_gain), 'perceptual': perceptual, 'lesion': lesion}
     terms = {name: functions[name]() for name, weight in weights.items() if weight}
     return {'loss': sum(weights[name] * term for name, term in terms.items()), **terms}
 
-# %% ../nbs/resnet_based_fusion.ipynb #a9afecd0
-def training_step(model, batch, cfg):
+# %% ../nbs/resnet_based_fusion.ipynb #cf1ae3c7
+def training_step(model, batch, cfg, lesions=None):
     """The loss and its terms for one batch: {'loss', 'ssim', 'gradient', ...}, scalars.
 
-    batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them.
+    batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them; lesions:
+    the `LesionTerm`, needed where `cfg.w_lesion` is not 0.
     """
     ct, mri = batch['ct'], batch['mri']
     with _mixed(ct.device, cfg.precision):
@@ -435,7 +444,7 @@ def training_step(model, batch, cfg):
         perceptual = partial(_perceptual_of, model.backbone, fused, features, cfg)
         weights = {field.name.removeprefix('w_'): getattr(cfg, field.name)
                    for field in fields(cfg) if field.name.startswith('w_')}
-        return fusion_loss(fused, ct, mri, weights, perceptual, cfg.gradient_gain)
+        return fusion_loss(fused, ct, mri, weights, perceptual, cfg.gradient_gain, lambda: lesions(model))
 
 
 def _perceptual_of(backbone, fused, sources, cfg):

@@ -90,18 +90,19 @@ def between_blocks(maps, down, right):
         maps = (maps[..., 1:] + maps[..., :-1]) / 2
     return maps
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #6359bede
+# %% ../nbs/trainable-wavelet-fusion.ipynb #5861f0d3
 class WaveletFusion(nn.Module):
     """The fused slices, (B, 1, H, W) in [0, 1], of CT and MRI slices of that shape, H and W from 16 up.
 
     width: channels of the first stage of the mask network; residual: bound of what may be added to a fused subband
-    (0: masks alone); cycle_spin: average over the four one-pixel shifts of the Haar grid."""
+    (0: masks alone); cycle_spin: average over the four one-pixel shifts of the Haar grid; white_bone: white where the
+    CT is saturated."""
 
     stride = 8  # a slice is padded to a multiple of this
 
-    def __init__(self, width=24, residual=0.25, cycle_spin=False):
+    def __init__(self, width=24, residual=0.25, cycle_spin=False, white_bone=False):
         super().__init__()
-        self.config = dict(width=width, residual=residual, cycle_spin=cycle_spin)
+        self.config = dict(width=width, residual=residual, cycle_spin=cycle_spin, white_bone=white_bone)
         self.haar, self.network = HaarTransform(), MaskNetwork(width)
 
     def decide(self, ct, mri):
@@ -117,6 +118,9 @@ class WaveletFusion(nn.Module):
     def forward(self, ct, mri):
         height, width = _check_pair(ct, mri)
         brighter = torch.maximum(ct, mri)  # (B, 1, H, W)
+        gate = (32 * (brighter - 4 / 255)).clamp(0, 1)  # 0 up to 4 grey levels of 255, 1 from 12 on
+        if self.config['white_bone']:
+            gate = gate * (16 * (1 - ct)).clamp(0, 1)  # 0 where the CT is saturated, 1 up to 15/16
         ct, mri = (F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode='replicate') for x in (ct, mri))
         maps = self.decide(ct, mri)  # (B, 8, h, w), half the padded sides
         shifts = [(0, 0), (0, 1), (1, 0), (1, 1)] if self.config['cycle_spin'] else [(0, 0)]
@@ -125,7 +129,6 @@ class WaveletFusion(nn.Module):
             shifted = (F.pad(x, (right, right, down, down), mode='replicate') for x in (ct, mri))
             part = self.apply_maps(*shifted, between_blocks(maps, down, right))  # (B, 1, 2h + 2 down, 2w + 2 right)
             fused = fused + part[..., down:down + height, right:right + width]
-        gate = (32 * (brighter - 4 / 255)).clamp(0, 1)  # 0 up to 4 grey levels of 255, 1 from 12 on
         return (brighter + gate * (fused / len(shifts) - brighter)).clamp(0, 1)
 
     @torch.no_grad()
@@ -144,7 +147,7 @@ def _check_pair(ct, mri):
                          f'{tuple(ct.shape)} and {tuple(mri.shape)}; register or resample the slices first.')
     return ct.shape[2:]
 
-# %% ../nbs/trainable-wavelet-fusion.ipynb #78f78d7b
+# %% ../nbs/trainable-wavelet-fusion.ipynb #ff3398fd
 def missing_contrast(fused, ct, mri, margin=1.02):
     "How far the standard deviation falls short of `margin` times that of the pixelwise maximum, as a fraction: a scalar."
     target = margin * metrics.standard_deviation(torch.maximum(ct, mri)).clamp(min=1)  # grey levels
@@ -156,10 +159,11 @@ def log_vif(fused, ct, mri):
     return -sum((vif + 0.01).log() for vif in metrics.vif_of_pair(fused, ct, mri)).mean()
 
 
-def wavelet_loss(fused, ct, mri, weights, gradient_gain=1.0):
+def wavelet_loss(fused, ct, mri, weights, gradient_gain=1.0, lesion=None):
     """The terms of the loss and their weighted sum 'loss', a dict of scalars; images (B, 1, H, W) in [0, 1].
 
-    weights: {term: weight}, terms of weight 0 are not computed; ValueError for a term that does not exist."""
+    weights: {term: weight}, terms of weight 0 are not computed; lesion: a function without arguments that returns that
+    term, needed where its weight is not 0. ValueError for a term that does not exist."""
     terms = {
         'mse': lambda: losses.intensity_loss(fused, ct, mri, 'max'),
         'ssim': lambda: losses.ssim_loss(fused, ct, mri),
@@ -168,6 +172,8 @@ def wavelet_loss(fused, ct, mri, weights, gradient_gain=1.0):
         'vif': lambda: log_vif(fused, ct, mri),
         'scd': lambda: 2 - metrics.scd(fused, ct, mri).mean(),
         'sd': lambda: missing_contrast(fused, ct, mri),
+        'ssim_min': lambda: 1 - torch.minimum(losses.ssim(fused, ct), losses.ssim(fused, mri)).mean(),
+        'lesion': lesion,
     }
     unknown = set(weights) - set(terms)
     if unknown:

@@ -76,6 +76,13 @@ def test_a_run_leaves_everything_in_its_place(whole, dataset):
     assert {path.name for path in intermediate.glob('*.pt')} == {f'wavelet_fusion_spatial_epoch_{n}.pt' for n in range(1, 5)}
 
 
+def test_a_recipe_may_ask_for_lesions(dataset, tmp_path):
+    done = run(dataset, tmp_path, w_lesion=1., w_ssim_min=1.)
+    assert done.returncode == 0, done.stderr[-3000:]
+    columns = (tmp_path / 'results/latest/history.csv').read_text().split('\n')[0].split(',')
+    assert {'train_lesion', 'val_lesion', 'train_ssim_min', 'val_ssim_min'} <= set(columns)
+
+
 @pytest.mark.parametrize('moment', ['between epochs', 'during an epoch'])
 def test_a_killed_run_resumes_to_the_same_bits(moment, whole, dataset, tmp_path):
     second = tmp_path / 'checkpoints/intermediate/trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_2.pt'

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from medfusion.data import CTMRIDataset, case_of, check_split, read_image, to_depth
-from medfusion.phantom import (contrast_to_noise, label_names, lesion_contrast, phantom_slice, phantom_slices,
-                               write_phantom)
+from medfusion.phantom import (LesionCrops, LesionTerm, contrast_to_noise, label_names, lesion_contrast, lesion_loss,
+                               phantom_slice, phantom_slices, write_phantom)
 
 LESIONS = 'calcification', 'haemorrhage', 'oedema', 'tumour'
 
@@ -172,3 +172,50 @@ def test_too_few_cases(tmp_path):
     with pytest.raises(ValueError, match='3 or more'):
         write_phantom(tmp_path / 'new', cases=2, slices=1, size=64)
     assert not (tmp_path / 'new').exists()
+
+
+@pytest.fixture(scope='module')
+def crops():
+    return LesionCrops(size=48, cases=4, slices=4)
+
+
+def test_lesion_crops_hold_a_lesion_and_its_surroundings(crops):
+    drawn = crops.draw(32, torch.Generator().manual_seed(0))
+    assert {name: tuple(part.shape) for name, part in drawn.items()} == dict.fromkeys(drawn, (32, 1, 48, 48))
+    assert all(0 <= part.min() and part.max() <= 1 for part in drawn.values())
+    assert (drawn['lesion'].sum((1, 2, 3)) > 0).all() and (drawn['lesion'] * drawn['ring']).max() == 0
+    assert (drawn['ring'].sum((1, 2, 3)) > 0).float().mean() > .9
+
+
+def test_lesion_crops_follow_the_random_states_that_a_run_saves(crops):
+    torch.manual_seed(3)
+    one, other = crops.draw(4), crops.draw(4)
+    torch.manual_seed(3)
+    again = crops.draw(4)
+    assert all((one[name] == again[name]).all() for name in one) and (one['ct'] != other['ct']).any()
+
+
+def test_lesion_loss_has_finite_gradients_also_on_constant_images(crops):
+    drawn = crops.draw(4, torch.Generator().manual_seed(1))
+    for fused in (torch.zeros_like(drawn['ct']), torch.ones_like(drawn['ct']), drawn['ct'].clone()):
+        loss = lesion_loss(fused.requires_grad_(), **drawn)
+        loss.backward()
+        assert 0 <= loss <= 1 and fused.grad.isfinite().all()
+    empty = dict.fromkeys(drawn, torch.zeros(1, 1, 16, 16))
+    assert lesion_loss(torch.rand(1, 1, 16, 16), **empty).isfinite()
+
+
+def test_lesion_term_validates_on_the_same_crops_and_trains_on_others():
+    class Brighter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, ct, mri):
+            return self.gain * torch.maximum(ct, mri)
+
+    term, model = LesionTerm(cases=3), Brighter()
+    model.eval()
+    assert term(model) == term(model)
+    model.train()
+    assert len({float(term(model).detach()) for _ in range(4)}) == 4

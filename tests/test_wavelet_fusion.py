@@ -63,7 +63,7 @@ def test_wrong_shapes_get_a_sentence(shapes):
 
 
 def test_every_term_of_the_loss_has_finite_gradients_also_on_black():
-    terms = dict.fromkeys(('mse', 'ssim', 'gradient', 'qabf', 'vif', 'scd', 'sd'), 1.)
+    terms = dict.fromkeys(('mse', 'ssim', 'gradient', 'qabf', 'vif', 'scd', 'sd', 'ssim_min'), 1.)
     for ct in (torch.rand(2, 1, 64, 64), torch.zeros(2, 1, 64, 64)):
         model, mri = trained_like(width=8), torch.rand(2, 1, 64, 64) * (ct > 0)
         values = wavelet_loss(model(ct, mri), ct, mri, terms)
