@@ -260,7 +260,7 @@ def test_parameter_groups(model):
 # The loss
 
 def test_every_term_on_black_and_on_equal_images():
-    weights = {name: 1.0 for name in ('ssim', 'gradient', 'intensity', 'qabf', 'vif', 'scd')}
+    weights = {name: 1.0 for name in ('ssim', 'gradient', 'intensity', 'qabf', 'vif', 'scd', 'sd', 'ssim_min')}
     for image in (torch.zeros(1, 1, 64, 64), torch.rand(1, 1, 64, 64)):
         fused = image.clone().requires_grad_()
         terms = fusion_loss(fused, image, image, weights)
@@ -273,6 +273,20 @@ def test_a_term_of_weight_zero_is_not_computed():
         raise AssertionError
     images = torch.rand(3, 1, 1, 32, 32)
     assert set(fusion_loss(*images, {'ssim': 1.0, 'perceptual': 0.0, 'vif': 0.0}, never)) == {'loss', 'ssim'}
+
+
+def test_the_lesions_of_a_recipe_reach_the_loss(model, dataset):
+    asked = []
+
+    def lesions(network):
+        asked.append(network)
+        return torch.tensor(0.5)
+
+    batch = next(iter(torch.utils.data.DataLoader(TrainingPairs(dataset), batch_size=2)))
+    with torch.no_grad():
+        plain = training_step(model, batch, Config())
+        terms = training_step(model, batch, Config(w_lesion=2.0), lesions)
+    assert asked == [model] and terms['lesion'] == 0.5 and torch.isclose(terms['loss'], plain['loss'] + 1)
 
 
 def test_perceptual_loss_margin():

@@ -39,6 +39,17 @@ def test_black_stays_black_and_equal_slices_stay_as_they_are(cycle_spin):
     torch.testing.assert_close(same, image, atol=1e-5, rtol=0)
 
 
+def test_white_bone_stays_white_and_nothing_else_changes():
+    ct, mri = torch.rand(1, 1, 40, 40) * 0.9, torch.rand(1, 1, 40, 40)
+    ct[..., 10:20, 10:20] = 1
+    plain, white = trained_like(width=8), trained_like(width=8, white_bone=True)
+    white.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        one, other = plain(ct, mri), white(ct, mri)
+    bone = ct == 1
+    assert (other[bone] == 1).all() and (one[bone] < 1).any() and (one[~bone] == other[~bone]).all()
+
+
 def test_haar_transform_keeps_energy_and_inverts():
     image, haar = torch.rand(3, 1, 34, 58), HaarTransform()
     bands = haar(image)
