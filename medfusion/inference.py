@@ -289,23 +289,24 @@ def _margin(model):
         return 256
     return -(-radius // 64) * 64
 
-# %% ../nbs/06_inference.ipynb #98fc9784
+# %% ../nbs/06_inference.ipynb #4b4e170e
 def fuse(ct, mri, model='wavelet', device='auto', tile=1024):
     """The fused image, of the kind and depth of `ct`.
 
     ct, mri: arrays (H, W) of uint8, uint16 or floats in [0, 1]; PIL images; tensors (H, W), (1, H, W) or (B, 1, H, W);
     or file names, for which an array in the depth of the CT file comes back. At least 16 pixels a side. An RGB `mri`
     (arrays (H, W, 3), tensors (3, H, W) or (B, 3, H, W)) is fused in luminance and keeps its chroma: the result is RGB.
-    An RGB `ct` is read as luminance.
+    An RGB `ct` is read as luminance, but one with colours beside a grey `mri` is refused: they would be lost.
     model: 'wavelet', 'resnet', the path of a checkpoint, or a network or function `model(ct, mri)` (`device` is then
     that of the network).
     tile: images with a longer side are fused in tiles of this side, a multiple of 64.
     Raises ValueError or FileNotFoundError with a sentence.
     """
-    first = read_image(ct) if isinstance(ct, (str, Path)) else ct
-    second = _read_colour(mri) if isinstance(mri, (str, Path)) else mri
-    x, y = luminance(_to_tensor(first)), _to_tensor(second)
+    first, second = (_read_colour(image) if isinstance(image, (str, Path)) else image for image in (ct, mri))
+    x, y = _to_tensor(first), _to_tensor(second)
     _check_sizes(x, y)
+    _check_colours(x, y)
+    x = luminance(x)
     if tile < 64 or tile % 64:
         raise ValueError(f'tile is {tile}; it must be a multiple of 64, for tiles begin on the grid of the network.')
     fused = _fuse_tensors(_network(model, device), x, luminance(y), tile)
@@ -317,6 +318,13 @@ def _read_colour(path):
     array = read_image(path, color=True)
     grey = array.ndim == 3 and (array == array[..., :1]).all()
     return np.ascontiguousarray(array[..., 0]) if grey else array
+
+
+def _check_colours(ct, mri):
+    "Raises ValueError where only the first image has colours, by more than 8 of 255 levels: only the second's are kept."
+    if ct.shape[1] == 3 and mri.shape[1] == 1 and (ct - ct[:, :1]).abs().max() > 8 / 255:
+        raise ValueError('The first image is in colour and the second is grey, and only the colours of the second are '
+                         'kept; give them in the other order (the MRI, then PET or SPECT), or make the first grey.')
 
 
 def _check_sizes(ct, mri):
@@ -448,7 +456,7 @@ def _fingerprint(network) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/06_inference.ipynb #ae45160c
+# %% ../nbs/06_inference.ipynb #6c1699d0
 def _ahead(pool, task, items, depth):
     "Yields (item, future of task(item)) in order, while up to `depth` later ones are being worked on."
     waiting = deque()
@@ -469,10 +477,11 @@ def _chunks(items, size):
 
 def _read_pair(pair):
     "The luminance of the CT, the MRI (grey or RGB) and the CT's type, read and checked."
-    first = read_image(pair.ct)
+    first = _read_colour(pair.ct)
     ct, mri = _to_tensor(first), _to_tensor(_read_colour(pair.mri))
     _check_sizes(ct, mri)
-    return ct, mri, first.dtype
+    _check_colours(ct, mri)
+    return luminance(ct), mri, first.dtype
 
 # %% ../nbs/06_inference.ipynb #7c794109
 def _fuse_batch(network, batch, report, pool, bar):

@@ -280,7 +280,9 @@ def test_colour_in_every_kind(pair, tmp_path):
     assert np.array_equal(fuse(ct, tmp_path / 'pet.png', maximum), fused)
     write_image(tmp_path / 'grey.png', np.repeat(ct[..., None], 3, axis=2))
     assert fuse(ct, tmp_path / 'grey.png', maximum).shape == ct.shape      # grey in three channels is grey
-    assert fuse(colour, ct, maximum).shape == ct.shape                      # an RGB CT is read as luminance
+    assert fuse(np.stack([ct] * 3, axis=2), ct, maximum).shape == ct.shape  # a grey CT in three channels is grey
+    with pytest.raises(ValueError, match='The first image is in colour .* other order'):
+        fuse(colour, ct, maximum)
 
 
 # Tiles
@@ -399,6 +401,16 @@ def test_colour_folder(folders):
     report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
     assert report.ok and read_image(folders / 'out' / names[0], color=True).shape == (40, 40, 3)
     assert read_image(folders / 'out' / names[2]).dtype == np.uint16
+
+
+def test_colours_in_the_wrong_folder_are_refused(folders):
+    name = names_in(folders / 'CT')[0]
+    colour = np.zeros((*read_image(folders / 'CT' / name).shape, 3), np.uint8)
+    colour[8:30, 8:30] = 200, 90, 10
+    write_image(folders / 'CT' / name, colour)
+    report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
+    assert list(report.failed) == [name] and 'in the other order' in report.failed[name]
+    assert not (folders / 'out' / name).exists()
 
 
 def test_a_full_disk_fails_the_pair_and_leaves_nothing(folders):
