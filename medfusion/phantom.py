@@ -651,9 +651,12 @@ def lesion_loss(fused, ct, mri, lesion, ring, margin=1.05):
 class LesionCrops:
     """Square crops around the lesions of phantom heads, with their masks.
 
-    size: side of a crop in pixels, of slices of 256; cases, slices, seed: as of `phantom_slices`.
+    size: side of a crop in pixels, of slices of 256; cases, slices, seed: as of `phantom_slices`. Raises `ValueError`
+    for a size that does not fit, and for slices none of which shows a lesion.
     """
     def __init__(self, size=80, cases=24, slices=6, seed=1):
+        if not 16 <= size <= 256:
+            raise ValueError(f'Crops of {size} pixels cannot be cut from slices of 256; give 16 to 256.')
         self.size, self.stacks = size, []
         for cut in phantom_slices(cases, slices, seed=seed):
             for kind in _lesion_kinds():
@@ -661,6 +664,8 @@ class LesionCrops:
                 if inside.any() and ring.any():
                     images = [to_depth(cut.ct, np.uint8), to_depth(cut.mri, np.uint8), inside, ring]
                     self.stacks.append(torch.from_numpy(np.stack(images).astype(np.uint8)))
+        if not self.stacks:
+            raise ValueError(f'None of the {cases} × {slices} slices shows a lesion; draw more cases or slices.')
 
     def __repr__(self):
         return f'LesionCrops: {self.size} pixels a side around {len(self.stacks)} lesions'

@@ -187,6 +187,13 @@ def test_lesion_crops_hold_a_lesion_and_its_surroundings(crops):
     assert (drawn['ring'].sum((1, 2, 3)) > 0).float().mean() > .9
 
 
+@pytest.mark.parametrize('arguments, words', [
+    (dict(size=300), 'Crops of 300 pixels'), (dict(cases=0), 'None of the 0 × 6 slices')])
+def test_lesion_crops_that_cannot_be(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        LesionCrops(**arguments)
+
+
 def test_lesion_crops_follow_the_random_states_that_a_run_saves(crops):
     torch.manual_seed(3)
     one, other = crops.draw(4), crops.draw(4)
