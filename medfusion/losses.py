@@ -65,14 +65,20 @@ def ssim(x, y):
     return _ssim_per_source(x, y)[:, 0]
 
 # %% ../nbs/02_losses.ipynb #5dd388b0
-def ssim_loss(fused, ct, mri):
-    """One minus the mean SSIM of the fused images with their sources: a scalar from 0 to 2, 0 if all are equal.
+def ssim_loss(fused, ct, mri, of='mean'):
+    """One minus the SSIM of the fused images with their sources: a scalar from 0 to 2, 0 if all are equal.
 
-    fused, ct and mri are float images (B, 1, H, W) in [0, 1]; the settings are those of `ssim`. Differentiable,
-    finite on black images. Raises ValueError on shapes that do not match.
+    fused, ct and mri are float images (B, 1, H, W) in [0, 1]; the settings are those of `ssim`. of: 'mean' of both
+    sources, or 'min', the smaller SSIM of each pair. Differentiable, finite on black images. Raises ValueError on
+    another `of` and on shapes that do not match.
     """
     _check_images(fused, ct, mri)
-    return 1 - _ssim_per_source(fused, torch.cat([ct, mri], 1)).mean()
+    per_source = _ssim_per_source(fused, torch.cat([ct, mri], 1))  # (B, 2)
+    if of == 'mean':
+        return 1 - per_source.mean()
+    if of == 'min':
+        return 1 - per_source.amin(1).mean()
+    raise ValueError(f"The SSIM that counts must be of 'mean' or 'min', not {of!r}.")
 
 # %% ../nbs/02_losses.ipynb #bee3ca94
 def sobel(x):

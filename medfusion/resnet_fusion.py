@@ -407,7 +407,7 @@ def loss_terms(fused, ct, mri, gradient_gain=1.0):
             'vif': lambda: -sum((of_source + 1e-3).log().mean() for of_source in metrics.vif_of_pair(fused, ct, mri)),
             'scd': lambda: 2 - metrics.scd(fused, ct, mri).mean(),
             'sd': lambda: _missing_contrast(fused, ct, mri),
-            'ssim_min': lambda: 1 - torch.minimum(losses.ssim(fused, ct), losses.ssim(fused, mri)).mean()}
+            'ssim_min': lambda: losses.ssim_loss(fused, ct, mri, of='min')}
 
 
 def _missing_contrast(fused, ct, mri, margin=1.02):

@@ -172,7 +172,7 @@ def wavelet_loss(fused, ct, mri, weights, gradient_gain=1.0, lesion=None):
         'vif': lambda: log_vif(fused, ct, mri),
         'scd': lambda: 2 - metrics.scd(fused, ct, mri).mean(),
         'sd': lambda: missing_contrast(fused, ct, mri),
-        'ssim_min': lambda: 1 - torch.minimum(losses.ssim(fused, ct), losses.ssim(fused, mri)).mean(),
+        'ssim_min': lambda: losses.ssim_loss(fused, ct, mri, of='min'),
         'lesion': lesion,
     }
     unknown = set(weights) - set(terms)

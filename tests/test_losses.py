@@ -45,6 +45,15 @@ def test_ssim_identity_symmetry_range():
     assert torch.allclose(ssim(black, black), torch.ones(2)) and ssim(black, white).max() < 1e-3
 
 
+def test_ssim_loss_of_the_worse_source_of_each_pair():
+    f, c, m = torch.rand(3, 4, 1, 40, 40)
+    f[0] = c[0]
+    worse = torch.minimum(ssim(f, c), ssim(f, m))
+    assert torch.isclose(ssim_loss(f, c, m, of='min'), 1 - worse.mean(), atol=1e-6)
+    with pytest.raises(ValueError, match="'mean' or 'min', not 'max'"):
+        ssim_loss(f, c, m, of='max')
+
+
 def test_ssim_loss_is_the_mean_over_sources_and_batch():
     f, c, m = images(3)
     expected = 1 - (ssim(f, c) + ssim(f, m)).mean() / 2
