@@ -19,7 +19,7 @@ from medfusion.baselines import laplacian_pyramid, maximum
 from medfusion.data import CTMRIDataset
 from medfusion.inference import load_model
 from medfusion.phantom import write_phantom
-from medfusion.viewer import explore
+from medfusion.explorer import explore
 
 
 def methods_of(models):

@@ -19,7 +19,7 @@ def write_pairs(root, pairs, size):
     "Writes `pairs` phantom pairs of 8 bits to root/CT and root/MRI."
     import numpy as np
 
-    from medfusion.data import to_depth, write_image
+    from medfusion.files import to_depth, write_image
     from medfusion.phantom import phantom_slice
     heads = [phantom_slice('1', i, slices=8, size=size) for i in range(8)]
     for folder in ('CT', 'MRI'):
@@ -36,7 +36,7 @@ def measure(threads, root, model, device, batch_size):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
     import torch
 
-    from medfusion.data import read_image, to_float
+    from medfusion.files import read_image, to_float
     from medfusion.inference import fuse_folder, load_model
     torch.set_num_threads(threads)
     network = load_model(model, device)

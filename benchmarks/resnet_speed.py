@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from medfusion.data import CTMRIDataset
 from medfusion.phantom import write_phantom
 from medfusion.resnet_fusion import Config, FeatureCache, ResNetFusion, TrainingPairs, parameter_groups, training_step
-from medfusion.training import seed_everything
+from medfusion.runs import seed_everything
 
 
 def measured(task, repeats):

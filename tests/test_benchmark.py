@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medfusion.data import read_image, write_image
+from medfusion.files import read_image, write_image
 from medfusion.phantom import write_phantom
-from medfusion.training import save_checkpoint
+from medfusion.runs import save_checkpoint
 from medfusion.wavelet_fusion import WaveletFusion
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs' / '90_benchmark.ipynb'

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ('resnet_based_fusion.ipynb', 'trainable-wavelet-fusion.ipynb', '07_viewer.ipynb')
+NOTEBOOKS = ('resnet_based_fusion.ipynb', 'trainable-wavelet-fusion.ipynb', '40_explorer.ipynb')
 CHROMIUM_ARGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
                  '--disable-component-update', '--disable-sync']
 # No news from the network, and every cell in the page (by default JupyterLab holds only the cells near the window).

@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.data import read_image, to_depth, write_image
+from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
-from medfusion.training import save_checkpoint, sha256_of
+from medfusion.files import sha256_of
+from medfusion.runs import save_checkpoint
 
 
 def medfusion(*arguments):

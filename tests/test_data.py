@@ -1,4 +1,4 @@
-"""What 00_data.ipynb does not show: unusual files, broken ones, full disks, interrupted downloads."""
+"""What 02_data.ipynb does not show: unusual files, broken ones, full disks, interrupted downloads."""
 import json
 import os
 import pickle
@@ -17,9 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import medfusion.data as data
-from medfusion.data import (CTMRIDataset, case_of, check_split, crop_pair, download_harvard, fill_dataset, harvard_split,
-                            inspect_dataset, list_pairs, prepare_dataset, read_image, split_by_case, to_depth, to_float,
-                            write_image, write_split_info)
+from medfusion.data import (CTMRIDataset, case_of, check_split, crop_pair, download_harvard, fill_dataset,
+                            harvard_split, inspect_dataset, prepare_dataset, split_by_case, write_split_info)
+from medfusion.files import list_pairs, read_image, to_depth, to_float, write_image
 
 
 def noise(seed=0, shape=(24, 20), dtype=np.uint8):
@@ -668,7 +668,7 @@ def server(tmp_path, monkeypatch):
     make_flat(site / 'CT-MRI', cases=sum(harvard_split().values(), []), slices=1)
     names = [name for name in tree(site) if name.endswith('.png')]
     registry = {'repository': 'nobody/nothing', 'commit': 'c0ffee',
-                'sha256': {name: data._sha256(site / name) for name in names}}
+                'sha256': {name: files._sha256(site / name) for name in names}}
     monkeypatch.setattr(data, 'harvard_registry', lambda: registry)
     monkeypatch.setattr('time.sleep', lambda seconds: None)  # pooch waits before it tries again
 

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import nn
 
 from medfusion import inference
-from medfusion.data import read_image, to_depth, write_image
+from medfusion.files import read_image, to_depth, write_image
 from medfusion.inference import fuse, fuse_folder, load_model, receptive_radius, shipped_models
 from medfusion.phantom import phantom_slice
-from medfusion.training import save_checkpoint, sha256_of
+from medfusion.files import sha256_of
+from medfusion.runs import save_checkpoint
 
 
 class Strided(nn.Module):

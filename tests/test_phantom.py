@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from medfusion.data import CTMRIDataset, case_of, check_split, read_image, to_depth
-from medfusion.phantom import (LesionCrops, LesionTerm, contrast_to_noise, label_names, lesion_contrast, lesion_loss,
-                               phantom_slice, phantom_slices, write_phantom)
+from medfusion.data import CTMRIDataset, case_of, check_split
+from medfusion.files import read_image, to_depth
+from medfusion.anatomy import label_names
+from medfusion.losses import LesionCrops, LesionTerm, lesion_loss
+from medfusion.metrics import contrast_to_noise, lesion_contrast
+from medfusion.phantom import phantom_slice, phantom_slices, write_phantom
 
 LESIONS = 'calcification', 'haemorrhage', 'oedema', 'tumour'
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medfusion.phantom import write_phantom
-from medfusion.training import notebook_parameters
+from medfusion.runs import notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -14,10 +14,11 @@ from torchvision.models import ResNet50_Weights, resnet50
 from medfusion import resnet_fusion
 from medfusion.data import CTMRIDataset
 from medfusion.phantom import write_phantom
-from medfusion.resnet_fusion import (Config, FeatureCache, ResNetBackbone, ResNetFusion, TrainingPairs, find_backbone,
-                                     fusion_loss, load_backbone, parameter_groups, perceptual_loss,
-                                     training_sets, training_step)
-from medfusion.training import notebook_parameters, open_parts, sha256_of
+from medfusion.backbone import ResNetBackbone, find_backbone, load_backbone
+from medfusion.resnet_fusion import (Config, FeatureCache, ResNetFusion, TrainingPairs, fusion_loss, parameter_groups,
+                                     perceptual_loss, training_sets, training_step)
+from medfusion.files import sha256_of
+from medfusion.runs import notebook_parameters, open_parts
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import torch
 from medfusion.inference import load_model, shipped_models
 from medfusion.metrics import measure
 from medfusion.phantom import phantom_slice
-from medfusion.training import sha256_of
+from medfusion.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HARVARD = ROOT.parent / 'shared/harvard'

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from medfusion import training
-from medfusion.training import (CheckpointFiles, check_parameters, claim_folder, fit, load_checkpoint, nbs_dir,
-                                notebook_parameters, read_parameters, resolve_path, save_checkpoint, sha256_of,
-                                write_atomically)
+from medfusion.files import sha256_of, write_atomically
+from medfusion.runs import (CheckpointFiles, check_parameters, claim_folder, load_checkpoint, nbs_dir,
+                            notebook_parameters, read_parameters, resolve_path, save_checkpoint)
+from medfusion.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -592,7 +593,7 @@ def test_no_clone_anywhere(tmp_path, monkeypatch):
 PAPERMILL_RUN = '''import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from medfusion.training import read_parameters
+from medfusion.runs import read_parameters
 import test_training as toy
 import torch
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from medfusion.data import CTMRIDataset
 from medfusion.phantom import write_phantom
-from medfusion.viewer import (Box, Explorer, SliceStore, View, as_array, blend, checkerboard, contact_sheet, difference,
-                              explore, inset, largest_disagreement, map_overlay, maps_figure, mosaic, overlay, panel,
-                              png_bytes, training_curves, view_modes, view_tiles, window_level)
+from medfusion.explorer import Explorer, SliceStore, View, contact_sheet, explore, png_bytes, view_modes, view_tiles
+from medfusion.figures import (Box, as_array, blend, checkerboard, difference, inset, largest_disagreement,
+                               map_overlay, maps_figure, mosaic, overlay, panel, training_curves, window_level)
 
 NBS = Path(__file__).resolve().parents[1] / 'nbs'
 SHAPES = [(16, 16), (33, 20), (64, 81)]
@@ -239,7 +239,7 @@ def test_a_slice_is_fused_once(explorer):
 
 def test_a_change_draws_once(explorer, monkeypatch):
     draws, sheet = [], contact_sheet
-    monkeypatch.setattr('medfusion.viewer.contact_sheet', lambda tiles: draws.append(1) or sheet(tiles))
+    monkeypatch.setattr('medfusion.explorer.contact_sheet', lambda tiles: draws.append(1) or sheet(tiles))
     explorer.controls['slice'].value = 3
     assert len(draws) == 1
     explorer.controls['case'].value = '2'
