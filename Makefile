@@ -1,34 +1,47 @@
-# Everything here needs Python 3.11 or newer, make and git; the rest is installed into .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Everything here needs Python 3.11 or newer with its venv, make and git; the rest is installed into .venv.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$python"; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+LOCKED := $(VENV)/.locked
 READY := $(VENV)/.ready
+# Two processes work side by side, so each computes with one thread; the environment may say otherwise.
+export OMP_NUM_THREADS ?= 1
+FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test lab export notebooks benchmark browser lock
+.PHONY: help demo test long fuzz any-cpu count lab export notebooks tables benchmark browser lock
 help:            ## say what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 22
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
-# Made when it is missing or older than the lock, and not otherwise.
-$(READY): requirements.lock
-	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "medfusion needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	"$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -c 'import cv2' 2>/dev/null \
-	  || { echo "OpenCV lacks a system library ($$($(BIN)/python -c 'import cv2' 2>&1 | tail -n 1)); on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0" >&2; exit 1; }
+# Each is made when it is missing or older than what it installs, and not otherwise.
+$(LOCKED): requirements.lock
+	@.ci/set-up "$(PYTHON)" $(VENV)
+	@touch $@
+$(READY): $(LOCKED) settings.ini setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(READY)   ## train, evaluate and show both methods on a synthetic data set
 	$(BIN)/python .ci/demo.py fill
-	$(BIN)/medfusion train wavelet --run demo -p checkpoint_dir=results/trainable_wavelet_fusion/demo/checkpoints
-	$(BIN)/medfusion train resnet --run demo -p checkpoint_dir=results/resnet_fusion/demo/checkpoints \
-	  -p backbone_weights=medfusion -p epochs=3
+	$(BIN)/medfusion train wavelet --run demo -p replace=true
+	$(BIN)/medfusion train resnet --run demo -p replace=true -p backbone_weights=medfusion -p epochs=3
 	$(BIN)/python .ci/demo.py report
 
 test: $(READY)   ## pass every check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --pause 0.5
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+	.ci/leaves-nothing $(BIN)/nbdev_test --n_workers 2 --pause 0.2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long'
+
+long: $(READY)   ## the checks that take long: faults, engines, memory
+	$(BIN)/python -m pytest -q -m long
+
+fuzz: $(READY)   ## search for inputs that break a promise, for FUZZ_SECONDS=600
+	.ci/fuzz $(BIN)/python $(FUZZ_SECONDS)
+
+any-cpu: $(READY)    ## pass every check as if on other CPUs, one change at a time
+	.ci/any-cpu
+
+count: $(READY)  ## the length of the exported cells, and which cells break the rule
+	@$(BIN)/python tests/notebook_rule.py
 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
@@ -40,12 +53,14 @@ export: $(READY) ## clean the notebooks and write the package from them
 notebooks: $(READY)  ## execute all notebooks on the phantom for the outputs that are committed
 	$(BIN)/python .ci/execute_notebooks.py
 
+tables: $(READY) ## write the tables of README.md and MODEL_CARD.md from recorded results
+	$(BIN)/python .ci/tables.py
+
 benchmark: $(READY)  ## compare all methods on the phantom's test cases
 	$(BIN)/medfusion benchmark
 
 browser: $(READY)    ## drive the notebooks in JupyterLab with a real browser
 	MEDFUSION_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q -s tests/test_browser.py
 
-lock: $(READY)   ## freeze what is installed
-	.ci/lock $(BIN)/pip > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock
-	touch $(READY)
+lock:            ## resolve the requirements of settings.ini anew, for every platform
+	.ci/lock "$(PYTHON)"

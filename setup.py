@@ -18,7 +18,7 @@ setup(
     license='Apache-2.0',
     keywords=settings['keywords'],
     packages=['medfusion'],
-    package_data={'medfusion': ['*.json']},
+    package_data={'medfusion': ['*.json', '*.csv', 'shipped/*/*']},
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
     extras_require={'dev': settings['dev_requirements'].split()},

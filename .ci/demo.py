@@ -1,12 +1,10 @@
 """The two ends of `make demo`: fill an empty Dataset/ with the phantom, and judge what was trained on it."""
-import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = {'wavelet fusion': ROOT / 'results/trainable_wavelet_fusion/demo', 'ResNet fusion': ROOT / 'results/resnet_fusion/demo'}
 
 
 def fill_if_empty():
@@ -21,39 +19,40 @@ def fill_if_empty():
     print(inspect_dataset(folder))
 
 
-def shortfalls(numbers):
-    "Where the trained wavelet network does not beat the average: a list of sentences."
-    found = []
-    table = numbers['metrics']
-    for column in ('SF', 'SD'):
-        ours, average = table['wavelet fusion'][column], table['average'][column]
-        if not ours > average:
-            found.append(f'{column} is {ours:.3f}, that of the average {average:.3f}.')
-    kept = numbers['lesions_kept'] or {}
-    for lesion, average in kept.get('average', {}).items():
-        if not kept['wavelet fusion'][lesion] > average:
-            found.append(f'{lesion} keeps {kept["wavelet fusion"][lesion]:.2f} of its contrast-to-noise, in the average {average:.2f}.')
-    return found
+def demo_runs():
+    "The folders of the demonstration's runs, one for each method that has one."
+    from medfusion.inference import methods
+    folders = [ROOT / 'results' / method.directory / 'demo' for method in methods().values()]
+    return [folder for folder in folders if (folder / 'run.json').is_file()]
 
 
 def report():
-    "Print tables and pictures; exit status 1 if the wavelet network does not beat the average."
-    numbers = {name: json.loads((folder / 'run.json').read_text())['numbers'] for name, folder in RUNS.items()}
-    table = numbers['wavelet fusion']['metrics'] | {'ResNet fusion': numbers['ResNet fusion']['metrics']['ResNet fusion']}
-    print('\nMeans over the test pairs (cvpr conventions; the ResNet network has had only a few epochs):')
-    print(pd.DataFrame(table).T.round(3).to_string())
-    kept = numbers['wavelet fusion']['lesions_kept']
+    "Print tables and pictures; exit status 1 where the first trained network does not beat the average."
+    from medfusion.runs import read_run
+    folders = demo_runs()
+    numbers = [read_run(folder)['numbers'] for folder in folders]
+    means, kept = ({name: row for run in numbers for name, row in (run[what] or {}).items()} for what in ('means', 'lesions_kept'))
+    print('\nMeans over the test pairs (cvpr conventions; each network has had only a few epochs):')
+    print(pd.DataFrame(means).T.round(3).to_string())
     if kept:
-        print('\nContrast-to-noise of the lesions, as a fraction of that in the source that shows them best:')
+        print('\nContrast-to-noise of the lesions, as a share of that in the source that shows them best:')
         print(pd.DataFrame(kept).T.round(2).to_string())
     print('\nPictures:')
-    for folder in RUNS.values():
+    for folder in folders:
         for path in [*sorted(folder.glob('*.png')), folder / 'fused', folder / 'executed.ipynb']:
             print(f'  {path.relative_to(ROOT)}')
-    found = shortfalls(numbers['wavelet fusion'])
+    found = shortfalls(next(iter(means)), means, kept)
     for sentence in found:
         print(f'The trained network does not beat the average: {sentence}', file=sys.stderr)
     return 1 if found else 0
+
+
+def shortfalls(network, means, kept):
+    "Where a network does not beat the average: a list of sentences."
+    found = [f'{column} is {means[network][column]:.3f}, that of the average {means["average"][column]:.3f}.'
+             for column in ('SF', 'SD') if not means[network][column] > means['average'][column]]
+    return found + [f'{lesion} keeps {kept[network][lesion]:.2f} of its contrast-to-noise, in the average {share:.2f}.'
+                    for lesion, share in kept.get('average', {}).items() if not kept[network][lesion] > share]
 
 
 if __name__ == '__main__':

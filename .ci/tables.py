@@ -1,0 +1,137 @@
+"""Write the tables of README.md, MODEL_CARD.md and results/README.md from recorded results, between their comments.
+
+    tables.py           writes them (make tables)
+    tables.py --check   exits with 1 if a text differs from the record
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from medfusion.evaluation import markdown_table, replace_blocks, reported_columns, write_tables
+from medfusion.inference import load_model, methods, shipped_models
+from medfusion.runs import load_checkpoint, read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = ROOT / 'results' / 'recorded'
+# The commands that make the records; each is printed above its table.
+COMMANDS = {
+    'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
+                "medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[wavelet, resnet, run:defaults]'"],
+    'cases_34_41': ["medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
+                    '-p published=results/published/peers_cases_34_41.csv'],
+    'phantom': ['medfusion data phantom results/phantom',
+                'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
+                '-p mri_dir=results/phantom/test/MRI'],
+}
+TITLES = {'wavelet': 'wavelet (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults',
+          'laplacian_pyramid': 'Laplacian pyramid', 'wavelet_maximum': 'wavelet rule', 'guided_filter': 'guided filter',
+          'copy_ct': 'copy of CT', 'copy_mri': 'copy of MRI'}
+SHIPPED = [TITLES['wavelet'], TITLES['resnet']]
+
+
+def with_command(record, table):
+    "The commands that make a record, and a table of it."
+    return '```sh\n' + '\n'.join(COMMANDS[record]) + f'\n```\n\n{table}'
+
+
+def recorded(record, table='summary'):
+    "A CSV table of a recorded run, its methods called by their titles."
+    frame = pd.read_csv(RECORDED / record / f'{table}.csv')
+    return frame.assign(method=frame.method.map(lambda name: TITLES.get(name, name)))
+
+
+def means(record, first=None):
+    "The reported columns of a recorded run, by mean rank."
+    table = recorded(record).set_index('method')[reported_columns()].head(first)
+    return markdown_table(table, bold=SHIPPED)
+
+
+def ranked(record, first=None):
+    "Mean rank and the ranked columns of a recorded run."
+    columns = read_run(RECORDED / record)['parameters']['columns']
+    table = recorded(record).set_index('method')[['mean_rank', *columns]].head(first)
+    table['mean_rank'] = table.mean_rank.map('{:.2f}'.format)
+    return markdown_table(table.rename(columns={'mean_rank': 'mean rank'}), bold=SHIPPED)
+
+
+def comparison(record):
+    "Sentences: where a shipped network is better or worse than whichever other method is best in a column."
+    tests, sentences, published = recorded(record, 'significance'), [], ' (published)'
+    for name in SHIPPED:
+        own = tests[(tests.method == name) & (tests.rival == 'best in the column')]
+        parts = []
+        for verdict, word in (('better', 'ahead in'), ('worse', 'behind in'), ('open', 'not told apart in')):
+            there = [f'{row.column} ({row.against.removesuffix(published)})' for row in own[own.verdict == verdict].itertuples()]
+            parts += [f'{word} {", ".join(there)}'] if there else []
+        worst = own[own.verdict != 'open'].p_holm.max()
+        sentences.append(f'{name}: {"; ".join(parts)}; Holm-corrected p at most {worst:.1g}, a paired Wilcoxon test over {own.over.iloc[0]}.')
+    return '\n'.join(f'* {sentence}' for sentence in sentences)
+
+
+def lesions():
+    "What each method keeps of each kind of lesion of the synthetic head."
+    kept = pd.DataFrame(read_run(RECORDED / 'phantom')['numbers']['lesions_kept']).T.rename_axis('method')
+    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri'], ['calcification', 'haemorrhage', 'oedema', 'tumour']]
+    return markdown_table(kept.rename(index=TITLES).map('{:.2f}'.format), bold=SHIPPED)
+
+
+def networks():
+    "The shipped networks: file, size, weights (those that were trained; a frozen backbone has a row of its own), best epoch, recipe."
+    rows, shipped, frozen = [], ROOT / 'medfusion' / 'shipped', 0
+    for name in [*shipped_models(), 'backbone']:
+        folder = shipped_models()[name].path.parent if name in shipped_models() else shipped / 'resnet50_backbone'
+        about = json.loads((folder / 'metadata.json').read_text(encoding='utf-8'))
+        file, weights = folder / about['checkpoint'], frozen
+        if name in shipped_models():
+            sizes = {key: weight.numel() for key, weight in load_model(name, 'cpu').named_parameters()}
+            weights = sum(sizes.get(key, 0) for key in load_checkpoint(file)['state_dict'])
+            frozen = sum(sizes.values()) - weights
+        rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.1f} MB)', f'{weights:,}',
+                     about['epoch'], f'`{about["recipe"].split(" ")[0]}`', f'`{about["sha256"][:12]}…`'))
+    columns = ['network', 'file in `medfusion/shipped/`', 'weights', 'best epoch', 'recipe', 'SHA-256']
+    return markdown_table(pd.DataFrame(rows, columns=columns).set_index('network'))
+
+
+def notebooks():
+    "Every notebook with its module and its one line."
+    rows, told = [], {method.notebook for method in methods().values()}
+    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: '13' if path.name in told else path.name)
+    for path in order:
+        cells = [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
+        line = re.search(r'^> (.*(?:\n(?=\S).*)*)', cells[0], re.MULTILINE)
+        module = next((found[1] for cell in cells if (found := re.search(r'#\s*\|\s*default_exp (\w+)', cell))), '')
+        rows.append((f'[{path.stem}](../nbs/{path.name})', f'`medfusion.{module}`' if module else '', ' '.join(line[1].split())))
+    return markdown_table(pd.DataFrame(rows, columns=['notebook', 'module', 'what it is']).set_index('notebook'))
+
+
+def peers():
+    "Where the published networks come from."
+    table = pd.read_csv(ROOT / 'results' / 'published' / 'networks.csv', dtype=str, index_col='method')
+    return markdown_table(table.rename(columns={'trained_for': 'trained for', 'seconds_per_pair': 's per 256×256 pair, one CPU thread'}))
+
+
+def blocks():
+    "{file: {name of a block: its text}}."
+    total = len(recorded('cases_34_41'))
+    pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 5))}\n\nThe first 5 of {total} by mean rank. Against the best of all others, column by column:'
+    case_41, kept = with_command('case_41', means('case_41')), with_command('phantom', lesions())
+    return {'README.md': {'case 41': case_41, 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
+            'docs/notebooks.md': {'notebooks': notebooks()},
+            'MODEL_CARD.md': {'networks': networks(), 'case 41': case_41, 'lesions': kept},
+            'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
+
+
+def stale():
+    "The files whose text differs from the record."
+    return [file for file, parts in blocks().items() if replace_blocks(text := (ROOT / file).read_text(encoding='utf-8'), parts) != text]
+
+
+if __name__ == '__main__':
+    if '--check' in sys.argv:
+        old = stale()
+        sys.exit(f'{", ".join(old)}: text and record differ; make tables writes them anew.' if old else 0)
+    for name, parts in blocks().items():
+        print(f'{name}: {"written anew" if write_tables(ROOT / name, parts) else "as recorded"}')

@@ -1,0 +1,75 @@
+"""What all tests share: markers, the budgets of Hypothesis, and a temporary directory of their own in which nothing may stay."""
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
+settings.register_profile('quick', derandomize=True, max_examples=20, deadline=None, database=None)
+settings.register_profile('fuzz', max_examples=1000, deadline=None)
+settings.load_profile('quick')
+
+
+class Leftovers:
+    "Gives a test process its own temporary directory, and remembers after which test each file that stays there was first seen."
+
+    def __init__(self, folder):
+        self.folder, self.seen = Path(folder), {}
+        os.environ['TMPDIR'] = str(folder)
+        tempfile.tempdir = None   # read TMPDIR anew
+
+    def names(self):
+        "What is there, but for the folders of pytest, of the other processes, and torch's cache, which importing it makes."
+        return {path.name for path in self.folder.iterdir() if not path.name.startswith(('pytest-of-', 'worker-', 'torchinductor_'))}
+
+    def pytest_runtest_logfinish(self, nodeid):
+        for name in self.names() - self.seen.keys():
+            self.seen[name] = nodeid
+
+    def sentences(self):
+        "What is still there, as sentences."
+        return [f'{name} (first seen after {self.seen.get(name, "the last test")})' for name in sorted(self.names())]
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: takes long; `make long` runs it and `make test` does not')
+    if hasattr(config, 'workerinput'):   # one of the processes of pytest-xdist, inside the directory of the first
+        folder = Path(tempfile.gettempdir()) / f'worker-{config.workerinput["workerid"]}'
+        folder.mkdir()
+    else:
+        folder = Path(tempfile.mkdtemp(prefix='medfusion-tests-'))
+    config.leftovers = Leftovers(folder)
+    config.left_by_workers = []
+    config.pluginmanager.register(config.leftovers)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    "After the last test: a worker hands its list on, the first process fails the run if anything is left."
+    config = session.config
+    found = config.leftovers.sentences()
+    if hasattr(config, 'workeroutput'):
+        config.workeroutput['leftovers'] = found
+    elif found + config.left_by_workers and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.left_by_workers += getattr(node, 'workeroutput', {}).get('leftovers', [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = config.leftovers.sentences() + config.left_by_workers
+    if found:
+        terminalreporter.section('left in the temporary directory', red=True)
+        for sentence in ['Whoever makes a temporary file removes it (tmp_path, or TemporaryDirectory in a with).', *found]:
+            terminalreporter.line(sentence)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, 'leftovers') and not hasattr(config, 'workerinput'):
+        shutil.rmtree(config.leftovers.folder, ignore_errors=True)
