@@ -1,25 +1,32 @@
-"""What 02_data.ipynb does not show: unusual files, broken ones, full disks, interrupted downloads."""
+"""What 02_data.ipynb does not show: unusual names and folders, broken slices, full disks, interrupted fillings and downloads."""
 import json
 import os
 import pickle
 import resource
+import signal
+import sys
 import threading
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 import medfusion.data as data
-from medfusion.data import (CTMRIDataset, case_of, check_split, crop_pair, download_harvard, fill_dataset,
-                            harvard_split, inspect_dataset, prepare_dataset, split_by_case, write_split_info)
-from medfusion.files import list_pairs, read_image, to_depth, to_float, write_image
+from medfusion.data import (CTMRIDataset, case_of, check_names, check_sides, check_split, crop_pair, data_root,
+                            download_harvard, fill_dataset, harvard_split, inspect_dataset, prepare_dataset,
+                            recorded_files, split_by_case, split_files, write_split_info)
+from medfusion.files import list_pairs, read_image, read_json, sha256_of, to_float, write_image
+
+
+FUZZ = int(os.environ.get('MEDFUSION_FUZZ', 1))  # how many times the usual budget; more than one draws new examples
+BUDGET = settings(max_examples=50 * FUZZ, derandomize=FUZZ == 1, deadline=None, database=None,
+                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def noise(seed=0, shape=(24, 20), dtype=np.uint8):
@@ -46,238 +53,7 @@ def flat(tmp_path):
     return make_flat(tmp_path / 'flat')
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('suffix', ['.png', '.PNG', '.bmp', '.tif', '.TIFF'])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-@pytest.mark.parametrize('shape', [(17, 33), (16, 16, 3), (1, 1)])
-def test_lossless_formats_give_back_what_was_written(tmp_path, suffix, dtype, shape):
-    image, path = noise(1, shape, dtype), tmp_path / f'a{suffix}'
-    if dtype == np.uint16 and suffix == '.bmp':
-        with pytest.raises(ValueError, match='16 bits to 8'):
-            write_image(path, image)
-        assert tree(tmp_path) == []
-        return
-    write_image(path, image)
-    again = read_image(path, color=True)
-    assert again.dtype == dtype and np.array_equal(again, image)
-    assert read_image(path).shape == shape[:2]
-    assert tree(tmp_path) == [path.name]
-
-
-def test_jpeg(tmp_path):
-    image = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
-    write_image(tmp_path / 'a.jpg', image)
-    assert np.abs(read_image(tmp_path / 'a.jpg').astype(int) - image).max() <= 4
-
-
-def test_non_contiguous_arrays_are_written(tmp_path):
-    image = noise(2, (20, 30, 3))
-    write_image(tmp_path / 'a.png', image[:, ::-1])
-    assert np.array_equal(read_image(tmp_path / 'a.png', color=True), image[:, ::-1])
-    write_image(tmp_path / 'b.png', image[:, ::2, 0].T)
-    assert np.array_equal(read_image(tmp_path / 'b.png'), image[:, ::2, 0].T)
-
-
-@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA'])
-@pytest.mark.parametrize('suffix', ['.png', '.tif'])
-def test_every_kind_of_grey_file_is_the_same_slice(tmp_path, mode, suffix):
-    image = (noise(3) > 127).astype(np.uint8) * 255
-    path = tmp_path / f'a{suffix}'
-    Image.fromarray(image).convert(mode).save(path)
-    assert np.array_equal(read_image(path), image)
-
-
-def test_transparency(tmp_path):
-    picture = Image.fromarray(noise(3)).convert('RGBA')
-    picture.putalpha(Image.fromarray(noise(4)))
-    picture.save(tmp_path / 'a.png')
-    assert np.array_equal(read_image(tmp_path / 'a.png'), noise(3))
-    picture.save(tmp_path / 'a.tif')  # libtiff multiplies such greys by their opacity
-    with pytest.raises(ValueError, match='TIFF with transparency'):
-        read_image(tmp_path / 'a.tif')
-
-
-def test_rgb_is_luminance_and_in_rgb_order(tmp_path):
-    image = noise(5, (20, 20, 3))
-    Image.fromarray(image).save(tmp_path / 'a.png')
-    assert np.array_equal(read_image(tmp_path / 'a.png', color=True), image)
-    luminance = image @ [0.299, 0.587, 0.114]
-    assert np.abs(read_image(tmp_path / 'a.png') - luminance).max() <= 0.51
-    write_image(tmp_path / 'deep.png', image.astype(np.uint16) * 257)
-    assert np.abs(read_image(tmp_path / 'deep.png') - 257 * luminance).max() <= 2
-
-
-@pytest.mark.parametrize('dtype', [np.float32, np.float64])
-def test_float_tiff(tmp_path, dtype):
-    image = np.linspace(0, 1, 400).reshape(20, 20).astype(dtype)
-    cv2.imwrite(str(tmp_path / 'a.tif'), image)
-    assert read_image(tmp_path / 'a.tif').dtype == np.float32
-    assert np.array_equal(read_image(tmp_path / 'a.tif'), image.astype(np.float32))
-
-
-@pytest.mark.parametrize('value', [np.nan, np.inf, -0.001, 1.001, -1024])
-def test_float_tiff_with_a_value_that_is_no_grey(tmp_path, value):
-    image = np.full((20, 20), 0.5, np.float32)
-    image[3, 4] = value
-    cv2.imwrite(str(tmp_path / 'a.tif'), image)
-    with pytest.raises(ValueError, match=r'a\.tif holds float pixels that are NaN or outside \[0, 1\]'):
-        read_image(tmp_path / 'a.tif')
-
-
-def test_hounsfield_units_are_refused(tmp_path):
-    cv2.imwrite(str(tmp_path / 'a.tif'), noise(6).astype(np.int16) - 1024)
-    with pytest.raises(ValueError, match='int16 pixels; window it'):
-        read_image(tmp_path / 'a.tif')
-
-
-@pytest.mark.parametrize('how', ['opencv', 'pillow'])
-def test_a_stack_is_refused(tmp_path, how):
-    stack = [noise(seed) for seed in range(5)]
-    if how == 'opencv':
-        cv2.imwritemulti(str(tmp_path / 'a.tif'), stack)
-    else:
-        first, *rest = map(Image.fromarray, stack)
-        first.save(tmp_path / 'a.tif', save_all=True, append_images=rest)
-    with pytest.raises(ValueError, match=r'a\.tif holds 5 pages \(a 3-D stack\)'):
-        read_image(tmp_path / 'a.tif')
-
-
-@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.bmp', '.tif'])
-@pytest.mark.parametrize('size', [(40, 40), (40, 40, 3)])
-def test_a_truncated_file_is_refused_wherever_it_stops(tmp_path, suffix, size, capfd):
-    write_image(tmp_path / f'a{suffix}', noise(7, size))
-    whole = (tmp_path / f'a{suffix}').read_bytes()
-    for length in [1, 2, 8, 30, *range(60, len(whole), 131), *range(len(whole) - 13, len(whole))]:
-        (tmp_path / f'cut{suffix}').write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=rf'cut\{suffix} .*(truncated|not an image).*; .*\.$'):
-            read_image(tmp_path / f'cut{suffix}')
-    assert capfd.readouterr().err == ''  # the decoders' own complaints are not shown
-
-
-def test_a_truncated_planar_tiff_is_refused(tmp_path):
-    tifffile = pytest.importorskip('tifffile')
-    tifffile.imwrite(tmp_path / 'a.tif', noise(7, (3, 40, 40)), photometric='rgb', planarconfig='separate')
-    assert read_image(tmp_path / 'a.tif', color=True).shape == (40, 40, 3)
-    (tmp_path / 'a.tif').write_bytes((tmp_path / 'a.tif').read_bytes()[:-1000])  # the blue plane
-    with pytest.raises(ValueError, match='truncated'):
-        read_image(tmp_path / 'a.tif')
-
-
-@pytest.mark.parametrize('options', [{}, {'compression': 'zlib'}, {'tile': (16, 16)}, {'rowsperstrip': 8},
-                                     {'bigtiff': True}, {'byteorder': '>'}])
-def test_kinds_of_tiff(tmp_path, options):
-    tifffile = pytest.importorskip('tifffile')
-    for image in (noise(8, (40, 40), np.uint16), np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)):
-        tifffile.imwrite(tmp_path / 'a.tif', image, **options)
-        assert np.array_equal(read_image(tmp_path / 'a.tif'), image)
-
-
-def test_a_changed_byte_in_a_png_is_noticed(tmp_path):
-    write_image(tmp_path / 'a.png', noise(8, (40, 40)))
-    content = bytearray((tmp_path / 'a.png').read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / 'a.png').write_bytes(content)
-    with pytest.raises(ValueError, match='truncated or damaged'):
-        read_image(tmp_path / 'a.png')
-
-
-def test_files_that_hold_no_image(tmp_path):
-    (tmp_path / 'empty.png').touch()
-    (tmp_path / 'text.png').write_text('CT of the head\n' * 20)
-    (tmp_path / 'folder.png').mkdir()
-    (tmp_path / 'slice.dcm').write_bytes(bytes(128) + b'DICM')
-    for name, error, sentence in (('empty.png', ValueError, 'is empty'), ('text.png', ValueError, 'is not an image'),
-                                  ('folder.png', FileNotFoundError, 'no file'), ('none.png', FileNotFoundError, 'no file'),
-                                  ('slice.dcm', ValueError, 'does not end in .png')):
-        with pytest.raises(error, match=sentence) as caught:
-            read_image(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('image', [np.zeros((4, 4)), np.zeros((4, 4), bool), np.zeros((4, 4, 4), np.uint8),
-                                   np.zeros((1, 4, 4), np.uint8), np.zeros(4, np.uint8), np.zeros((0, 4), np.uint8)])
-def test_what_is_no_slice_is_not_written(tmp_path, image):
-    with pytest.raises(ValueError, match='needs a uint8 or uint16 array'):
-        write_image(tmp_path / 'a.png', image)
-    assert tree(tmp_path) == []
-
-
-def test_writing_needs_a_folder_and_a_known_suffix(tmp_path):
-    with pytest.raises(FileNotFoundError, match='make it first'):
-        write_image(tmp_path / 'none/a.png', noise())
-    with pytest.raises(ValueError, match='does not end in'):
-        write_image(tmp_path / 'a.gif', noise())
-    assert tree(tmp_path) == []
-
-
-def in_little_space(function, *arguments, limit=3000):
-    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            function(*arguments)
-        except OSError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with open(reader, encoding='utf-8') as answer:
-        return answer.read()
-
-
-def test_no_space_left_for_an_image(tmp_path):
-    path = tmp_path / 'a.png'
-    write_image(path, noise(1, (10, 10)))
-    before = path.read_bytes()
-    message = in_little_space(write_image, path, noise(2, (99, 99)))
-    assert message == f"[Errno 27] Cannot write (File too large), and nothing was left half-written: '{path}'"
-    assert tree(tmp_path) == ['a.png'] and path.read_bytes() == before
-
-
-def test_no_space_left_for_a_data_set(tmp_path):
-    source, root = make_flat(tmp_path / 'flat', shape=(99, 99)), tmp_path / 'new/Dataset'
-    before = tree(tmp_path)
-    message = in_little_space(prepare_dataset, source, root)
-    assert message == ("[Errno 27] Cannot fill the data set (File too large), and nothing was left half-written: "
-                       f"'{root}'")
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
-def test_a_full_device_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.Path, 'with_name', lambda path, name: tmp_path / 'full')
-    (tmp_path / 'full').symlink_to('/dev/full')
-    with pytest.raises(OSError, match='Cannot write .No space left on device.*a.png'):
-        write_image(tmp_path / 'a.png', noise())
-    assert tree(tmp_path) == []
-
-
-# --- floats ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_depth_survives_the_way_through_floats(dtype):
-    every = np.arange(np.iinfo(dtype).max + 1).astype(dtype)
-    assert to_float(every).dtype == np.float32 and to_float(every).max() == 1
-    assert np.array_equal(to_depth(to_float(every), dtype), every)
-
-
-def test_floats_that_are_no_greys():
-    for bad in (np.array([0, np.nan]), np.array([0, 1.5]), np.array([1, 2])):
-        with pytest.raises(ValueError, match=r'in \[0, 1\]'):
-            to_float(bad)
-    with pytest.raises(ValueError, match='NaN'):
-        to_depth(np.array([0, np.nan]), np.uint8)
-    with pytest.raises(ValueError, match='uint8 or uint16'):
-        to_depth(np.array([0.]), np.int32)
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, case', [('34010.png', '34'), ('2005.tif', '2'), ('patient7_012.png', 'patient7_'),
                                         ('a.b010.png', 'a.b'), ('010.png', '010'), ('head.png', 'head')])
@@ -285,37 +61,22 @@ def test_case_of(name, case):
     assert case_of(name) == case
 
 
-def test_a_one_sided_slice_is_named(flat):
-    (flat / 'MRI/1000.png').rename(flat / 'MRI/1000.tif')
-    (flat / 'CT/20001.png').unlink()
-    with pytest.raises(ValueError) as caught:
-        list_pairs(flat / 'CT', flat / 'MRI')
-    assert str(caught.value) == (
-        f'CT slice 1000.png has no MRI slice of the same name in {flat / "MRI"}; remove it or add the MRI. '
-        f'MRI slice 1000.tif (like 20001.png) has no CT slice of the same name in {flat / "CT"}; '
-        'remove it or add the CT.')
+def test_names_that_tell_the_case():
+    for names in (['34010.png', '35010.png', '2005.png'], [f'{case}{index:03d}.png' for case in (1, 2) for index in (0, 5)],
+                  ['patient034_001.png', 'patient035_001.png'], ['p1_0500.png', 'p1_0501.png'], ['0950.png']):
+        check_names(names)
+    for names, sentence in ((['p1_0999.png', 'p1_1000.png'], 'p1_0999.png and p1_1000.png in here may be slices of one'),
+                            (['p_1950.png', 'p_2001.png'], 'of one patient or of two'),
+                            (['0500.png', '1500.png'], '0500.png and 1500.png'),
+                            (['34010.png', 'pA_s1.png'], 'The case of pA_s1.png in here cannot be told'),
+                            (['001.png', '002.png'], 'The case of 001.png')):
+        with pytest.raises(ValueError, match=sentence):
+            check_names(names, where='here')
+        check_names(names, lambda name: name[0])  # a rule of one's own is taken at its word
 
 
-def test_missing_empty_and_false_folders(flat):
-    (flat / 'empty').mkdir()
-    (flat / 'empty/notes.txt').write_text('none here')
-    (flat / 'file').write_text('no folder')
-    for name, error, sentence in (('none', FileNotFoundError, 'There is no folder'), ('empty', ValueError, 'holds no slice'),
-                                  ('file', ValueError, 'is a file, not a folder')):
-        for folders in ((flat / name, flat / 'MRI'), (flat / 'CT', flat / name)):
-            with pytest.raises(error, match=sentence) as caught:
-                CTMRIDataset(*folders)
-            assert str(flat / name) in str(caught.value)
-
-
-def test_what_is_not_a_slice_does_not_count(flat):
-    for name in ('.DS_Store', '._1000.png', 'README.md', '.1000.png.77.tmp'):
-        (flat / 'CT' / name).write_text('clutter')
-    (flat / 'CT/.ipynb_checkpoints').mkdir()
-    pairs = list_pairs(str(flat / 'CT'), str(flat / 'MRI'))
-    names = [pair.name for pair in pairs]
-    assert names == sorted(names) and len(names) == 8
-    assert pairs[0].ct == flat / 'CT/1000.png' and pairs[0].mri == flat / 'MRI/1000.png'
+def test_one_case_in_two_unicode_forms():
+    assert case_of('Jos\u00e9010.png') == case_of('Jose\u0301011.png')
 
 
 # --- the data set ----------------------------------------------------------------------------------------------------
@@ -380,6 +141,7 @@ def coordinates(folder, shape):
     return folder / 'CT', folder / 'MRI'
 
 
+@pytest.mark.filterwarnings('ignore:.*nearly black')
 @pytest.mark.parametrize('shape, crop, expected', [((30, 30), None, (30, 30)), ((30, 22), None, (30, 22)),
                                                    ((30, 22), 16, (16, 16)), ((31, 33), (16, 20), (16, 20)),
                                                    ((31, 33), (31, 33), (31, 33))])
@@ -397,13 +159,15 @@ def test_augmentation_keeps_the_pair_together(tmp_path, shape, crop, expected):
     assert len(seen) >= corners if crop in (None, (31, 33)) else len(seen) > corners
 
 
+@pytest.mark.filterwarnings('ignore:.*nearly black')
 def test_crop_without_augmentation_is_the_middle(tmp_path):
     dataset = CTMRIDataset(*coordinates(tmp_path, (31, 33)), crop=16)
     assert (dataset[0]['ct'] * 255).round()[0, 0, 0] == 6 and (dataset[0]['mri'] * 255).round()[0, 0, 0] == 8
     with pytest.raises(ValueError, match='A window of 40×40 does not fit into a slice of 31×33'):
         CTMRIDataset(*(tmp_path / modality for modality in ('CT', 'MRI')), crop=40)
-    with pytest.raises(ValueError, match='does not fit'):
-        crop_pair(noise(), noise(), 0)
+    for crop in (0, 4.5, 'x', (8, 8, 8), (-8, 8), True + 0.5):
+        with pytest.raises(ValueError, match='A crop is a whole number of pixels'):
+            crop_pair(noise(), noise(), crop)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(flat):
@@ -437,13 +201,13 @@ def test_slices_are_read_once_while_there_is_room(tmp_path, monkeypatch, dtype):
             write_image(tmp_path / modality / f'1{index:03d}.png', noise((index,), (20, 24), dtype))
     dataset = CTMRIDataset(tmp_path / 'CT', tmp_path / 'MRI')
     items, pairs = [dataset[i] for i in range(3)], dataset.pairs
-    monkeypatch.setattr(data, 'read_pair', lambda pair: pytest.fail(f'{pair.name} is read again'))
+    monkeypatch.setattr(data, 'read_pair', lambda pair, *more, **options: pytest.fail(f'{pair.name} is read again'))
     for again, item in zip(dataset, items):
         item['ct'].zero_()  # what a caller does to an item does not reach the next one
         assert torch.equal(again['ct'], torch.from_numpy(to_float(read_image(tmp_path / 'CT' / item['name'])))[None])
     monkeypatch.undo()
     bytes_of_two = 2 * 2 * 20 * 24 * np.dtype(dtype).itemsize
-    assert list(data._read_all(pairs, None, room=bytes_of_two)[1]) == [0, 1]
+    assert list(data.read_pairs(pairs, room=bytes_of_two)[1]) == [0, 1]
     dataset._kept.clear()
     assert torch.equal(dataset[2]['ct'], dataset[2]['mri'])  # without room it is read when it is asked for
 
@@ -475,6 +239,8 @@ def test_split_by_case():
     for val, test in ((2, 2), (-1, 1), (5, 0)):
         with pytest.raises(ValueError, match='4 cases cannot give'):
             split_by_case(cases, val, test)
+    with pytest.raises(ValueError, match='A seed is 0 or more, not -1'):
+        split_by_case(cases, seed=-1)
 
 
 @pytest.fixture
@@ -501,7 +267,10 @@ def test_a_given_split(flat, tmp_path):
     assert info['held_out'] == ['20', '21'] and '20' not in {entry['case'] for entry in info['files'].values()}
     for bad, sentence in (({'train': ['1'], 'val': ['2'], 'test': ['16']}, 'Case 20 of .* is in no part'),
                           ({**split, 'val': ['2', '3']}, 'holds no slice of case 3'),
-                          ({**split, 'held_out': ['20', '2']}, 'Case 2 is on two sides')):
+                          ({**split, 'held_out': ['20', '2']}, 'Case 2 is on two sides'),
+                          ({**split, 'val': ['1', '2']}, 'Case 1 is on two sides in the split: train and val'),
+                          ({'trian': ['1'], 'val': ['2'], 'test': ['16', '20']}, "'trian' .* did you mean 'train'"),
+                          ({**split, 'test': '16'}, "The part 'test' of the split is '16'; give a list")):
         with pytest.raises(ValueError, match=sentence):
             prepare_dataset(flat, tmp_path / 'Other', bad)
     assert tree(tmp_path / 'Dataset') and not (tmp_path / 'Other').exists()
@@ -544,7 +313,7 @@ def test_check_split_notices(dataset):
     (dataset / name).unlink()
     assert f'{dataset / name} is missing' in complaint()
     (dataset / name).write_bytes(content + b'\0')
-    assert f'{dataset / name} has changed' in complaint()
+    assert f'{dataset / name} and its SHA-256 in split_info.json do not agree' in complaint()
     (dataset / name).write_bytes(content)
     (dataset / 'test/MRI/99001.png').write_bytes(content)
     assert f'{dataset / "test/MRI/99001.png"} is not listed' in complaint()
@@ -561,7 +330,13 @@ def test_check_split_notices(dataset):
     (dataset / 'split_info.json').write_text('{"format": "medfusion-spl')
     assert 'is not JSON' in complaint()
     (dataset / 'split_info.json').write_text('[]')
-    assert 'is not a record' in complaint()
+    assert 'holds no JSON object' in complaint()
+    for wrong in ({'format': 1}, {'cases': ['1']}, {'cases': {'train': '12'}}, {'cases': {'trian': ['1']}}, {'held_out': None},
+                  {'files': []}, {'files': {'train/CT/1000.png': 'sha'}}, {'files': {'../x.png': record['files'][name]}},
+                  {'files': {name: {'case': '1', 'sha256': 'x'}}}):
+        (dataset / 'split_info.json').write_text(json.dumps({**record, **wrong}))
+        assert 'split_info.json' in complaint() and 'anew' in complaint()
+        assert any('split_info.json' in problem for problem in inspect_dataset(dataset).problems)
     (dataset / 'split_info.json').unlink()
     assert 'There is no' in complaint(FileNotFoundError)
 
@@ -586,6 +361,60 @@ def test_labels_are_part_of_the_record(tmp_path):
     (tmp_path / 'train/labels/7001.png').unlink()
     with pytest.raises(ValueError, match='is missing'):
         check_split(tmp_path)
+
+
+# --- whatever a record may hold ---------------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+
+
+@BUDGET
+@given(st.sampled_from(['format', 'rule', 'seed', 'source', 'cases', 'held_out', 'files', 'train', 'entry', 'all']), ANYTHING)
+def test_a_record_that_was_changed_is_a_sentence(tmp_path, key, value):
+    root = tmp_path / 'Dataset'
+    if not root.exists():
+        prepare_dataset(make_flat(tmp_path / 'flat', slices=1), root)
+        (tmp_path / 'good.json').write_bytes((root / 'split_info.json').read_bytes())
+    record = read_json(tmp_path / 'good.json')
+    if key == 'train':
+        record['cases']['train'] = value
+    elif key == 'entry':
+        record['files'][next(iter(record['files']))] = value
+    else:
+        record = value if key == 'all' else {**record, key: value}
+    (root / 'split_info.json').write_text(json.dumps(record))
+    report = inspect_dataset(root)
+    try:
+        check_split(root)
+    except ValueError as error:
+        assert 'split_info.json' in str(error) or 'on two sides' in str(error)
+        assert str(error) in report.problems
+    else:
+        assert report.problems == []
+
+
+@BUDGET
+@given(st.dictionaries(st.sampled_from(['train', 'val', 'test', 'held_out', 'Train']), ANYTHING, max_size=4))
+def test_a_split_is_whole_or_refused(split):
+    try:
+        checked = check_sides(split)
+    except ValueError as error:
+        assert str(error)
+    else:
+        members = [case for part in checked.values() for case in set(part)]
+        assert len(members) == len(set(members)) and set(checked) == set(split)
+
+
+@BUDGET
+@given(st.lists(st.text('ab12', min_size=1, max_size=3), max_size=12), st.integers(-1, 4), st.integers(-1, 4), st.integers(0, 99))
+def test_every_case_is_on_one_side(cases, val, test, seed):
+    if min(val, test) < 0 or val + test >= len(set(cases)):
+        with pytest.raises(ValueError, match='cannot give'):
+            split_by_case(cases, val, test, seed)
+        return
+    split = split_by_case(cases, val, test, seed)
+    assert sorted(sum(split.values(), [])) == sorted(set(cases)) and len(split['val']) == val and len(split['test']) == test
 
 
 # --- filling a folder ------------------------------------------------------------------------------------------------
@@ -615,14 +444,44 @@ def test_a_file_in_the_folders_place(flat, tmp_path):
     assert (tmp_path / 'Dataset').read_text() == 'a file'
 
 
-def test_replacing_takes_the_old_data_set_away_and_nothing_else(flat, dataset, tmp_path):
+def test_replacing_takes_what_our_record_lists_and_nothing_else(flat, dataset, tmp_path):
     make_flat(dataset / 'CT-MRI', cases=('5', '6', '7'))
+    for name in ('train/src/important.py', 'train/CT/notes.txt', 'train/CT/Thumbs.db', 'mine.txt'):
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_text('mine')
     prepare_dataset(dataset / 'CT-MRI', dataset, replace=True)
     assert sorted(sum(check_split(dataset)['cases'].values(), [])) == ['5', '6', '7']
     assert len(list_pairs(dataset / 'CT-MRI/CT', dataset / 'CT-MRI/MRI')) == 6
+    for name in ('train/src/important.py', 'train/CT/notes.txt', 'train/CT/Thumbs.db', 'mine.txt'):
+        assert (dataset / name).read_text() == 'mine'
     with pytest.raises(ValueError, match='lies in the data set that would be replaced'):
         prepare_dataset(dataset / 'train', dataset, replace=True)
     assert not [name for name in tree(tmp_path) if '.tmp' in name]
+
+
+def test_somebody_elses_folder_of_that_name_stays(flat, tmp_path):
+    for name in ('train/src/important.py', 'val.txt', 'train/figure.svg'):
+        (tmp_path / 'proj' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'proj' / name).write_text('mine')
+    with pytest.raises(FileExistsError, match='is not empty'):
+        prepare_dataset(flat, tmp_path / 'proj')
+    for _ in range(2):
+        check_split(prepare_dataset(flat, tmp_path / 'proj', replace=True))
+        assert (tmp_path / 'proj/train/src/important.py').read_text() == 'mine' and (tmp_path / 'proj/val.txt').exists()
+
+
+def test_slices_that_our_record_does_not_list_are_not_replaced(flat, dataset, tmp_path):
+    write_image(dataset / 'train/CT/99001.png', noise())
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=r'does not list \(train/CT/99001\.png\); move them away first'):
+        prepare_dataset(flat, dataset, replace=True)
+    (dataset / 'train/CT/99001.png').unlink()
+    (dataset / 'split_info.json').unlink()  # without a record nothing is ours
+    with pytest.raises(FileExistsError, match='does not list .*, ...'):
+        prepare_dataset(flat, dataset, replace=True)
+    assert tree(tmp_path) == [name for name in before if name not in ('Dataset/train/CT/99001.png', 'Dataset/split_info.json')]
+    with pytest.raises(FileExistsError, match='is no folder for a data set'):
+        prepare_dataset(flat, '/', replace=True)
 
 
 def test_a_failed_replacement_leaves_the_old_data_set(flat, dataset, tmp_path, monkeypatch):
@@ -632,16 +491,92 @@ def test_a_failed_replacement_leaves_the_old_data_set(flat, dataset, tmp_path, m
         raise RuntimeError
     assert tree(tmp_path) == before and check_split(dataset)
     move, calls = data.shutil.move, []
+    for fatal in (1, 5, 16, 17, 20, 32, 33):  # 16 files go out, 17 come in
 
-    def fails_at_the_sixth(source, target):  # four parts go out, the second of the new ones does not come in
-        calls.append(source)
-        if len(calls) == 6:
-            raise PermissionError('not today')
-        return move(source, target)
-    monkeypatch.setattr(data.shutil, 'move', fails_at_the_sixth)
+        def fails(source, target):
+            calls.append(source)
+            if len(calls) == fatal:
+                raise PermissionError('not today')
+            return move(source, target)
+        calls.clear()
+        monkeypatch.setattr(data.shutil, 'move', fails)
+        with pytest.raises(PermissionError):
+            prepare_dataset(flat, dataset, replace=True, seed=9)
+        assert tree(tmp_path) == before and check_split(dataset)['seed'] == 0
+    fresh = tmp_path / 'Fresh'
+    calls[:] = [None] * 30
     with pytest.raises(PermissionError):
-        prepare_dataset(flat, dataset, replace=True, seed=9)
-    assert tree(tmp_path) == before and check_split(dataset)['seed'] == 0
+        prepare_dataset(flat, fresh)
+    assert not [path for path in tree(fresh)]
+
+
+def test_a_killed_replacement_can_be_done_again(flat, dataset, tmp_path):
+    (dataset / 'train/CT/notes.txt').write_text('mine')
+    for after in (3, 16, 20, 32):
+        child = os.fork()
+        if child == 0:  # dies among the moves, without a chance to clean up
+            move, calls = data.shutil.move, []
+
+            def dies(source, target):
+                calls.append(source)
+                return os._exit(9) if len(calls) > after else move(source, target)
+            data.shutil.move = dies
+            prepare_dataset(flat, dataset, replace=True, seed=3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        with pytest.raises(ValueError, match=r'was being filled when that was cut short; fill it again'):
+            check_split(dataset)
+        assert set(recorded_files(dataset)) == set(split_files(dataset))  # what is there is known as ours
+        assert [name for name in tree(tmp_path) if '.tmp' in name]
+        with pytest.raises(FileExistsError):
+            prepare_dataset(flat, dataset)
+        check_split(prepare_dataset(flat, dataset, replace=True))
+        assert not [name for name in tree(tmp_path) if '.tmp' in name]  # the dead one's scratch folder neither
+        assert (dataset / 'train/CT/notes.txt').read_text() == 'mine'
+
+
+def test_two_fillings_of_one_folder(flat, tmp_path):
+    children = []
+    for seed in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                prepare_dataset(flat, tmp_path / 'Dataset', replace=True, seed=seed)
+            except FileExistsError:  # in a sentence: there was a moment with slices and no record
+                os._exit(7)
+            finally:
+                os._exit(0 if sys.exc_info()[0] is None else 1)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert set(codes) <= {0, 7} and 0 in codes
+    assert check_split(tmp_path / 'Dataset')['seed'] in [seed for seed, code in enumerate(codes) if code == 0]
+    assert not list(tmp_path.glob('.*'))
+
+
+def in_little_space(function, *arguments, limit=3000):
+    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            function(*arguments)
+        except OSError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, encoding='utf-8') as answer:
+        return answer.read()
+
+
+def test_no_space_left_for_a_data_set(tmp_path):
+    source, root = make_flat(tmp_path / 'flat', shape=(99, 99)), tmp_path / 'new/Dataset'
+    before = tree(tmp_path)
+    message = in_little_space(prepare_dataset, source, root)
+    assert message == ("[Errno 27] Cannot fill the data set (File too large), and nothing was left half-written: "
+                       f"'{root}'")
+    assert tree(tmp_path) == before
 
 
 def test_new_parents_are_made_only_on_success(flat, tmp_path):
@@ -659,6 +594,78 @@ def test_somebody_elses_data_set_is_not_overrun(tmp_path):
     assert tree(tmp_path) == ['Dataset', 'Dataset/val']
 
 
+# --- links and clutter -------------------------------------------------------------------------------------------------
+
+def test_a_data_set_of_links_is_the_data_set(dataset, tmp_path):
+    plain = inspect_dataset(dataset)
+    for part in ('train', 'val', 'test'):  # every folder on another disk
+        for modality in ('CT', 'MRI'):
+            (tmp_path / 'disk' / part).mkdir(parents=True, exist_ok=True)
+            (dataset / part / modality).rename(tmp_path / 'disk' / part / modality)
+            (dataset / part / modality).symlink_to(tmp_path / 'disk' / part / modality)
+    assert check_split(dataset)
+    linked = inspect_dataset(dataset)
+    assert linked.problems == [] and linked.files.equals(plain.files) and repr(linked) == repr(plain)
+    (tmp_path / 'blobs').mkdir()
+    for number, path in enumerate(sorted((tmp_path / 'disk').rglob('*.png'))):  # and every file in a store of blobs
+        path.rename(tmp_path / 'blobs' / f'{number:04x}')
+        path.symlink_to(tmp_path / 'blobs' / f'{number:04x}')
+    assert check_split(dataset) and inspect_dataset(dataset).files.equals(plain.files)
+    assert CTMRIDataset(dataset / 'train/CT', dataset / 'train/MRI').cases == check_split(dataset)['cases']['train']
+    again = prepare_dataset(tmp_path / 'flat', dataset, replace=True)  # replaces through the links
+    assert check_split(again) and (dataset / 'train/CT').is_symlink()
+
+
+def test_the_folder_that_was_given_decides(tmp_path):
+    (tmp_path / 'elsewhere/CT').mkdir(parents=True)
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/train').symlink_to(tmp_path / 'elsewhere')
+    assert data_root(tmp_path / 'data/train/CT') == tmp_path / 'data'
+    assert data_root(tmp_path / 'elsewhere/CT') is None and data_root('/CT') is None and data_root('/') is None
+
+
+def test_links_in_a_circle(dataset):
+    (dataset / 'train/CT/again').symlink_to(dataset / 'train')
+    assert check_split(dataset) and inspect_dataset(dataset).problems == []
+
+
+def test_clutter_stops_nothing(flat, dataset):
+    for folder in (*flat.iterdir(), *dataset.glob('*/*')):
+        for name in ('Thumbs.db', '.DS_Store', '._1000.png', 'README.txt'):
+            (folder / name).write_text('clutter')
+    assert inspect_dataset(dataset).problems == [] and check_split(dataset)
+    assert inspect_dataset(flat).problems == [] and len(CTMRIDataset(flat / 'CT', flat / 'MRI')) == 8
+    check_split(prepare_dataset(flat, dataset, replace=True))
+
+
+def test_a_record_from_a_system_that_writes_names_otherwise(flat, tmp_path):
+    for modality in ('CT', 'MRI'):
+        for path in sorted((flat / modality).iterdir()):
+            path.rename(path.with_name('M\u00e4rz' + path.name))
+    root = prepare_dataset(flat, tmp_path / 'Dataset')
+    for path in sorted(root.rglob('*.png')):
+        path.rename(path.with_name(path.name.replace('M\u00e4rz', 'Ma\u0308rz')))  # as a Mac would
+    assert check_split(root) and inspect_dataset(root).problems == []
+
+
+def test_twelve_bits_in_sixteen(flat, tmp_path):
+    for path in (flat / 'CT').iterdir():
+        write_image(path, noise(1, (24, 24)).astype(np.uint16) * 16)
+    with pytest.warns(UserWarning, match=r'CT: the largest value is 4064 of 65535.*value_range=\(0, 4095\)') as said:
+        CTMRIDataset(flat / 'CT', flat / 'MRI')
+    assert len(said) == 1  # not one for each slice
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', value_range=(0, 4080))
+    assert torch.allclose(dataset[0]['ct'], torch.from_numpy(to_float(noise(1, (24, 24)))), atol=1e-6)
+    assert torch.equal(dataset[0]['mri'][0], torch.from_numpy(to_float(read_image(flat / 'MRI/1000.png'))))  # 8 bits stay
+    dataset._kept.clear()
+    assert dataset[0]['ct'].max() > 0.9  # read again, with the range
+    problem, = inspect_dataset(flat).problems
+    assert problem.startswith('CT in all: the largest value is 4064 of 65535') and '--range 0,4095' in problem
+    assert inspect_dataset(flat, value_range=(0, 4095)).problems == []
+
+
 # --- the download ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -668,7 +675,7 @@ def server(tmp_path, monkeypatch):
     make_flat(site / 'CT-MRI', cases=sum(harvard_split().values(), []), slices=1)
     names = [name for name in tree(site) if name.endswith('.png')]
     registry = {'repository': 'nobody/nothing', 'commit': 'c0ffee',
-                'sha256': {name: files._sha256(site / name) for name in names}}
+                'sha256': {name: sha256_of(site / name) for name in names}}
     monkeypatch.setattr(data, 'harvard_registry', lambda: registry)
     monkeypatch.setattr('time.sleep', lambda seconds: None)  # pooch waits before it tries again
 
