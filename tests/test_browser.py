@@ -68,6 +68,8 @@ def lab(browser, tmp_path_factory):
     "JupyterLab on loopback over a copy of nbs/: (url, token, folder); those of the repository stay as they are."
     home = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT / 'nbs', home / 'work/nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    for part in ('params', 'results/recorded', 'results/published'):      # what the notebooks read
+        shutil.copytree(ROOT / part, home / 'work' / part)
     shutil.copy(ROOT / 'settings.ini', home / 'work')
     for name, values in LAB_SETTINGS.items():
         path = home / f'settings/@jupyterlab/{name}.jupyterlab-settings'
@@ -136,6 +138,57 @@ def press(page, key):
     return time.perf_counter() - start
 
 
+def changed(page, act):
+    "Does something and returns when the picture on the page is another one."
+    before = page.locator(PICTURE).first.get_attribute('src')
+    act()
+    page.wait_for_function('([selector, before]) => document.querySelector(selector).src !== before',
+                           arg=[PICTURE, before], timeout=20_000)
+    page.wait_for_timeout(300)  # the wheel and the hand may have asked for more than one picture
+
+
+def number(page, name):
+    "What a slider of the explorer says, by its description."
+    row = page.locator('.medfusion-explorer .widget-hslider').filter(has=page.get_by_text(name, exact=True)).first
+    return float(row.locator('.widget-readout').inner_text())
+
+
+def use_mouse(page, shots, stem):
+    "Zooms with the wheel, drags and points at the picture; the picture fits the window, in its own proportions."
+    picture = page.locator(PICTURE).first
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    natural = picture.evaluate('image => image.naturalWidth / image.naturalHeight')
+    assert abs(box['width'] / box['height'] / natural - 1) < .02, 'the picture is distorted'
+    assert box['height'] <= page.viewport_size['height'], 'the picture is higher than the window'
+    x, y = box['x'] + box['width'] * .1, box['y'] + box['height'] * .6
+    page.mouse.move(x, y)
+    changed(page, lambda: page.mouse.wheel(0, -300))
+    zoom, down = number(page, 'zoom'), number(page, 'down')
+    assert zoom > 1
+
+    def drag():
+        page.mouse.down()
+        page.mouse.move(x, y + 25, steps=5)
+        page.mouse.up()
+    changed(page, drag)
+    assert number(page, 'down') < down and number(page, 'zoom') == zoom
+    page.mouse.move(x + 5, y)
+    page.locator('.medfusion-explorer').get_by_text('row ').first.wait_for(timeout=10_000)
+    page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-mouse.png')
+
+
+def save_and_show_differences(page, shots, stem):
+    "Presses the mode and the button; the file is named in place."
+    explorer = page.locator('.medfusion-explorer').first
+    for mode in ('difference', 'maps'):
+        changed(page, lambda mode=mode: explorer.get_by_role('button', name=mode, exact=True).click())
+        explorer.screenshot(path=shots / f'{stem}-{mode}.png')
+    explorer.get_by_role('button', name='save this view').click()
+    explorer.get_by_text('Saved as').wait_for(timeout=10_000)
+    assert 'show_view(explorer' in explorer.get_by_text('Saved as').inner_text()
+
+
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_explorer_in_jupyterlab(lab, browser, name):
     url, token, folder = lab
@@ -161,6 +214,9 @@ def test_explorer_in_jupyterlab(lab, browser, name):
         press(page, 'ArrowRight')
         assert errors(page) == []
         page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-next-slice.png')
+        use_mouse(page, shots, stem)
+        save_and_show_differences(page, shots, stem)
+        assert errors(page) == []
     finally:
         page.screenshot(path=shots / f'{stem}-page.png')
         page.close()

@@ -1,17 +1,14 @@
-"What the pages of 01_phantom cannot show: many sizes, seeds and cases, speed, and bad arguments."
-import time
+"What the pages of the phantom cannot show: many sizes, seeds and cases, bad arguments, and that its pixels stay."
 from itertools import product
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
+from medfusion.anatomy import label_names
 from medfusion.data import CTMRIDataset, case_of, check_split
 from medfusion.files import read_image, to_depth
-from medfusion.anatomy import label_names
-from medfusion.losses import LesionCrops, LesionTerm, lesion_loss
-from medfusion.metrics import contrast_to_noise, lesion_contrast
+from medfusion.metrics import lesion_contrast
 from medfusion.phantom import phantom_slice, phantom_slices, write_phantom
 
 LESIONS = 'calcification', 'haemorrhage', 'oedema', 'tumour'
@@ -19,14 +16,14 @@ LESIONS = 'calcification', 'haemorrhage', 'oedema', 'tumour'
 
 @pytest.fixture(scope='module')
 def default_slices():
-    "The 96 slices of the default data set."
-    return [phantom_slice(case, index) for case in range(1, 13) for index in range(8)]
+    "The 96 slices of the default data set, at the smallest size that is painted as it is."
+    return list(phantom_slices(size=160))
 
 
-@pytest.mark.parametrize('size', [64, 65, (64, 80), (97, 71), 159, 160, (161, 200), 384])
+@pytest.mark.parametrize('size', [64, (97, 71), 159, 160, (161, 200)])
 def test_any_size(size):
     shape = (size, size) if isinstance(size, int) else size
-    for index in (0, 4, 7):
+    for index in (0, 7):
         cut = phantom_slice(3, index, size=size)
         for image in (cut.ct, cut.mri):
             assert image.shape == shape and image.dtype == np.float32
@@ -43,7 +40,7 @@ def test_same_head_at_every_size():
 
 def test_reproducible_in_any_order_and_thread_count():
     threads = cv2.getNumThreads()
-    first = {key: phantom_slice(*key, size=192) for key in product((1, 2, 3), (0, 3))}
+    first = {key: phantom_slice(*key, size=192) for key in product((1, 2), (0, 3))}
     cv2.setNumThreads(1)
     try:
         for key, cut in reversed(first.items()):
@@ -52,6 +49,19 @@ def test_reproducible_in_any_order_and_thread_count():
                 assert np.array_equal(getattr(cut, part), getattr(again, part)), (key, part)
     finally:
         cv2.setNumThreads(threads)
+
+
+@pytest.mark.parametrize('case, index, size, ct, mri, counts', [
+    (1, 4, 256, 0.20747, 0.19198, [6030, 8348, 7157]),
+    (2, 0, 192, 0.18762, 0.13278, [3354, 1091, 252]),
+    (5, 6, 64, 0.17487, 0.13034, [341, 501, 156]),
+    (12, 3, (97, 71), 0.18397, 0.1371, [539, 643, 713])])
+def test_pixels_stay_what_they_were(case, index, size, ct, mri, counts):
+    "Recorded numbers rest on the phantom's pixels. Other CPUs round otherwise, which moves single pixels of a label."
+    cut = phantom_slice(case, index, size=size)
+    assert abs(cut.ct.mean() - ct) < 2e-4 and abs(cut.mri.mean() - mri) < 2e-4
+    for name, count in zip(('skull', 'grey matter', 'white matter'), counts):
+        assert abs((cut.labels == list(label_names().values()).index(name)).sum() - count) <= 3 + .002 * count
 
 
 def test_seed_case_and_index_matter():
@@ -76,7 +86,7 @@ def test_backgrounds_and_grey_levels(default_slices):
     names = {name: number for number, name in label_names().items()}
     for cut in default_slices:
         corner = np.zeros(cut.ct.shape, bool)
-        corner[:16, :16] = corner[:16, -16:] = True
+        corner[:10, :10] = corner[:10, -10:] = True
         assert (cut.ct[corner] == 0).all() and (cut.mri[corner] * 255).mean() < 6, cut.name
         brain = np.isin(cut.labels, [names['grey matter'], names['white matter']])
         assert 70 < np.median(cut.ct[brain]) * 255 < 135, cut.name
@@ -86,13 +96,13 @@ def test_backgrounds_and_grey_levels(default_slices):
 def test_every_part_shows_all_lesions(default_slices):
     seen = {}
     for cut in default_slices:
-        numbers = [number for number in np.unique(cut.labels) if (cut.labels == number).sum() >= 12]
+        numbers = [number for number in np.unique(cut.labels) if (cut.labels == number).sum() >= 5]
         seen.setdefault(cut.case, set()).update({label_names()[number] for number in numbers} & set(LESIONS))
     assert len(seen) == 12 and all(seen.values())
     assert seen['9'] | seen['10'] == seen['11'] | seen['12'] == set(LESIONS)
 
 
-@pytest.mark.parametrize('seed', range(1, 6))
+@pytest.mark.parametrize('seed', (1, 2))
 def test_other_seeds_show_all_lesions_in_test(seed):
     seen = {label_names()[number] for case, index in product((11, 12), range(1, 7))
             for number in np.unique(phantom_slice(case, index, size=160, seed=seed).labels)}
@@ -104,20 +114,12 @@ def test_ct_sees_two_kinds_and_mri_the_others(default_slices):
     for cut in default_slices:
         table = lesion_contrast(cut.ct, cut.mri, cut.ct, cut.labels)
         for row in table.itertuples():
-            if (cut.labels == list(label_names().values()).index(row.lesion)).sum() > 60:
+            if (cut.labels == list(label_names().values()).index(row.lesion)).sum() > 24:
                 found[row.lesion].append((row.ct, row.mri))
     for lesion, values in found.items():
         ct, mri = np.median(values, axis=0)
         assert (ct > mri) == (lesion in ('calcification', 'haemorrhage')), (lesion, ct, mri)
         assert max(ct, mri) > 2, (lesion, ct, mri)
-
-
-def test_fast_enough():
-    phantom_slice(1, 0)
-    start = time.process_time()
-    for index in range(8):
-        phantom_slice(4, index)
-    assert time.process_time() - start < 10 * 8 / 96          # 96 slices in 10 s
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -129,30 +131,6 @@ def test_bad_arguments(arguments, words):
         phantom_slice(**arguments)
 
 
-def test_contrast_to_noise_by_hand():
-    labels = np.full((256, 256), 8, np.uint8)
-    labels[100:140, 100:140] = 17
-    image = np.indices(labels.shape).sum(0) % 2 * .2          # a chequerboard: mean 0.1, standard deviation 0.1
-    image[labels == 17] = .6
-    assert np.isclose(contrast_to_noise(image, labels, 'tumour'), 5, rtol=1e-2)
-    assert np.isclose(contrast_to_noise(2 * image + 3, labels, 'tumour'), contrast_to_noise(image, labels, 'tumour'))
-    assert np.isclose(contrast_to_noise(torch.from_numpy(image)[None, None], torch.from_numpy(labels), 'tumour'), 5, rtol=1e-2)
-    assert np.isnan(contrast_to_noise(image, labels, 'oedema'))
-    assert np.isnan(contrast_to_noise(image, np.full_like(labels, 17), 'tumour'))
-    assert np.isnan(contrast_to_noise(np.zeros(labels.shape), labels, 'tumour'))
-    with pytest.raises(ValueError, match='not a kind of lesion'):
-        contrast_to_noise(image, labels, 'cyst')
-
-
-def test_lesion_contrast_table():
-    cut = phantom_slice(12, 4)
-    table = lesion_contrast(cut.ct, cut.mri, cut.ct, cut.labels)
-    assert list(table.columns) == ['lesion', 'ct', 'mri', 'fused', 'kept'] and len(table) >= 1
-    assert np.allclose(table['kept'], table['fused'] / table[['ct', 'mri']].max(axis=1))
-    empty = lesion_contrast(cut.ct, cut.mri, cut.ct, np.zeros_like(cut.labels))
-    assert list(empty.columns) == list(table.columns) and len(empty) == 0
-
-
 def test_write_phantom(tmp_path):
     root = write_phantom(tmp_path / 'Dataset', cases=6, slices=2, size=(64, 72), seed=3)
     assert check_split(root)['cases'] == {'train': ['1', '2', '3', '4'], 'val': ['5'], 'test': ['6']}
@@ -160,7 +138,7 @@ def test_write_phantom(tmp_path):
     assert len(dataset) == 8 and case_of(dataset.names[0]) == dataset[0]['case'] == '1'
     cut = phantom_slice(6, 1, slices=2, size=(64, 72), seed=3)
     assert np.array_equal(read_image(root / 'test' / 'CT' / cut.name), to_depth(cut.ct, np.uint8))
-    assert np.array_equal(read_image(root / 'test' / 'labels' / cut.name), cut.labels)
+    assert np.array_equal(read_image(root / 'test' / 'labels' / cut.name, quiet=True), cut.labels)
 
 
 def test_write_phantom_replaces_only_when_told(tmp_path):
@@ -175,57 +153,3 @@ def test_too_few_cases(tmp_path):
     with pytest.raises(ValueError, match='3 or more'):
         write_phantom(tmp_path / 'new', cases=2, slices=1, size=64)
     assert not (tmp_path / 'new').exists()
-
-
-@pytest.fixture(scope='module')
-def crops():
-    return LesionCrops(size=48, cases=4, slices=4)
-
-
-def test_lesion_crops_hold_a_lesion_and_its_surroundings(crops):
-    drawn = crops.draw(32, torch.Generator().manual_seed(0))
-    assert {name: tuple(part.shape) for name, part in drawn.items()} == dict.fromkeys(drawn, (32, 1, 48, 48))
-    assert all(0 <= part.min() and part.max() <= 1 for part in drawn.values())
-    assert (drawn['lesion'].sum((1, 2, 3)) > 0).all() and (drawn['lesion'] * drawn['ring']).max() == 0
-    assert (drawn['ring'].sum((1, 2, 3)) > 0).float().mean() > .9
-
-
-@pytest.mark.parametrize('arguments, words', [
-    (dict(size=300), 'Crops of 300 pixels'), (dict(cases=0), 'None of the 0 × 6 slices')])
-def test_lesion_crops_that_cannot_be(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        LesionCrops(**arguments)
-
-
-def test_lesion_crops_follow_the_random_states_that_a_run_saves(crops):
-    torch.manual_seed(3)
-    one, other = crops.draw(4), crops.draw(4)
-    torch.manual_seed(3)
-    again = crops.draw(4)
-    assert all((one[name] == again[name]).all() for name in one) and (one['ct'] != other['ct']).any()
-
-
-def test_lesion_loss_has_finite_gradients_also_on_constant_images(crops):
-    drawn = crops.draw(4, torch.Generator().manual_seed(1))
-    for fused in (torch.zeros_like(drawn['ct']), torch.ones_like(drawn['ct']), drawn['ct'].clone()):
-        loss = lesion_loss(fused.requires_grad_(), **drawn)
-        loss.backward()
-        assert 0 <= loss <= 1 and fused.grad.isfinite().all()
-    empty = dict.fromkeys(drawn, torch.zeros(1, 1, 16, 16))
-    assert lesion_loss(torch.rand(1, 1, 16, 16), **empty).isfinite()
-
-
-def test_lesion_term_validates_on_the_same_crops_and_trains_on_others():
-    class Brighter(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gain = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, ct, mri):
-            return self.gain * torch.maximum(ct, mri)
-
-    term, model = LesionTerm(cases=3), Brighter()
-    model.eval()
-    assert term(model) == term(model)
-    model.train()
-    assert len({float(term(model).detach()) for _ in range(4)}) == 4

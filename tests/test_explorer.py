@@ -1,0 +1,408 @@
+"""The explorer: from a view to a picture, and what happens when controls and mouse change it."""
+import json
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medfusion.data import CTMRIDataset
+from medfusion.explorer import (Explorer, PairList, SliceStore, View, caption, contact_sheet, explore, legend, look_at,
+                                png_bytes, show_view, view_call, view_modes, view_tiles)
+from medfusion.figures import largest_disagreement
+from medfusion.phantom import write_phantom
+
+NBS = Path(__file__).resolve().parents[1] / 'nbs'
+SHAPES = [(16, 16), (33, 20), (64, 81)]
+
+
+def random_slices(shape, count=3, seed=0):
+    return list(np.random.default_rng(seed).random((count, *shape), np.float32))
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return write_phantom(tmp_path_factory.mktemp('explorer') / 'phantom', cases=6, slices=3, size=64)
+
+
+@pytest.fixture
+def explorer(root):
+    datasets = {part: CTMRIDataset(root / part / 'CT', root / part / 'MRI') for part in ('train', 'test')}
+    calls = []
+
+    def mean(ct, mri):
+        calls.append(ct.shape)
+        return (ct + mri) / 2
+    explorer = explore(datasets, {'mean': mean, 'larger': torch.maximum, 'ct': lambda ct, mri: ct},
+                       maps={'mean': lambda ct, mri: {'half': ct[..., ::2, ::2]}})
+    explorer.calls = calls
+    return explorer
+
+
+def shown(explorer):
+    "The picture of the explorer as an array."
+    return cv2.imdecode(np.frombuffer(explorer.picture.value, np.uint8), cv2.IMREAD_COLOR)
+
+
+# From a view to a PNG
+
+@pytest.mark.parametrize('mode', view_modes())
+@pytest.mark.parametrize('shape', SHAPES)
+def test_every_view_is_composed(mode, shape):
+    ct, mri, fused = random_slices(shape)
+    view = View(mode, window=0.6, zoom=2.5, centre=(0, 1))
+    tiles = view_tiles(ct, mri, {'net': fused}, {'net: mask': mri[::2]}, view)
+    sheet = contact_sheet(tiles)
+    assert sheet.dtype == np.uint8 and sheet.any()
+    assert np.array_equal(cv2.imdecode(np.frombuffer(png_bytes(sheet), np.uint8), cv2.IMREAD_COLOR)[..., ::-1], sheet)
+
+
+def test_every_sign_of_the_captions_has_a_picture():
+    missing = caption('\N{REPLACEMENT CHARACTER}\uFFFF', 60)[:, 20:]
+    signs = {sign: caption(sign, 60) for sign in '−×↑↓±ö'}
+    assert len({strip.tobytes() for strip in signs.values()}) == len(signs)
+    assert all(strip.any() for strip in signs.values()) and missing.any()
+
+
+@pytest.mark.parametrize('text', ['a', 'a method with quite a long name − MRI (× 8)', 'x' * 200])
+def test_captions_are_as_wide_as_their_tile(text):
+    assert caption(text, 256).shape == (24, 256, 3)
+
+
+@pytest.mark.parametrize('mode', ['difference', 'maps'])
+def test_colours_have_a_legend_as_wide_as_the_sheet(mode):
+    ct, mri, fused = random_slices((64, 64))
+    for count in range(1, 6):
+        methods = {f'net {number}': fused for number in range(count)}
+        tiles = view_tiles(ct, mri, methods, {name: mri for name in methods}, View(mode))
+        plain = contact_sheet(tiles)
+        sheet = contact_sheet(tiles, strip=legend(View(mode), plain.shape[1]))
+        assert sheet.shape[1] == plain.shape[1] and len(sheet) > len(plain)
+    assert legend(View('slices'), 400) is None
+
+
+@pytest.mark.parametrize('place', [(0, 0), (.3, .8), (.99, .01)])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_pixel_is_brought_to_a_place(shape, place):
+    pixel = [side // 2 for side in shape]
+    box = look_at(View(), shape, pixel, place, zoom=4).box(shape)
+    for at, fraction, start, side, whole in zip(pixel, place, box[:2], box[2:], shape):
+        assert abs(at - (start + fraction * side)) <= 1.5 or start in (0, whole - side)  # as near as whole pixels and edges allow
+
+
+@pytest.mark.parametrize('zoom', [1, 2, 3, 7.5, 100])
+@pytest.mark.parametrize('centre', [(0, 0), (0.5, 0.5), (1, 1), (0.02, 0.98)])
+def test_zoom_stays_inside_the_slice(zoom, centre):
+    box = View(zoom=zoom, centre=centre).box((64, 51))
+    assert min(box) >= 0 and min(box.height, box.width) >= 1
+    assert box.top + box.height <= 64 and box.left + box.width <= 51
+
+
+def test_magnified_pixels_stay_pixels():
+    tile = np.array([[0, 1], [1, 0]], np.float32)
+    assert set(np.unique(contact_sheet({'': tile})[24:])) == {0, 255}
+
+
+def test_unknown_view_and_nothing_to_show_are_said():
+    ct, mri, fused = random_slices((16, 16))
+    with pytest.raises(ValueError, match="no view mode 'sepia'"):
+        view_tiles(ct, mri, {'net': fused}, {}, View('sepia'))
+    with pytest.raises(ValueError, match='nothing to show'):
+        contact_sheet(view_tiles(ct, mri, {}, {}, View('difference')))
+
+
+# The explorer
+
+def test_explorer_draws_every_view(explorer):
+    pictures = set()
+    for mode in explorer.controls['mode'].options:
+        explorer.controls['mode'].value = mode
+        pictures.add(explorer.picture.value)
+    assert tuple(explorer.controls['mode'].options) == view_modes() and len(pictures) == len(view_modes())
+
+
+@pytest.mark.parametrize('name, value', [('slice', 2), ('window', 0.3), ('level', 0.2), ('zoom', 3), ('case', '2'),
+                                         ('dataset', 'test')])
+def test_every_control_changes_the_picture(explorer, name, value):
+    before = explorer.picture.value
+    explorer.controls[name].value = value
+    assert explorer.picture.value != before
+
+
+@pytest.mark.parametrize('mode, name, value', [('blend', 'alpha', 0.9), ('checkerboard', 'tile', 8),
+                                               ('slices', 'across', 0.1), ('slices', 'down', 0.1)])
+def test_controls_of_one_view_are_seen_only_there(explorer, mode, name, value):
+    assert explorer.controls[name].layout.display == 'none'
+    explorer.controls['mode'].value, explorer.controls['zoom'].value = mode, 2
+    assert explorer.controls[name].layout.display is None
+    before = explorer.picture.value
+    explorer.controls[name].value = value
+    assert explorer.picture.value != before
+
+
+def test_ticked_methods_are_shown_and_measured(explorer):
+    assert explorer.shown == ['mean', 'larger']
+    explorer.methods['ct'].value = True
+    explorer.methods['mean'].value = False
+    assert explorer.shown == ['larger', 'ct']
+    assert '<th>larger</th>' in explorer.numbers.value and '<th>mean</th>' not in explorer.numbers.value
+
+
+def test_cases_are_those_of_the_data_set(explorer):
+    for name, dataset in explorer.store.datasets.items():
+        explorer.controls['dataset'].value = name
+        assert explorer.controls['case'].options == tuple(dataset.cases)
+        for case in dataset.cases:
+            explorer.controls['case'].value = case
+            for number in range(1, explorer.controls['slice'].max + 1):
+                explorer.controls['slice'].value = number
+                assert dataset[explorer.picker.index]['case'] == case
+                assert dataset.names[explorer.picker.index] in explorer.status.value
+
+
+def test_a_new_case_starts_at_its_first_slice(explorer):
+    explorer.controls['slice'].value = 3
+    explorer.controls['case'].value = '2'
+    assert explorer.controls['slice'].value == 1
+
+
+def test_a_slice_is_fused_once(explorer):
+    for number in (1, 2, 3, 2, 1):
+        explorer.controls['slice'].value = number
+    explorer.controls['mode'].value = 'difference'
+    explorer.controls['window'].value = 0.4
+    assert explorer.calls == [(1, 1, 64, 64)] * 3
+
+
+def test_a_change_draws_once(explorer, monkeypatch):
+    draws, sheet = [], contact_sheet
+    monkeypatch.setattr('medfusion.explorer.contact_sheet', lambda *args, **more: draws.append(1) or sheet(*args, **more))
+    explorer.controls['slice'].value = 3
+    assert len(draws) == 1
+    explorer.controls['case'].value = '2'
+    assert len(draws) == 2
+    explorer.controls['dataset'].value = 'test'
+    assert len(draws) == 3
+    explorer.controls['find'].click()
+    assert len(draws) == 4
+
+
+def test_largest_disagreement_is_zoomed_to(explorer):
+    explorer.controls['find'].click()
+    wanted = largest_disagreement([explorer.slices[name] for name in explorer.shown], size=16)
+    box = explorer.panel.view.box((64, 64))
+    assert box[2:] == (16, 16) and abs(box.top - wanted.top) <= 1 and abs(box.left - wanted.left) <= 1
+
+
+def point(explorer, tile, down, across):
+    "The point of the picture at a place of a tile, as the mouse events have it."
+    side, sheet = explorer.sheet.side, explorer.sheet
+    return dict(dataX=int((tile % sheet.columns) * (side + sheet.gap) + across * side),
+                dataY=int((tile // sheet.columns) * (side + sheet.gap + sheet.caption) + sheet.caption + down * side))
+
+
+@pytest.mark.parametrize('tile', [0, 1, 3])
+def test_the_wheel_zooms_at_the_mouse_in_every_tile(explorer, tile):
+    for _ in range(6):
+        explorer.mouse.act(dict(type='wheel', deltaY=-1, **point(explorer, tile, .25, .5)))
+    box = explorer.panel.view.box((64, 64))
+    assert explorer.panel.view.zoom == pytest.approx(1.25 ** 6) and abs(box.top + .25 * box.height - 16) <= 2
+    for _ in range(9):
+        explorer.mouse.act(dict(type='wheel', deltaY=1, **point(explorer, tile, .25, .5)))
+    assert explorer.panel.view.box((64, 64)) == (0, 0, 64, 64)
+
+
+def test_dragging_moves_every_tile_and_ends_at_the_edge(explorer):
+    explorer.controls['zoom'].value = 4
+    before = explorer.panel.view.box((64, 64))
+    explorer.mouse.act(dict(type='mousedown', buttons=1, **point(explorer, 0, .5, .5)))
+    explorer.mouse.act(dict(type='mousemove', buttons=1, **point(explorer, 0, .75, .5)))
+    box = explorer.panel.view.box((64, 64))
+    assert box.top == before.top - 4 and abs(box.left - before.left) <= 1
+    explorer.mouse.act(dict(type='mousemove', buttons=0, **point(explorer, 0, .1, .5)))
+    assert explorer.panel.view.box((64, 64)) == box  # the button is up
+
+
+def test_the_levels_under_the_mouse_are_those_of_the_slices(explorer):
+    explorer.mouse.act(dict(type='mousemove', buttons=0, **point(explorer, 2, .5, .25)))
+    ct, mri = (image[0, 0] for image in explorer.store.pair('train', 0))
+    assert 'row 32, column 16' in explorer.levels.value or 'row 31, column 15' in explorer.levels.value
+    line = explorer.levels.value
+    row, column = (int(word) for word in line.replace(',', '').replace(':', '').split()[1:4:2])
+    assert f'CT {ct[row, column]:.3f}, MRI {mri[row, column]:.3f}, mean {(ct + mri)[row, column] / 2:.3f}' in line
+
+
+@pytest.mark.parametrize('where', [dict(dataX=5, dataY=5), dict(dataX=-3, dataY=50), dict(dataX=5000, dataY=50)])
+def test_the_mouse_beside_the_tiles_does_nothing(explorer, where):
+    before = explorer.picture.value, explorer.levels.value
+    for kind in ('wheel', 'mousedown', 'mousemove', 'mouseleave'):
+        explorer.mouse.act(dict(type=kind, deltaY=-1, buttons=1, **where))
+    assert (explorer.picture.value, explorer.levels.value) == before
+
+
+def test_a_saved_view_holds_the_call_that_makes_it_again(explorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    show_view(explorer, 'test', explorer.store.datasets['test'].names[1], ['larger', 'ct'], View('difference', .4, zoom=2.0))
+    explorer.controls['save'].click()
+    explorer.controls['save'].click()
+    first, second = sorted((tmp_path / 'explorer_views').iterdir())
+    assert str(second) in explorer.status.value and first.read_bytes() == second.read_bytes()
+    picture, call = explorer.picture.value, Image.open(first).text['call']
+    assert np.array_equal(Image.open(first), Image.open(BytesIO(picture))) and call == view_call(explorer)
+    show_view(explorer, 'train', explorer.store.datasets['train'].names[0], ['mean'], View())
+    exec(call)
+    assert explorer.picture.value == picture
+
+
+def test_what_cannot_be_shown_is_named(explorer):
+    with pytest.raises(ValueError, match='no slice 9999.png'):
+        show_view(explorer, 'test', '9999.png', ['mean'], View())
+    with pytest.raises(ValueError, match="no method 'net'"):
+        show_view(explorer, 'test', explorer.store.datasets['test'].names[0], ['net'], View())
+
+
+def test_pairs_of_files_arrays_and_colours_are_explored(tmp_path):
+    ct, mri = ((image * 65535).astype(np.uint16) for image in random_slices((48, 56), 2))
+    cv2.imwrite(str(tmp_path / 'ct.png'), ct)
+    cv2.imwrite(str(tmp_path / 'mri.png'), mri)
+    colour = np.stack([mri, mri // 2, mri // 3], axis=-1)
+    pairs = [(tmp_path / 'ct.png', tmp_path / 'mri.png'), (ct, mri), (ct.astype('>u2'), mri.astype('>u2')), (ct, colour)]
+    explorer = explore({'mine': pairs}, {'larger': torch.maximum})
+    pictures = []
+    for number in range(1, 5):
+        explorer.controls['slice'].value = number
+        pictures.append(shown(explorer))
+    assert all(np.array_equal(pictures[0], picture) for picture in pictures[1:3])
+    assert np.ptp(pictures[3].astype(int), axis=-1).max() > 40  # in colour
+    for mode in view_modes()[:-1]:
+        explorer.controls['mode'].value = mode
+        assert '48 × 56' in explorer.status.value
+
+
+def test_pairs_of_two_sizes_are_named():
+    with pytest.raises(ValueError, match='pair 2: the CT has 16×16 pixels and the MRI 16×17'):
+        PairList([(np.zeros((16, 16)), np.zeros((16, 16))), (np.zeros((16, 16)), np.zeros((16, 17)))])[1]
+
+
+def test_without_a_method_the_reason_is_said_and_the_explorer_recovers(explorer):
+    explorer.controls['mode'].value = 'difference'
+    for box in explorer.methods.values():
+        box.value = False
+    assert 'tick a method' in explorer.status.value
+    explorer.methods['ct'].value = True
+    assert '64 × 64 pixels' in explorer.status.value
+
+
+def test_a_vanished_file_is_said_in_place(explorer, root, tmp_path):
+    name = explorer.store.datasets['train'].names[2]
+    (root / 'train/CT' / name).rename(tmp_path / name)
+    try:
+        explorer.controls['slice'].value = 3
+        assert name in explorer.status.value
+    finally:
+        (tmp_path / name).rename(root / 'train/CT' / name)
+
+
+def test_numbers_are_those_of_the_metrics_module(explorer):
+    from medfusion.metrics import measure
+    ct, mri = explorer.store.pair('train', 0)
+    numbers = explorer.store.numbers('train', 0, 'larger')
+    wanted = measure(torch.maximum(ct, mri), ct, mri, names=tuple(numbers))
+    assert numbers == pytest.approx({name: wanted[name].item() for name in numbers}, nan_ok=True)
+
+
+def test_representation_in_a_notebook_is_short(explorer):
+    assert len(repr(explorer)) < 110 and 'run this cell in JupyterLab' in repr(explorer)
+    assert 'medfusion-explorer' in explorer._dom_classes
+
+
+def test_without_maps_there_is_no_maps_view(root):
+    dataset = CTMRIDataset(root / 'test/CT', root / 'test/MRI')
+    assert 'maps' not in explore({'test': dataset}, {'larger': torch.maximum}).controls['mode'].options
+
+
+@pytest.mark.filterwarnings('ignore:VIF is undefined')
+def test_unequal_sizes_between_slices(tmp_path):
+    "Each slice of a data set may have a size of its own."
+    for kind in ('CT', 'MRI'):
+        (tmp_path / kind).mkdir()
+        for name, shape in (('1001.png', (40, 64)), ('1002.png', (64, 33))):
+            cv2.imwrite(str(tmp_path / kind / name), (random_slices(shape, 1)[0] * 255).astype(np.uint8))
+    explorer = explore({'mixed': CTMRIDataset(tmp_path / 'CT', tmp_path / 'MRI')}, {'larger': torch.maximum})
+    explorer.controls['slice'].value = 2
+    assert '64 × 33 pixels' in explorer.status.value
+
+
+def test_explore_names_what_is_missing(root):
+    dataset = CTMRIDataset(root / 'test/CT', root / 'test/MRI')
+    with pytest.raises(ValueError, match='data sets'):
+        explore({}, {'larger': torch.maximum})
+    with pytest.raises(ValueError, match='methods by name'):
+        explore({'test': dataset}, {})
+    with pytest.raises(ValueError, match="'wavelt'"):
+        explore({'test': dataset}, {'wavelet': torch.maximum}, maps={'wavelt': torch.maximum})
+
+
+def test_store_keeps_only_the_last_slices(root):
+    calls = []
+    store = SliceStore({'train': CTMRIDataset(root / 'train/CT', root / 'train/MRI')},
+                       {'larger': lambda ct, mri: calls.append(1) or torch.maximum(ct, mri)}, keep=2)
+    for index in (0, 1, 2, 0):
+        store.fused('train', index, 'larger')
+    assert len(calls) == 4
+
+
+def test_neighbours_are_prepared_and_give_way(root):
+    began, started, going = [], threading.Event(), threading.Event()
+
+    def slow(ct, mri):
+        began.append(1)
+        started.set()
+        assert going.wait(10)
+        return ct
+    data = CTMRIDataset(root / 'train/CT', root / 'train/MRI')
+    store = SliceStore({'train': data}, {'slow': slow})
+    store.prepare('train', [1, 2], ['slow'])  # returns while the first of the two is being fused
+    assert started.wait(10)
+    threading.Timer(0.1, going.set).start()
+    store.fused('train', 0, 'slow')
+    assert len(began) == 2  # slice 1 had begun, slice 2 gave way to slice 0
+    store.fused('train', 1, 'slow')
+    assert len(began) == 2
+    store.fused('train', 2, 'slow')
+    assert len(began) == 3
+
+
+def test_what_failed_is_tried_again(root):
+    def fail_once(ct, mri, calls=[]):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError('out of memory')
+        return ct
+    store = SliceStore({'train': CTMRIDataset(root / 'train/CT', root / 'train/MRI')}, {'net': fail_once})
+    with pytest.raises(RuntimeError, match='out of memory'):
+        store.fused('train', 0, 'net')
+    assert store.fused('train', 0, 'net').shape == (64, 64)
+
+
+def test_two_explorers_do_not_share_what_they_hold(root):
+    datasets = {'test': CTMRIDataset(root / 'test/CT', root / 'test/MRI')}
+    one, other = explore(datasets, {'net': torch.maximum}), explore(datasets, {'net': torch.minimum})
+    assert not np.array_equal(shown(one), shown(other))
+    assert isinstance(one, Explorer)
+
+
+# What is committed
+
+@pytest.mark.parametrize('path', sorted(NBS.glob('*.ipynb')), ids=lambda path: path.name)
+def test_committed_notebooks_hold_no_widget_state(path):
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    assert 'widgets' not in notebook['metadata'], f'{path.name} holds widgets; execute with store_widget_state=False'
+    for cell in notebook['cells']:
+        for output in cell.get('outputs', []):
+            if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
+                assert len(json.dumps(output)) < 1000
