@@ -13,12 +13,12 @@ import time
 import torch
 import torch.nn.functional as F
 
-from medfusion.losses import gradient_loss, intensity_loss, ssim_loss
+from medfusion.losses import gradient_loss, mse_loss, ssim_loss
 
 
 def wavelet_loss(fused, ct, mri):
     "MSE + SSIM + gradient as medfusion computes them."
-    return intensity_loss(fused, ct, mri) + ssim_loss(fused, ct, mri) + gradient_loss(fused, ct, mri)
+    return mse_loss(fused, ct, mri) + ssim_loss(fused, ct, mri) + gradient_loss(fused, ct, mri)
 
 
 def direct_ssim(x, y, window):

@@ -20,33 +20,27 @@ def rule(request):
     return baselines()[request.param]
 
 
-@pytest.mark.parametrize('size', [(16, 16), (17, 16), (31, 47), (201, 183)])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('size, dtype', [((16, 16), torch.float64), ((201, 183), torch.float32)])
 def test_shape_type_and_range(rule, size, dtype):
     ct, mri = pair(1, *size, dtype=dtype)
     before = ct.clone(), mri.clone()
     fused = rule(ct, mri)
     assert fused.shape == ct.shape and fused.dtype == dtype and fused.data_ptr() not in (ct.data_ptr(), mri.data_ptr())
     assert 0 <= fused.min() and fused.max() <= 1
-    assert torch.equal(ct, before[0]) and torch.equal(mri, before[1])
+    assert torch.equal(ct, before[0]) and torch.equal(mri, before[1])  # nothing was computed in place
 
 
 def test_a_slice_fused_with_itself_comes_back(rule):
-    ct, _ = pair(2, 33, 50)
-    assert torch.allclose(rule(ct, ct), ct, atol=1e-5)
-
-
-@pytest.mark.parametrize('level', [0.0, 1.0])
-def test_constant_images_stay_constant(rule, level):
-    flat = torch.full((1, 1, 20, 27), level)
-    assert torch.allclose(rule(flat, flat), flat, atol=1e-5)
+    for ct in (pair(2, 33, 50)[0], torch.zeros(1, 1, 20, 27), torch.ones(1, 1, 20, 27)):
+        assert torch.allclose(rule(ct, ct), ct, atol=1e-5)
 
 
 def test_a_batch_is_its_slices(rule):
+    "Products of another shape may differ in their last bits."
     ct, mri = pair(3)
     whole = rule(ct, mri)
     for i in range(3):
-        assert torch.allclose(whole[i:i + 1], rule(ct[i:i + 1], mri[i:i + 1]), atol=1e-6)
+        assert torch.allclose(whole[i:i + 1], rule(ct[i:i + 1], mri[i:i + 1]), atol=1e-5)
 
 
 def test_rules_have_no_favourite_source():
@@ -56,16 +50,15 @@ def test_rules_have_no_favourite_source():
         assert torch.allclose(rule(ct, mri), rule(mri, ct), atol=1e-5), name
 
 
-@pytest.mark.parametrize('wavelet', [name for name in pywt.wavelist(kind='discrete') if name != 'dmey'])
-def test_every_wavelet_reconstructs(wavelet):
+# What differs between wavelets is the length of their filters, even or odd, and whether they are orthogonal.
+@pytest.mark.parametrize('wavelet', ['haar', 'db38', 'coif17', 'sym7', 'bior1.3', 'bior6.8', 'rbio3.9'])
+def test_every_kind_of_wavelet_reconstructs(wavelet):
     ct, _ = pair(1, 17, 22)
     assert torch.allclose(wavelet_maximum(ct, ct, levels=2, wavelet=wavelet), ct, atol=1e-4)
 
 
 @pytest.mark.filterwarnings('ignore:Level value')
-@pytest.mark.parametrize('wavelet', ['haar', 'db2', 'bior4.4'])
-@pytest.mark.parametrize('levels', [1, 2, 3, 4])
-@pytest.mark.parametrize('base', ['max', 'mean'])
+@pytest.mark.parametrize('wavelet, levels, base', [('haar', 1, 'max'), ('db2', 3, 'mean'), ('bior4.4', 4, 'max')])
 def test_wavelet_maximum_is_that_of_pywavelets(wavelet, levels, base):
     ct, mri = pair(1, 65, 48, dtype=torch.float64)
     of_ct, of_mri = (pywt.wavedec2(image[0, 0].numpy(), wavelet, 'symmetric', levels) for image in (ct, mri))
@@ -79,13 +72,12 @@ def test_wavelet_maximum_is_that_of_pywavelets(wavelet, levels, base):
 
 def test_reduction_is_that_of_opencv_inside():
     ct, _ = pair(1, 40, 37, dtype=torch.float64)
-    rows, columns = (module._reduce_matrix(size, ct) for size in ct.shape[-2:])
+    rows, columns = (module.reduce_matrix(size, ct) for size in ct.shape[-2:])
     ours = (rows @ ct @ columns.T)[0, 0].numpy()
     assert np.abs(ours - cv2.pyrDown(ct[0, 0].numpy()))[1:-1, 1:-1].max() < 1e-12
 
 
-@pytest.mark.parametrize('levels', [1, 2, 4, 7])
-@pytest.mark.parametrize('base', ['max', 'mean'])
+@pytest.mark.parametrize('levels, base', [(1, 'mean'), (7, 'max')])
 def test_pyramid_of_any_depth(levels, base):
     ct, mri = pair(1, 16, 25)
     assert laplacian_pyramid(ct, mri, levels, base).isfinite().all()
@@ -120,7 +112,7 @@ def direct_guided_fusion(ct, mri):
 def test_guided_filter_is_that_of_the_paper():
     ct, mri = (ndimage.gaussian_filter(x.numpy(), (0, 0, 1, 1)) for x in pair(1, 120, 101, dtype=torch.float64))
     fused = guided_filter(torch.from_numpy(ct), torch.from_numpy(mri))[0, 0].numpy()
-    assert np.abs(fused - direct_guided_fusion(ct[0, 0], mri[0, 0])).max() < 1e-8
+    assert np.abs(fused - direct_guided_fusion(ct[0, 0], mri[0, 0])).max() < 1e-8  # in double precision
 
 
 def test_bad_pairs_are_refused(rule):
@@ -131,6 +123,7 @@ def test_bad_pairs_are_refused(rule):
         ((ct.expand(-1, 3, -1, -1), mri.expand(-1, 3, -1, -1)), r'\(B, 1, H, W\)'),
         ((ct[..., :15], mri[..., :15]), 'from 16 up'),
         (((255 * ct).byte(), (255 * mri).byte()), 'floats'),
+        ((ct[:0], mri[:0]), r'not \(0, 1, 40, 37\)'),
     ]:
         with pytest.raises(ValueError, match=words):
             rule(*bad)

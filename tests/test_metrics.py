@@ -1,4 +1,7 @@
-"""What the page of 03_metrics does not show: reference values, independent oracles, odd inputs, tables."""
+"""What the page of 05_metrics does not show: reference values, independent oracles, odd inputs, tables.
+
+Numbers are compared with a tolerance: another shape, number of threads or kind of CPU gives other last bits. Single precision
+holds seven digits, of which sums over an image cost one or two: 1e-5 relative is what such a comparison can ask."""
 import importlib.util
 import itertools
 import json
@@ -16,21 +19,16 @@ import torch
 from medfusion import metrics as M
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / 'shared'
 SOURCE_COLUMNS = ('MI', 'CC', 'PSNR', 'VIF', 'SSIM', 'SSIM2', 'SSIM255', 'MS-SSIM')
-OWN_COLUMNS = ('EN', 'SD', 'SF', 'AG', 'SCD', 'Qabf', 'Nabf', 'Labf')
+OWN_COLUMNS = ('EN', 'SD', 'SF', 'AG', 'SCD', 'Qabf', 'Nabf', 'Labf', 'invented', 'invented_max')
 DIFFERENTIABLE = {
     'vif': lambda f, a, b: sum(M.vif_of_pair(f, a, b)), 'qabf': M.qabf,
     'qabf_wrapped': lambda f, a, b: M.qabf(f, a, b, wrapped=True, equal=1),
     'ssim': lambda f, a, b: M.ssim(f, a), 'ssim2': lambda f, a, b: sum(M.ssim_of_pair(f, a, b, data_range=2)),
     'ssim_gaussian': lambda f, a, b: M.ssim(f, a, window='gaussian'), 'sf': lambda f, a, b: M.spatial_frequency(f),
     'ag': lambda f, a, b: M.average_gradient(f), 'sd': lambda f, a, b: M.standard_deviation(f), 'scd': M.scd,
-    'cc': lambda f, a, b: M.correlation(f, a) + M.correlation(f, b)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+    'cc': lambda f, a, b: M.correlation(f, a) + M.correlation(f, b),
+    'invented': lambda f, a, b: M.invented_edges(f, a, b, slack=-3).mean((1, 2, 3))}
 
 
 def direct_forms():
@@ -75,25 +73,40 @@ def quietly(*arguments, **options):
 
 # -- reference values ------------------------------------------------------------------------------------------------
 
+def slice_path(part, name):
+    "Where a public slice lies: in Dataset/, as `medfusion data harvard` fills it, or beside the clone; None where it is not."
+    places = [*(ROOT / 'Dataset').glob(f'*/{part}/{name}.png'), ROOT.parent / 'shared' / 'harvard' / part / f'{name}.png']
+    return next((place for place in places if place.is_file()), None)
+
+
+def public_pair(name):
+    "CT and MRI of a public pair as arrays of whole levels; the test is skipped, with the reason, where they are not."
+    paths = [slice_path(part, name) for part in ('CT', 'MRI')]
+    if None in paths:
+        pytest.skip(f'the public pair {name} is not in Dataset/; medfusion data harvard brings it')
+    return [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype(int) for path in paths]
+
+
+def as_batch(*arrays):
+    return [torch.tensor(np.asarray(array) / 255, dtype=torch.float32)[None, None] for array in arrays]
+
+
 def reference_rows():
-    path = SHARED / 'reference' / 'metrics.json'
-    if not (path.is_file() and (SHARED / 'harvard' / 'CT').is_dir()):
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f'needs {path} and {SHARED / "harvard"}'))]
-    rows = json.loads(path.read_text())['rows']
+    rows = json.loads((ROOT / 'tests' / 'reference_metrics.json').read_text())['rows']
     return [pytest.param(row, id=f'{row["pair"]}-{row["fusion_rule"]}{"-crop" if row["crop"] else ""}') for row in rows]
 
 
 @pytest.mark.parametrize('row', reference_rows())
 def test_reference_row(row):
-    ct, mri = (cv2.imread(str(SHARED / 'harvard' / part / f'{row["pair"]}.png'), cv2.IMREAD_GRAYSCALE).astype(int)
-               for part in ('CT', 'MRI'))
+    ct, mri = public_pair(row['pair'])
     if row['crop']:
         top, bottom, left, right = row['crop']
         ct, mri = ct[top:bottom, left:right], mri[top:bottom, left:right]
     fused = {'maximum': np.maximum(ct, mri), 'minimum': np.minimum(ct, mri), 'average_floor': (ct + mri) // 2,
              'three_to_one_floor': (3 * ct + mri) // 4}[row['fusion_rule']]
-    images = [torch.tensor(image / 255, dtype=torch.float32)[None, None] for image in (fused, ct, mri)]
-    ours = M.measure(*images, names=[name for name in M.metric_names() if name != 'MS-SSIM'])
+    images = as_batch(fused, ct, mri)
+    ours = M.measure(*images, names=['EN', 'SD', 'SF', 'AG', 'MI', 'CC', 'SCD', 'PSNR', 'VIF', 'Qabf', 'Nabf', 'SSIM', 'SSIM2',
+                                     'SSIM255'])
     for column in ('EN', 'SD', 'SF', 'AG', 'MI', 'CC', 'SCD', 'PSNR', 'VIF', 'Qabf'):
         assert close(ours[column], row[column], 5e-6), column
     assert close(ours['SSIM'], row['SSIM_range2'], 5e-6) and close(ours['SSIM2'], row['SSIM_range2'], 5e-6)
@@ -106,7 +119,7 @@ def test_reference_row(row):
 
 # -- independent implementations --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('shape', [(67, 54), (64, 64), (129, 180)])
+@pytest.mark.parametrize('shape', [(67, 54), (129, 180)])
 def test_eight_columns_match_scipy_and_skimage(shape):
     images = triple(*shape)
     expected = direct_forms().direct(*map(levels, images))
@@ -115,11 +128,11 @@ def test_eight_columns_match_scipy_and_skimage(shape):
         assert close(ours[name], value, 1e-5 if name == 'VIF' else 1e-6), name
 
 
-def test_vif_matches_torchmetrics():
-    from torchmetrics.functional.image import visual_information_fidelity
+def test_vif_matches_scipy_in_double_precision():
     fused, ct, mri = (image.double() for image in triple(80, 97))
     for source in (ct, mri, 0.5 * fused + 0.1):
-        assert close(M.vif(fused, source), visual_information_fidelity(fused * 255, source * 255, sigma_n_sq=2.0), 1e-9)
+        expected = direct_forms().direct_vif(*(255 * image[0, 0].numpy() for image in (fused, source)))
+        assert close(M.vif(fused, source), expected, 1e-9)
 
 
 def test_single_precision_suffices_for_vif():
@@ -237,6 +250,47 @@ def test_units_of_mutual_information():
     assert close(M.mutual_information(fused, ct, 'normalised'), 2 * information / (own + other))
 
 
+def test_invented_matches_opencv():
+    fused, ct, mri = triple(70, 83)
+    fused[..., 30:34, 20:60] = 0
+
+    def gradient(image):
+        smooth = cv2.GaussianBlur(levels(image), (0, 0), 1)
+        return np.hypot(*(cv2.Sobel(smooth, cv2.CV_64F, *order) / 8 for order in ((1, 0), (0, 1))))
+
+    nearby = cv2.dilate(np.maximum(gradient(ct), gradient(mri)), np.ones((5, 5)))
+    excess = np.maximum(0, gradient(fused) - nearby - 6)
+    ours = M.measure(fused, ct, mri, names=['invented', 'invented_max'])
+    assert excess.max() > 10 and abs(ours['invented'].item() - (excess > 0).mean()) < 1.5 / excess.size  # one pixel at the limit
+    assert close(ours['invented_max'], excess.max(), 1e-4)
+    assert np.abs(M.invented_edges(fused, ct, mri)[0, 0].numpy() - excess).max() < 1e-3
+
+
+@pytest.mark.parametrize('rule, mean, worst, largest', [('maximum', 5e-6, 9e-5, 6.3), ('average', 0, 0, 0)])
+def test_what_rules_invent_on_public_pairs(rule, mean, worst, largest):
+    "Measured with OpenCV by another hand; a public clone has the whole of the two cases in Dataset/."
+    names = [f'{case}{index:03d}' for case in (34, 41) for index in range(50) if slice_path('CT', f'{case}{index:03d}')]
+    if not names:
+        pytest.skip('the public cases 34 and 41 are not in Dataset/; medfusion data harvard brings them')
+    rows = []
+    for name in names:
+        ct, mri = public_pair(name)
+        fused = np.maximum(ct, mri) if rule == 'maximum' else np.round((ct + mri) / 2)
+        rows.append([value.item() for value in M.measure(*as_batch(fused, ct, mri), names=['invented', 'invented_max']).values()])
+    share, excess = np.array(rows).T
+    assert abs(share.mean() - mean) < 1e-6 and abs(share.max() - worst) < 4e-6 and abs(excess.max() - largest) < 0.1
+
+
+@pytest.mark.parametrize('network, share, largest', [('wavelet', 9.16e-4, 8.6), ('resnet', 3.60e-3, 25.4)])
+def test_the_false_level_in_a_shipped_result_is_seen(network, share, largest):
+    from medfusion.inference import fuse, load_model
+    ct, mri = as_batch(*public_pair('41008'))
+    fused = fuse(ct, mri, load_model(network))
+    scores = M.measure(fused, ct, mri, names=['invented', 'invented_max'])
+    # A network's last bits decide a few pixels at the limit of 8-bit rounding.
+    assert abs(scores['invented'].item() - share) < 1e-4 and abs(scores['invented_max'].item() - largest) < 1
+
+
 # -- what every metric should obey -------------------------------------------------------------------------------------
 
 def test_identity():
@@ -245,17 +299,18 @@ def test_identity():
     for name in ('VIF', 'SSIM', 'SSIM2', 'SSIM255', 'MS-SSIM'):
         assert close(scores[name], 2), name
         assert close(scores[f'{name}_min'], 1), name
-    assert close(scores['CC'], 1) and scores['PSNR'] == math.inf
+    assert close(scores['CC'], 1) and scores['PSNR'] == math.inf and scores['invented_max'] == 0
     assert close(scores['MI'], 2 * scores['EN'] * math.log(2))
     assert 0.97 < scores['Qabf'] < 0.98 and scores['Nabf'] == 0 and scores['SCD'].isnan()
 
 
 def test_exchange_of_sources():
+    "The sources trade places in products of matrices, whose last bits depend on the place."
     fused, ct, mri = triple(170, 163)
     there, back = M.measure(fused, ct, mri), M.measure(fused, mri, ct)
     for name, value in there.items():
         mirror = name.replace('_ct', '_other').replace('_mri', '_ct').replace('_other', '_mri')
-        assert close(back[mirror], value, 1e-9), name
+        assert close(back[mirror], value, 1e-5), name
 
 
 def test_offset_changes_no_scd():
@@ -272,20 +327,21 @@ def test_parts_and_minimum():
     scores = M.measure(*triple(170, 163, pairs=2))
     for name in SOURCE_COLUMNS:
         ct, mri = scores[f'{name}_ct'], scores[f'{name}_mri']
-        assert torch.equal(scores[f'{name}_min'], torch.minimum(ct, mri))
+        assert torch.equal(scores[f'{name}_min'], torch.minimum(ct, mri))  # a choice, no arithmetic
         if name not in ('CC', 'PSNR'):
-            assert torch.equal(scores[name], ct + mri)
+            assert torch.allclose(scores[name], ct + mri, rtol=1e-12)
     assert torch.allclose(scores['CC'], (scores['CC_ct'] + scores['CC_mri']) / 2)
 
 
 def test_a_batch_is_its_images():
+    "Products of another shape may differ in their last bits, so the two are close, not equal."
     images = triple(48, 57, pairs=5)
-    batch = quietly(*images)
+    together = quietly(*images)
     for index in range(5):
         single = quietly(*(image[index:index + 1] for image in images))
         for name, value in single.items():
-            assert batch[name].shape == (5,)
-            assert torch.allclose(batch[name][index:index + 1], value, rtol=1e-6, equal_nan=True), name
+            assert together[name].shape == (5,)
+            assert torch.allclose(together[name][index:index + 1], value, rtol=1e-5, equal_nan=True), name
 
 
 def test_single_functions_agree_with_measure():
@@ -315,10 +371,9 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(DIFFERENTIABLE[name], images, eps=1e-7, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', DIFFERENTIABLE)
-def test_finite_gradients(name, dtype):
-    random = torch.rand(1, 1, 48, 48, generator=torch.manual_seed(0)).to(dtype)
+def test_finite_gradients(name):
+    random = torch.rand(1, 1, 48, 48, generator=torch.manual_seed(0))
     black, bright = torch.zeros_like(random), torch.full_like(random, 0.9)
     half, faint = random * (torch.arange(48) > 20), random * 1e-6
     for images in itertools.product([black, bright, half, faint], repeat=3):
@@ -342,7 +397,7 @@ def test_small_steps_raise_the_metrics():
 
 def test_training_after_inference_mode():
     fused, ct, mri = triple(53, 49)
-    M._band.cache_clear()
+    M.window_matrix.cache_clear()
     with torch.inference_mode():
         expected = M.vif(fused, ct)
     fused.requires_grad_()
@@ -365,7 +420,7 @@ def test_precision_settings_do_not_reach_the_windows():
 
 # -- where a definition ends ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('shape', [(16, 16), (16, 41), (40, 300), (41, 41), (160, 200), (161, 161), (163, 250)])
+@pytest.mark.parametrize('shape', [(7, 9), (16, 16), (40, 300), (41, 41), (160, 200), (161, 161)])
 def test_small_and_odd_sizes(shape):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always')
@@ -413,7 +468,7 @@ def test_one_pixel_is_not_nothing():
 
 def test_names_restrict_the_work(monkeypatch):
     images = triple()
-    monkeypatch.setattr(M, '_vif', lambda *_: pytest.fail('VIF was computed'))
+    monkeypatch.setattr(M, 'vif_of_levels', lambda *_: pytest.fail('VIF was computed'))
     scores = M.measure(*images, names=['SD', 'EN', 'MI', 'SSIM_min'])
     assert list(scores) == ['EN', 'SD', 'MI', 'MI_ct', 'MI_mri', 'MI_min', 'SSIM_min']
     assert all(value.dtype == torch.float64 for value in scores.values())
@@ -424,12 +479,13 @@ def test_columns_and_presets():
     images = 0.8 * fused, ct, mri
     cvpr, textbook = M.measure(*images), M.measure(*images, preset='textbook')
     assert set(cvpr) == set(textbook)
-    assert set(M.metric_names()) == set(SOURCE_COLUMNS + OWN_COLUMNS) == {name for name in cvpr if '_' not in name}
-    assert torch.equal(cvpr['SSIM'], cvpr['SSIM2']) and torch.equal(textbook['SSIM'], textbook['SSIM255'])
+    assert set(M.metric_names()) == set(SOURCE_COLUMNS + OWN_COLUMNS) == {
+        name for name in cvpr if not name.endswith(('_ct', '_mri', '_min'))}
+    assert torch.equal(cvpr['SSIM'], cvpr['SSIM2']) and torch.equal(textbook['SSIM'], textbook['SSIM255'])  # computed once
     assert {name for name in cvpr if not torch.equal(cvpr[name], textbook[name])} == {
         f'{name}{part}' for name in ('SSIM', 'PSNR') for part in ('', '_ct', '_mri', '_min')}
-    assert 'data range 2 ' in M.convention('cvpr') and 'peak max(F)' in M.convention('cvpr')
-    assert 'data range 255 ' in M.convention('textbook') and 'peak 255' in M.convention('textbook')
+    assert 'range 2;' in M.convention('cvpr') and 'peak max(F)' in M.convention('cvpr')
+    assert 'range 255;' in M.convention('textbook') and 'peak 255' in M.convention('textbook')
 
 
 def test_variants():
@@ -447,9 +503,13 @@ def test_variants():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (lambda f, a, b: (f[0], a, b), r'shape \(B, 1, H, W\)'),
-    (lambda f, a, b: (f.expand(1, 3, -1, -1), a, b), r'shape \(B, 1, H, W\)'),
-    (lambda f, a, b: (f[..., 1:], a, b), 'different shapes'),
+    (lambda f, a, b: (f[0], a, b), r'tensor \(B, 1, H, W\)'),
+    (lambda f, a, b: (f.expand(1, 3, -1, -1), a, b), r'not \(1, 3, 67, 54\)'),
+    (lambda f, a, b: [image[..., :3, :5] for image in (f, a, b)], r'from 7 up, not \(1, 1, 3, 5\)'),
+    (lambda f, a, b: [image[..., :1, :1] for image in (f, a, b)], r'from 7 up, not \(1, 1, 1, 1\)'),
+    (lambda f, a, b: [image[:0] for image in (f, a, b)], r'not \(0, 1, 67, 54\)'),
+    (lambda f, a, b: (f.numpy(), a, b), 'not ndarray'),
+    (lambda f, a, b: (f[..., 1:], a, b), r'one shape, not \(1, 1, 67, 53\) and \(1, 1, 67, 54\)'),
     (lambda f, a, b: (f, a, (b * 255).byte()), 'uint8'),
     (lambda f, a, b: (f * 255, a, b), r'fused reaches from 0 to .* outside of \[0, 1\]'),
     (lambda f, a, b: (f, a, b * math.nan), 'NaN'),
@@ -474,40 +534,6 @@ def test_choices_that_are_refused():
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
-def write_folders(root, pairs=3, suffix='.png'):
-    images = triple(48, 52, pairs=pairs)
-    for part, batch in zip(('fused', 'CT', 'MRI'), images):
-        (root / part).mkdir()
-        for index, image in enumerate(batch):
-            path = (root / part / f'0700{index}').with_suffix(suffix if part == 'fused' else '.png')
-            cv2.imwrite(str(path), np.uint8(levels(image[None])))
-    return images, (root / 'fused', root / 'CT', root / 'MRI')
-
-
-def test_folders_give_what_the_arrays_give(tmp_path):
-    images, folders = write_folders(tmp_path)
-    table = M.evaluate_pairs(*folders, names=M.metric_names()[:-1])
-    expected = M.measure(*images, names=M.metric_names()[:-1])
-    assert list(table.index) == ['07000.png', '07001.png', '07002.png'] and table.index.name == 'name'
-    assert list(table.columns) == list(expected)
-    for name, value in expected.items():
-        assert np.array_equal(table[name], value), name
-    assert table.attrs == {'preset': 'cvpr', 'convention': M.convention('cvpr')}
-
-
-def test_other_formats_of_the_fused_image(tmp_path):
-    _, folders = write_folders(tmp_path, suffix='.bmp')
-    expected = M.evaluate_pairs(*folders, names=['VIF', 'EN'])
-    for path in sorted(folders[0].iterdir()):
-        grey = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        path.unlink()
-        kinds = {'07000': (cv2.merge([grey] * 3), '.png'), '07001': (grey.astype(np.uint16) * 257, '.png'),
-                 '07002': (grey, '.tif')}
-        image, suffix = kinds[path.stem]
-        cv2.imwrite(str(path.with_suffix(suffix)), image)
-    assert M.evaluate_pairs(*folders, names=['VIF', 'EN']).equals(expected)
-
-
 def test_table_round_trip(tmp_path):
     batches = [(['07001.png', '07002.png'], *triple(48, 52, pairs=2)), (['09001.png'], *triple(33, 70))]
     with pytest.warns(UserWarning, match=r'VIF is undefined \(NaN\) for 09001.png \(1 of 3\)'):
@@ -527,19 +553,39 @@ def test_a_table_without_convention_is_refused(tmp_path):
         M.read_table(tmp_path / 'plain.csv')
 
 
-def test_folders_that_are_refused(tmp_path):
-    _, folders = write_folders(tmp_path)
-    with pytest.raises(FileNotFoundError, match='nowhere is not a folder'):
-        M.evaluate_pairs(tmp_path / 'nowhere', *folders[1:])
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='holds no image'):
-        M.evaluate_pairs(tmp_path / 'empty', *folders[1:])
-    (folders[1] / '07001.png').rename(folders[1] / '07009.png')
-    with pytest.raises(FileNotFoundError, match='07001.png has no source of the same name'):
-        M.evaluate_pairs(*folders)
-    cv2.imwrite(str(folders[1] / '07001.png'), np.zeros((20, 20), np.uint8))
-    with pytest.raises(ValueError, match=r'07001.png and its sources differ in size \(48 x 52, 20 x 20, 48 x 52\)'):
-        M.evaluate_pairs(*folders, names=['EN'])
-    (folders[1] / '07001.png').write_text('no image')
-    with pytest.raises(ValueError, match='is not an image that can be read'):
-        M.evaluate_pairs(*folders, names=['EN'])
+def test_one_function_and_one_row_make_a_metric(monkeypatch):
+    "Columns, parts, warning, direction, convention and table follow from the row."
+    def overlap(triple):
+        shares = [((triple.fused > 128) & (source > 128)).double().mean((1, 2, 3)) for source in (triple.ct, triple.mri)]
+        return M.joined([share / (share > 0) for share in shares], triple.choices.combine)
+
+    row = M.Metric('overlap', overlap, 'overlap: {combine} of both', per_source=True, better='down',
+                   undefined='nothing is bright')
+    monkeypatch.setitem(M.metric_table(), 'overlap', row)
+    images = triple(pairs=2)
+    with pytest.warns(UserWarning, match='overlap is undefined .* nothing is bright'):
+        assert M.measure(0 * images[0], *images[1:], names=['overlap'])['overlap'].isnan().all()
+    table = M.evaluate_batches([(['1.png', '2.png'], *images)], names=['EN', 'overlap_min'])
+    assert list(table) == ['EN', 'overlap_min'] and 'overlap: sum of both' in table.attrs['convention']
+    assert M.lower_is_better('overlap_ct') and not M.lower_is_better('VIF_min')
+    with pytest.raises(ValueError, match="'Vif' is no column"):
+        M.lower_is_better('Vif')
+
+
+def test_a_table_needs_its_convention(tmp_path):
+    with pytest.raises(ValueError, match='names no convention'):
+        M.write_table(pd.DataFrame({'EN': [1.0]}), tmp_path / 'plain.csv')
+
+
+def test_lesions_kept_is_a_ratio_of_means():
+    table = pd.DataFrame({'lesion': ['tumour', 'tumour', 'oedema'], 'ct': [1.0, 0.1, 2.0], 'mri': [4.0, 0.2, 1.0],
+                          'fused': [2.0, 0.4, math.nan], 'method': 'a'})
+    kept = M.lesions_kept(table)
+    assert close(kept['tumour'], 2.4 / 4.2) and kept['oedema'] == 0  # a mean of ratios would say 1.25
+    assert close(M.lesions_kept(table, ['method'])['a', 'tumour'], kept['tumour'])
+
+
+def test_files_and_memory_round_alike():
+    from medfusion.files import to_depth
+    images = torch.rand(2, 1, 64, 64, generator=torch.manual_seed(0)).mul(510).round() / 510  # half of them half way
+    assert np.array_equal(M.quantise(images).numpy(), to_depth(images.numpy(), np.uint8))
