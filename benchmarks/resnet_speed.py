@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from medfusion.backbone import FeatureCache, TrainingPairs
 from medfusion.data import CTMRIDataset
 from medfusion.phantom import write_phantom
-from medfusion.resnet_fusion import Config, FeatureCache, ResNetFusion, TrainingPairs, parameter_groups, training_step
+from medfusion.resnet_fusion import Config, ResNetFusion, parameter_groups, training_step
 from medfusion.runs import seed_everything
 
 

@@ -1,5 +1,7 @@
-"""The wavelet notebook as papermill runs it: from any folder, guarded, killed and resumed."""
+"""The method notebooks as papermill runs them: read by its own inspection, from any folder, in mixed precision, killed and resumed."""
 import json
+import os
+import logging
 import re
 import subprocess
 import sys
@@ -10,29 +12,44 @@ import nbformat
 import psutil
 import pytest
 import torch
+import yaml
+from papermill.inspection import display_notebook_help, inspect_notebook
 
+from medfusion.inference import methods
 from medfusion.phantom import write_phantom
+from medfusion.runs import check_parameters, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = ROOT / 'nbs/trainable-wavelet-fusion.ipynb'
 PAPERMILL = [sys.executable, '-m', 'papermill', '--no-progress-bar']
+WAVELET, RESNET = 'trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb'
+PARAMETERISED = sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb') if '"parameters"' in path.read_text(encoding='utf-8'))
+SMALL = {WAVELET: {'num_epochs': 2, 'width': 4}, RESNET: {'epochs': 2, 'backbone_weights': 'none', 'deepest': 'layer1',
+                                                          'perceptual_stages': 'stem'}}
 
 
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
-    return write_phantom(tmp_path_factory.mktemp('data') / 'Dataset', cases=6, slices=2, size=64)
+    return write_phantom(tmp_path_factory.mktemp('data') / 'Dataset', cases=3, slices=2, size=64)
 
 
-def command(dataset, folder, **parameters):
+def command(notebook, dataset, folder, **parameters):
     "A papermill call at smoke size that writes into `folder` only."
     values = {'ct_dir': dataset / 'train/CT', 'mri_dir': dataset / 'train/MRI', 'save_dir': folder / 'results',
-              'checkpoint_dir': folder / 'checkpoints', 'num_epochs': 2, 'width': 4, **parameters}
+              **SMALL[notebook], 'run': 'mine', **parameters}
     options = [text for name, value in values.items() for text in ('-p', name, str(value))]
-    return [*PAPERMILL, str(NOTEBOOK), str(folder / 'executed.ipynb'), *options]
+    return [*PAPERMILL, str(ROOT / 'nbs' / notebook), str(folder / 'executed.ipynb'), *options]
 
 
-def run(dataset, folder, **parameters):
-    return subprocess.run(command(dataset, folder, **parameters), cwd=folder, capture_output=True, text=True)
+def run(notebook, dataset, folder, **parameters):
+    return subprocess.run(command(notebook, dataset, folder, **parameters), cwd=folder, capture_output=True, text=True)
+
+
+def finished(done, folder):
+    "The record of a run that ended well."
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((folder / 'results/mine/run.json').read_text())
+    assert record['state'] == 'finished'
+    return record
 
 
 def failure(done, folder):
@@ -44,7 +61,7 @@ def failure(done, folder):
 
 
 def weights(folder, name='wavelet_fusion_spatial_final.pt'):
-    path = folder / 'checkpoints/final/trainable_wavelet_fusion' / name
+    path = folder / 'results/mine/checkpoints/final/trainable_wavelet_fusion' / name
     return torch.load(path, weights_only=True)['state_dict']
 
 
@@ -52,99 +69,150 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope='module')
-def whole(dataset, tmp_path_factory):
-    "A run of four epochs that nobody stopped."
-    folder = tmp_path_factory.mktemp('whole')
-    done = run(dataset, folder, num_epochs=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+# What papermill reads of a notebook before it runs it
+
+@pytest.mark.parametrize('notebook', PARAMETERISED)
+def test_papermill_understands_every_parameter(notebook, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    path, declared = str(ROOT / 'nbs' / notebook), notebook_parameters(notebook)
+    read = inspect_notebook(path)
+    assert 'Unable to parse' not in caplog.text
+    assert list(read) == list(declared)
+    for name, parameter in declared.items():
+        assert read[name]['help'].strip() == parameter.comment.strip(), name
+    context = type('Context', (), {'command': type('Command', (), {'get_usage': lambda self, context: ''})()})()
+    assert display_notebook_help(context, path, {}) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf'^\s*{name}: ', shown, re.MULTILINE) for name in declared)
 
 
-def test_a_run_leaves_everything_in_its_place(whole, dataset):
-    run_dir = whole / 'results/latest'
-    manifest = json.loads((run_dir / 'run.json').read_text())
-    assert manifest['parameters']['num_epochs'] == 4 and set(manifest['numbers']['metrics']) >= {'wavelet fusion', 'average', 'maximum'}
-    assert len((run_dir / 'history.csv').read_text().splitlines()) == 5
-    names = {path.name for path in (dataset / 'test/CT').iterdir()}
-    assert {path.name for path in (run_dir / 'fused').iterdir()} == names
-    assert {'curves.png', 'panel.png', 'masks.png', 'metrics.csv'} <= {path.name for path in run_dir.iterdir()}
-    final = whole / 'checkpoints/final/trainable_wavelet_fusion'
-    assert {path.name for path in final.iterdir() if not path.name.startswith('.')} == {
-        'wavelet_fusion_spatial_best.pt', 'wavelet_fusion_spatial_final.pt', 'training_history.pt', 'metadata.json'}
-    intermediate = whole / 'checkpoints/intermediate/trainable_wavelet_fusion'
-    assert {path.name for path in intermediate.glob('*.pt')} == {f'wavelet_fusion_spatial_epoch_{n}.pt' for n in range(1, 5)}
+def test_both_methods_name_alike():
+    "What the specification does not fix has one name in both, in one order."
+    wavelet, resnet = (list(notebook_parameters(name)) for name in (WAVELET, RESNET))
+    own = {'num_epochs', 'epochs', 'width', 'shared_mask', 'cycle_spin', 'layer_decay', 'schedule', 'save_every', 'cache_gb',
+           'backbone_weights', 'deepest', 'perceptual_stages', 'w_perceptual'}
+    assert set(wavelet) ^ set(resnet) == own
 
 
-def test_a_recipe_may_ask_for_lesions(dataset, tmp_path):
-    done = run(dataset, tmp_path, w_lesion=1., w_ssim_min=1.)
-    assert done.returncode == 0, done.stderr[-3000:]
-    columns = (tmp_path / 'results/latest/history.csv').read_text().split('\n')[0].split(',')
-    assert {'train_lesion', 'val_lesion', 'train_ssim_min', 'val_ssim_min'} <= set(columns)
+@pytest.mark.parametrize('recipe', sorted((ROOT / 'params').rglob('*.yaml')), ids=lambda path: path.stem)
+def test_recipes_name_parameters_of_their_notebook(recipe):
+    notebooks = {name: method.notebook for name, method in methods().items()} | {'pretraining': '80_pretraining.ipynb'}
+    notebook = next(notebook for name, notebook in notebooks.items() if recipe.stem.startswith(name))
+    assert check_parameters(notebook, yaml.safe_load(recipe.read_text()))
 
 
-@pytest.mark.parametrize('moment', ['between epochs', 'during an epoch'])
-def test_a_killed_run_resumes_to_the_same_bits(moment, whole, dataset, tmp_path):
-    second = tmp_path / 'checkpoints/intermediate/trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_2.pt'
-    process = subprocess.Popen(command(dataset, tmp_path, num_epochs=4), cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not second.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    if moment == 'during an epoch':
-        time.sleep(0.03)
+# Runs
+
+@pytest.mark.parametrize('notebook', [WAVELET, RESNET])
+def test_a_run_in_mixed_precision_leaves_everything_in_its_place(notebook, dataset, tmp_path):
+    method = next(method for method in methods().values() if method.notebook == notebook)
+    done = run(notebook, dataset, tmp_path, precision='bf16', w_qabf=1., ema=0.5)
+    record, run_dir = finished(done, tmp_path), tmp_path / 'results/mine'
+    assert 'Unable to parse' not in done.stderr
+    assert record['parameters']['precision'] == 'bf16' and set(record['split']) == {'train', 'val', 'test'}
+    network = next(iter(record['numbers']['means']))
+    assert {network, 'average', 'maximum', 'copy_ct', 'copy_mri'} == set(record['numbers']['means'])
+    assert record['numbers']['validation']['VIF'] > 0 and record['numbers']['best_epoch'] in (1, 2)
+    history = (run_dir / 'history.csv').read_text().splitlines()
+    assert len(history) == 3 and {'train_qabf', 'val_qabf', 'val_ssim'} <= set(history[0].split(','))
+    assert {path.name for path in (run_dir / 'fused').iterdir()} == {path.name for path in (dataset / 'test/CT').iterdir()}
+    assert {'curves.png', 'panel.png', 'detail.png', 'metrics.csv'} <= {path.name for path in run_dir.iterdir()}
+    final = run_dir / 'checkpoints/final' / method.directory
+    assert record['checkpoints'].keys() <= {path.name for path in final.iterdir()} and method.best_name in record['checkpoints']
+    assert list((run_dir / 'checkpoints/intermediate' / method.directory).glob('*_epoch_*2.pt'))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['executed.ipynb', 'results']
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('notebook', [WAVELET, RESNET])
+def test_a_recipe_may_ask_for_lesions(notebook, dataset, tmp_path):
+    finished(run(notebook, dataset, tmp_path, w_lesion=1., precision='bf16'), tmp_path)
+    columns = (tmp_path / 'results/mine/history.csv').read_text().split('\n')[0].split(',')
+    assert {'train_lesion', 'val_lesion'} <= set(columns)
+
+
+def kill(process):
     for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         one.kill()
     process.wait()
-    assert second.exists() and not (tmp_path / 'results/latest/run.json').exists()
-    done = run(dataset, tmp_path, num_epochs=4, resume=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def start_and_kill(dataset, folder, moment):
+    "A run of four epochs, killed after its second."
+    second = folder / 'results/mine/checkpoints/intermediate/trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_2.pt'
+    process = subprocess.Popen(command(WAVELET, dataset, folder, num_epochs=4), cwd=folder, stderr=subprocess.DEVNULL,
+                               env=os.environ | {'TMPDIR': str(folder)})   # what a killed process cannot remove
+    deadline = time.monotonic() + 120
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(moment)
+    kill(process)
+    assert second.exists() and json.loads((folder / 'results/mine/run.json').read_text())['state'] == 'running'
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('moment', [0, 0.03], ids=['between epochs', 'during an epoch'])
+def test_a_killed_run_resumes_to_the_same_bits(moment, dataset, tmp_path):
+    whole, other = tmp_path / 'whole', tmp_path / 'other'
+    for folder in (whole, other):
+        folder.mkdir()
+    finished(run(WAVELET, dataset, whole, num_epochs=4), whole)
+    start_and_kill(dataset, other, moment)
+    finished(run(WAVELET, dataset, other, num_epochs=4, resume=True), other)
     for name in ('wavelet_fusion_spatial_final.pt', 'wavelet_fusion_spatial_best.pt'):
-        assert same(weights(tmp_path, name), weights(whole, name))
-    assert (tmp_path / 'results/latest/history.csv').read_text() == (whole / 'results/latest/history.csv').read_text()
+        assert same(weights(other, name), weights(whole, name))
+    assert (other / 'results/mine/history.csv').read_text() == (whole / 'results/mine/history.csv').read_text()
 
 
-@pytest.mark.parametrize('parameters, sentence', [
-    ({'num_epoch': 3}, r"num_epoch\b.*num_epochs"),
-    ({'num_epochs': 'three'}, r'num_epochs'),
-    ({'augment': '"false"'}, r'augment'),
-    ({'ct_dir': 'nowhere/CT'}, r'nowhere/CT'),
-], ids=['unknown name', 'wrong type', 'text for a bool', 'missing folder'])
-def test_bad_parameters_fail_before_anything_is_written(parameters, sentence, dataset, tmp_path):
-    done = run(dataset, tmp_path, **parameters)
+def test_old_names_are_refused_with_the_new_ones():
+    for old, new in (('w_intensity', 'w_mse'), ('mirror', 'augment')):
+        with pytest.raises(ValueError, match=f'{old}.*it is {new} now'):
+            check_parameters(RESNET, {old: 1})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('notebook, parameters, sentence', [
+    (RESNET, {'w_intensity': 3}, r'w_intensity.*it is w_mse now'),
+    (WAVELET, {'augment': '"false"'}, r'augment'),
+    (WAVELET, {'ct_dir': 'nowhere/CT'}, r'nowhere/CT'),
+    (RESNET, {'crop': 32}, r'crop is 32'),
+], ids=['old name', 'text for a bool', 'missing folder', 'crop too small'])
+def test_bad_parameters_fail_before_anything_is_written(notebook, parameters, sentence, dataset, tmp_path):
+    done = run(notebook, dataset, tmp_path, **parameters)
     assert re.search(sentence, failure(done, tmp_path), re.DOTALL)
     assert [path.name for path in tmp_path.iterdir()] == ['executed.ipynb']
 
 
+@pytest.mark.long
 def test_a_file_where_the_results_folder_should_be(dataset, tmp_path):
     (tmp_path / 'results').write_text('not a folder')
-    message = failure(run(dataset, tmp_path), tmp_path)
+    message = failure(run(WAVELET, dataset, tmp_path), tmp_path)
     assert 'results' in message and 'is a file' in message
     assert not list(tmp_path.rglob('*.pt'))
 
 
+@pytest.mark.long
 def test_two_runs_at_once_in_one_folder(dataset, tmp_path):
-    first = subprocess.Popen(command(dataset, tmp_path, num_epochs=10_000), cwd=tmp_path,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command(WAVELET, dataset, tmp_path, num_epochs=10_000), cwd=tmp_path,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'TMPDIR': str(tmp_path)})
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.rglob('*_epoch_1.pt')) and time.monotonic() < deadline:
             time.sleep(0.05)
         other = tmp_path / 'second'
         other.mkdir()
-        done = run(dataset, other, save_dir=tmp_path / 'results', checkpoint_dir=tmp_path / 'checkpoints')
+        done = run(WAVELET, dataset, other, save_dir=tmp_path / 'results')
         assert 'Another run is writing to' in failure(done, other)
     finally:
-        for one in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-            one.kill()
-        first.wait()
+        kill(first)
 
 
+@pytest.mark.long
 def test_the_flat_alternative_works_by_changing_two_paths(dataset, tmp_path):
     flat = tmp_path / 'CT-MRI'
     for kind in ('CT', 'MRI'):
         (flat / kind).mkdir(parents=True)
         for path in dataset.glob(f'*/{kind}/*.png'):
             (flat / kind / path.name).write_bytes(path.read_bytes())
-    done = run(dataset, tmp_path, ct_dir=flat / 'CT', mri_dir=flat / 'MRI', num_epochs=1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / 'results/latest/fused').iterdir())) == 2  # the slices of one case
+    finished(run(WAVELET, dataset, tmp_path, ct_dir=flat / 'CT', mri_dir=flat / 'MRI', num_epochs=1), tmp_path)
+    assert len(list((tmp_path / 'results/mine/fused').iterdir())) == 2  # the slices of one case
