@@ -1,19 +1,25 @@
 """The `medfusion` command: exit codes, sentences on standard error, and what is on the disk afterwards."""
+import errno
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
+from medfusion import cli
 from medfusion.cli import app
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
-from medfusion.files import sha256_of
-from medfusion.runs import save_checkpoint
 
 
 def medfusion(*arguments):
@@ -29,25 +35,27 @@ def assert_sentence(result, *words, code=1):
     assert all(word in lines[0] for word in words), lines[0]
 
 
-@pytest.fixture
-def pairs(tmp_path, monkeypatch):
-    "The current folder holds CT/ and MRI/ with three pairs, and checkpoints with an untrained wavelet network."
-    from medfusion.wavelet_fusion import WaveletFusion
+def shell(*arguments, module='medfusion', **options):
+    "The command in a process of its own."
+    return subprocess.run([sys.executable, '-W', 'ignore', '-m', module, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope='module')
+def three_pairs(tmp_path_factory):
+    root = tmp_path_factory.mktemp('pairs')
     for folder in ('CT', 'MRI'):
-        (tmp_path / folder).mkdir()
+        (root / folder).mkdir()
     for i in range(3):
         head = phantom_slice('7', i + 2, size=64)
-        write_image(tmp_path / 'CT' / head.name, to_depth(head.ct, np.uint8))
-        write_image(tmp_path / 'MRI' / head.name, to_depth(head.mri, np.uint8))
-    final = tmp_path / 'checkpoints' / 'final' / 'trainable_wavelet_fusion'
-    final.mkdir(parents=True)
-    model = WaveletFusion()
-    path = final / 'wavelet_fusion_spatial_best.pt'
-    save_checkpoint(path, method='trainable_wavelet_fusion', config=model.config, state_dict=model.state_dict(), epoch=1, metrics={})
-    numbers = {'cases': '41', 'convention': 'cvpr conventions', 'means': {'SF': 31.25, 'VIF': 0.71239}}
-    metadata = {'sha256': sha256_of(path), 'shipped': True, 'numbers': numbers}
-    (final / 'metadata.json').write_text(json.dumps(metadata))
-    monkeypatch.setenv('MEDFUSION_CHECKPOINTS', str(tmp_path / 'checkpoints'))
+        write_image(root / 'CT' / head.name, to_depth(head.ct, np.uint8))
+        write_image(root / 'MRI' / head.name, to_depth(head.mri, np.uint8))
+    return root
+
+
+@pytest.fixture
+def pairs(three_pairs, tmp_path, monkeypatch):
+    "The current folder holds CT/ and MRI/ with three pairs; their names."
+    shutil.copytree(three_pairs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return sorted(path.name for path in Path('CT').iterdir())
 
@@ -63,16 +71,59 @@ def test_help_answers_without_torch():
 
 
 def test_wrong_command_lines_exit_with_2():
-    for arguments in (['fuse', 'a'], ['nothing'], ['train', 'magic'], ['data', 'phantom', '--size', '3'], ['evaluate', 'a', 'b', 'c', '--preset', 'x']):
-        assert medfusion(*arguments).exit_code == 2
+    for arguments in (['fuse', 'a'], ['nothing'], ['train', 'magic'], ['data', 'phantom', '--size', '3'], ['data', 'phantom', '--size', '10000000'],
+                      ['data', 'phantom', '--seed', '-1'], ['evaluate', 'a', 'b', 'c', '--preset', 'x'], ['fuse', 'a', 'b', '-o', ''],
+                      ['fuse', '', 'b', '-o', 'x'], ['data', 'check', ''], ['fuse', 'a', 'b', '-o', 'x', '--batch-size', '0'],
+                      ['evaluate', 'a', 'b', 'c', '--csv', ' ']):
+        assert medfusion(*arguments).exit_code == 2, arguments
 
 
-def test_the_installed_command(pairs):
-    command = Path(sys.executable).with_name('medfusion')
-    if not command.exists():
-        pytest.skip(f'{command} is not there: the package is not installed in this environment')
-    done = subprocess.run([command, 'fuse', 'CT', 'nowhere', '-o', 'out'], capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stdout and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
+@pytest.mark.parametrize('module', ['medfusion', 'medfusion.cli'])
+def test_the_package_is_the_command(module, tmp_path):
+    done = shell('--version', module=module, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith('medfusion 0.') and not done.stderr
+    done = shell('train', 'wavelet', '-f', '', module=module, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout and 'empty path' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_debug_shows_the_traceback(pairs):
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'CT', '--debug')
+    assert result.exit_code == 1 and 'Traceback' in result.stderr and result.stderr.splitlines()[-1].startswith('medfusion: ')
+
+
+def test_what_was_not_foreseen_is_a_sentence_too(pairs, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError('depth')
+    monkeypatch.setattr('medfusion.inference.fuse_folder', fail)
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'out'), "KeyError: 'depth'", '--debug')
+
+
+def test_a_console_that_cannot_print_a_character(pairs):
+    "It loses the character, not the exit status."
+    done = shell('fuse', 'CT', '5×7.png', '-o', 'out', env=os.environ | {'PYTHONIOENCODING': 'iso8859_5', 'PYTHONUTF8': '0'})
+    assert done.returncode == 1 and done.stderr == 'medfusion: There is no 5?7.png; check the path.\n'
+
+
+@pytest.mark.parametrize('stop, code', [(signal.SIGTERM, 143)])     # Ctrl-C takes the same way
+def test_stopped_while_fusing(pairs, stop, code):
+    "One sentence, what was fused is kept, and the command that it names goes on."
+    for i in range(60):
+        for side in ('CT', 'MRI'):
+            shutil.copy(Path(side, pairs[0]), Path(side, f'8{i:03d}.png'))
+    slow = ('import time; from medfusion import inference; real = inference.write_atomically\n'
+            'inference.write_atomically = lambda *given: (time.sleep(0.05), real(*given))\n'
+            'from medfusion.cli import app; app(prog_name="medfusion")')
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', slow, 'fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--replace'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(Path().glob('out/*.png')) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and said.count('\n') == 1, said
+    assert said.rstrip().endswith('medfusion fuse CT MRI -o out -m maximum') and 'kept in out' in said
+    there = len(list(Path('out').glob('*.png')))
+    result = medfusion(*said.rstrip().rpartition('medfusion ')[2].split())
+    assert 0 < there < 63 and result.exit_code == 0 and f'{63 - there} fused, {there} already there' in result.stdout
 
 
 # Data
@@ -96,12 +147,15 @@ def test_data_import(tmp_path, monkeypatch):
     for folder in ('CT', 'MRI'):
         Path('source', folder).mkdir(parents=True)
         for case in range(1, 5):
-            write_image(Path('source', folder, f'{case}001.png'), np.full((20, 20), 10 * case, np.uint8))
+            write_image(Path('source', folder, f'{case}001.png'), np.full((20, 20), 50 + 10 * case, np.uint8))
     result = medfusion('data', 'import', 'source', 'mine')
     assert result.exit_code == 0, result.output
     assert [len(list(Path('mine').glob(f'{part}/CT/*.png'))) for part in ('train', 'val', 'test')] == [2, 1, 1]
     assert_sentence(medfusion('data', 'import', 'nowhere', 'other'), 'nowhere')
     assert not Path('other').exists()
+    for root in ('source', 'source/CT', './source/../source'):
+        assert_sentence(medfusion('data', 'import', 'source', root, '--replace'), 'is what is read')
+    assert len(list(Path('source').glob('*/*.png'))) == 8
 
 
 # Fuse
@@ -111,8 +165,9 @@ def test_fuse_files(pairs):
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == 'fused.png' and read_image('fused.png').shape == (64, 64)
     Path('out').mkdir()
-    medfusion('fuse', f'CT/{pairs[1]}', f'MRI/{pairs[1]}', '-o', 'out', '--model', 'checkpoints/final/trainable_wavelet_fusion/wavelet_fusion_spatial_best.pt')
-    assert read_image(Path('out', pairs[1])).dtype == np.uint8
+    medfusion('fuse', f'CT/{pairs[1]}', f'MRI/{pairs[1]}', '-o', 'out', '--model', 'maximum')
+    expected = np.maximum(read_image(f'CT/{pairs[1]}'), read_image(f'MRI/{pairs[1]}'))
+    assert np.array_equal(read_image(Path('out', pairs[1])), expected)
 
 
 def test_fuse_folders(pairs):
@@ -124,37 +179,47 @@ def test_fuse_folders(pairs):
 
 def test_a_bad_pair_is_in_the_exit_status(pairs):
     Path('MRI', pairs[1]).write_bytes(b'')
-    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out')
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'average')
     assert result.exit_code == 1 and not result.stdout and 'Traceback' not in result.stderr
     assert f'{pairs[1]}: ' in result.stderr and '2 fused' in result.stderr
     assert sorted(path.name for path in Path('out').glob('*.png')) == [pairs[0], pairs[2]]
 
 
 def test_what_fuse_refuses(pairs):
-    one = f'CT/{pairs[0]}'
+    one, other = f'CT/{pairs[0]}', f'MRI/{pairs[0]}'
+    Path('link.png').symlink_to(one)
     assert_sentence(medfusion('fuse', one, 'MRI', '-o', 'x.png'), 'two files or two folders')
-    assert_sentence(medfusion('fuse', 'CT/none.png', f'MRI/{pairs[0]}', '-o', 'x.png'), 'none.png')
-    assert_sentence(medfusion('fuse', one, f'MRI/{pairs[0]}', '-o', one), 'one of the slices')
-    assert_sentence(medfusion('fuse', one, f'MRI/{pairs[0]}', '-o', 'x.txt'), 'x.txt')
-    assert_sentence(medfusion('fuse', one, f'MRI/{pairs[0]}', '-o', 'x.png', '--model', 'wavlet'), 'wavlet')
+    assert_sentence(medfusion('fuse', 'CT/none.png', other, '-o', 'x.png'), 'none.png')
+    assert_sentence(medfusion('fuse', '~nosuchuser/a.png', other, '-o', 'x.png'), 'nosuchuser')
+    for out in (one, other, f'CT/../{one}', 'link.png'):
+        assert_sentence(medfusion('fuse', one, other, '-o', out, '-m', 'maximum'), 'is what is read')
+    assert_sentence(medfusion('fuse', one, other, '-o', 'x.txt'), 'x.txt')
+    assert_sentence(medfusion('fuse', one, other, '-o', '/dev/null'), '/dev/null')
+    assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--model', 'wavlet'), 'wavlet')
+    assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--device', 'meta'), "'meta'")
     assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'CT'), 'the slices themselves')
-    Path('theirs').mkdir()
-    Path('theirs', 'fused_with.json').write_text(json.dumps({'model': 'other', 'weights_sha256': '0' * 64}))
-    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'theirs'), 'another network', '--replace')
+    medfusion('fuse', 'CT', 'MRI', '-o', 'theirs', '-m', 'average')
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'theirs', '-m', 'maximum'), 'another network (average)', '--replace')
     assert not Path('x.png').exists() and not Path('x.txt').exists()
 
 
-def test_a_warning_is_a_sentence_too(pairs):
-    next(Path('checkpoints').glob('**/metadata.json')).unlink()
-    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out')
-    assert result.exit_code == 0 and result.stderr.startswith('medfusion: ') and 'not the shipped' in result.stderr
+def test_a_warning_is_a_sentence_too_and_the_range_its_remedy(pairs):
+    for name in pairs:
+        write_image(Path('CT', name), (to_depth(read_image(Path('CT', name)) / 255, np.uint16) // 16))
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
+    assert result.exit_code == 0 and result.stderr.startswith('medfusion: ') and '--range 0,4095' in result.stderr
     assert result.stderr.count('\n') == 1
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'mapped', '-m', 'maximum', '--range', '0,4095')
+    assert result.exit_code == 0 and not result.stderr and read_image(Path('mapped', pairs[0])).max() > 60000
+    result = medfusion('evaluate', 'CT', 'MRI', 'mapped', '--range', '0,4095')
+    assert result.exit_code == 0 and 'nearly black' not in result.stderr, result.stderr      # of MS-SSIM it says that 64 pixels are few
+    assert '--range 0,4095' in medfusion('evaluate', 'CT', 'MRI', 'mapped').stderr
 
 
 # Evaluate
 
 def test_evaluate_folders_and_files(pairs):
-    medfusion('fuse', 'CT', 'MRI', '-o', 'out')
+    medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'average')
     result = medfusion('evaluate', 'CT', 'MRI', 'out', '--csv', 'table.csv')
     assert result.exit_code == 0, result.output
     assert '3 pairs' in result.stdout and 'Qabf' in result.stdout and 'mean' in result.stdout
@@ -165,9 +230,22 @@ def test_evaluate_folders_and_files(pairs):
     assert_sentence(medfusion('evaluate', 'CT', 'MRI', f'out/{pairs[0]}'), 'three files or three folders')
 
 
+def test_a_table_is_written_over_nothing_but_a_table(pairs):
+    slices = [f'{side}/{pairs[0]}' for side in ('CT', 'MRI', 'MRI')]
+    before = Path(slices[0]).read_bytes()
+    Path('table.csv').symlink_to(slices[0])
+    Path('folder.csv').mkdir()
+    os.mkfifo('pipe.csv')
+    for out in (slices[0], 'table.csv', 'folder.csv', 'pipe.csv', '/dev/null', 'table.txt'):
+        assert_sentence(medfusion('evaluate', *slices, '--csv', out), out)
+    assert Path(slices[0]).read_bytes() == before and Path('table.csv').is_symlink()
+    Path('mine.csv.part').write_text('mine')
+    assert medfusion('evaluate', *slices, '--csv', 'mine.csv').exit_code == 0 and Path('mine.csv.part').read_text() == 'mine'
+
+
 def test_one_pair_has_the_numbers_of_its_row_in_the_folder(pairs):
     from medfusion.metrics import read_table
-    medfusion('fuse', 'CT', 'MRI', '-o', 'out')
+    medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'average')
     medfusion('evaluate', 'CT', 'MRI', 'out', '--csv', 'all.csv')
     medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', f'out/{pairs[0]}', '--csv', 'one.csv')
     together, alone = read_table('all.csv'), read_table('one.csv')
@@ -176,56 +254,33 @@ def test_one_pair_has_the_numbers_of_its_row_in_the_folder(pairs):
 
 # Models
 
-def test_models(pairs):
+def test_models():
     result = medfusion('models')
-    assert result.exit_code == 0 and 'as shipped' in result.stdout and 'resnet: resnet_fusion, missing' in result.stdout
-    assert 'means on cases 41; cvpr conventions\n  SF 31.25, VIF 0.7124\n' in result.stdout
-
-
-def test_a_network_trained_here_does_not_count_as_shipped(pairs):
-    path = next(Path('checkpoints').glob('**/metadata.json'))
-    record = json.loads(path.read_text())
-    del record['numbers']
-    path.write_text(json.dumps({**record, 'shipped': False}))
-    result = medfusion('models')
-    assert result.exit_code == 0 and 'not the shipped file' in result.stdout and 'means' not in result.stdout
-
-
-def test_models_outside_a_clone(monkeypatch):
-    monkeypatch.delenv('MEDFUSION_CHECKPOINTS', raising=False)
-    no_clone(monkeypatch)
-    assert_sentence(medfusion('models'), 'MEDFUSION_CHECKPOINTS')
+    assert result.exit_code == 0 and result.stdout.count('as shipped') == 2 and 'means on cases 41: EN ' in result.stdout
+    assert 'pyramid' in result.stdout and max(map(len, result.stdout.splitlines())) < 250
+    assert result.stdout.count('cvpr') == 1
 
 
 # Train: a small clone with a notebook that needs no training stands for the real one
 
-def no_clone(monkeypatch):
-    from medfusion import inference, training
-
-    def none():
-        raise FileNotFoundError('There is no clone of the repository here; change into one.')
-    monkeypatch.setattr(training, 'nbs_dir', none)
-    monkeypatch.setattr(inference, 'nbs_dir', none)
-
-
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    "A folder that looks like a clone, with a method notebook that prints and can fail."
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_notebook
+    "A folder that looks like a clone, with a method notebook that prints, can fail, and can take long."
     (tmp_path / 'nbs').mkdir()
     (tmp_path / 'settings.ini').write_text('[DEFAULT]\nlib_name = medfusion\nnbs_path = nbs\n')
-    cells = [new_code_cell("save_dir: str = '../results/trainable_wavelet_fusion'\nrun: str = 'latest'\nnum_epochs: int = 20\n"
-                           "lr: float = 1e-3\nct_dir: str = '../Dataset/train/CT'\nresume: bool = False",
-                           metadata={'tags': ['parameters']}),
-             new_code_cell("import json, pathlib\nfolder = pathlib.Path(save_dir) / run\n"
-                           "(folder / 'seen.json').write_text(json.dumps([run, num_epochs, lr, ct_dir, resume]))\n"
-                           "print('epoch', num_epochs)"),
-             new_code_cell("if num_epochs == 13:\n    raise ValueError('thirteen epochs')")]
+    cells = [new_code_cell("save_dir: str = '../results/trainable_wavelet_fusion'\nrun: str = 'latest'\nnum_epochs: int = 20  # passes\n"
+                           "lr: float = 1e-3\ndata_dir: str = '../Dataset/train/CT'\nprecision: str = 'no'\naugment: bool = False\n"
+                           "resume: bool = False\nreplace: bool = False", metadata={'tags': ['parameters']}),
+             new_markdown_cell('# A toy\n\nText.\n\n## Training'),
+             new_code_cell("import json, os, pathlib, time\nfolder = pathlib.Path(save_dir) / run\nfolder.mkdir(parents=True, exist_ok=True)\n"
+                           "(folder / 'seen.json').write_text(json.dumps([run, num_epochs, lr, data_dir, resume, precision]))\n"
+                           "print('epoch', num_epochs)\nprint(os.environ['MEDFUSION_COMMAND'])"),
+             new_code_cell("if num_epochs == 13:\n    raise ValueError('thirteen epochs')\nif num_epochs == 14:\n    1 / 0\n"
+                           "if num_epochs == 15:\n    os._exit(1)\nif num_epochs == 16:\n    time.sleep(60)")]
     nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / 'trainable-wavelet-fusion.ipynb')
-    cells = [new_code_cell("save_dir: str = '../results/benchmark'\ncheckpoints: list[str] = ['wavelet', 'resnet']",
+    cells = [new_code_cell("save_dir: str = '../results/benchmark'\nrun: str = 'latest'\ncheckpoints: list[str] = ['wavelet', 'resnet']",
                            metadata={'tags': ['parameters']}),
-             new_code_cell("import json, pathlib\n(pathlib.Path(save_dir) / 'seen.json').write_text(json.dumps(checkpoints))")]
+             new_code_cell("import json, pathlib\n(pathlib.Path(save_dir) / f'seen-{run}.json').write_text(json.dumps(checkpoints))")]
     nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / '90_benchmark.ipynb')
     (tmp_path / 'work').mkdir()
     monkeypatch.chdir(tmp_path / 'work')
@@ -233,50 +288,107 @@ def clone(tmp_path, monkeypatch):
 
 
 def test_train(clone):
-    Path('x.yaml').write_text(yaml.safe_dump({'lr': 0.5, 'num_epochs': 3, 'ct_dir': '../elsewhere/CT'}))
+    Path('x.yaml').write_text('lr: 5e-1\nprecision: no\nnum_epochs: 3\ndata_dir: ../elsewhere/CT\naugment: yes\n')
     result = medfusion('train', 'wavelet', '-f', 'x.yaml', '-p', 'epochs=5', '-p', 'resume=true', '--run', 'a')
     assert result.exit_code == 0, result.output
     folder = clone / 'results' / 'trainable_wavelet_fusion' / 'a'
-    assert json.loads((folder / 'seen.json').read_text()) == ['a', 5, 0.5, '../elsewhere/CT', True]
+    assert json.loads((folder / 'seen.json').read_text()) == ['a', 5, 0.5, '../elsewhere/CT', True, 'no']
     assert (folder / 'executed.ipynb').is_file() and 'epoch 5' in result.stdout and str(folder) in result.stdout
+    assert 'medfusion train wavelet -f x.yaml -p epochs=5\n' in result.stdout and not result.stderr
 
 
-def test_typed_folders_are_seen_from_the_shell(clone):
-    result = medfusion('train', 'wavelet', '-p', 'ct_dir=my/CT', '-p', 'save_dir=runs', '-p', 'run=2')
+def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(clone):
+    Path('2').write_text('a file that is called like the run')
+    result = medfusion('train', 'wavelet', '-p', 'data_dir=my/CT', '-p', 'save_dir=runs', '-p', 'run=2')
     assert result.exit_code == 0, result.output
     assert json.loads(Path('runs/2/seen.json').read_text())[:4] == ['2', 20, 0.001, str(Path.cwd() / 'my/CT')]
 
 
-@pytest.mark.parametrize('typed, folder', [([], '../results/benchmark'), (['-p', 'save_dir=tables'], 'tables')])
-def test_benchmark_has_a_folder_for_each_run_like_train(clone, typed, folder):
+def test_two_runs_in_one_second_have_two_folders(clone, monkeypatch):
+    monkeypatch.setattr(cli.time, 'strftime', lambda _: '20260101-120000')
+    monkeypatch.setattr(cli, 'execute', lambda notebook, executed, given: executed.write('{}'))
+    for _ in range(2):
+        assert medfusion('train', 'wavelet').exit_code == 0
+    names = sorted(path.name for path in (clone / 'results/trainable_wavelet_fusion').iterdir())
+    assert names == ['20260101-120000', '20260101-120000-2']
+
+
+def test_benchmark_takes_models_as_every_command_does(clone):
     Path('mine.pt').write_bytes(b'')
-    result = medfusion('benchmark', '-p', 'checkpoints=[wavelet, mine.pt]', '--run', 'a', *typed)
+    (clone / 'results/benchmark').mkdir(parents=True)
+    result = medfusion('benchmark', '-p', 'checkpoints=[wavelet, mine.pt, run:a]', '--run', 'a')
     assert result.exit_code == 0, result.output
-    assert json.loads(Path(folder, 'a', 'seen.json').read_text()) == ['wavelet', str(Path.cwd() / 'mine.pt')]
-    assert Path(folder, 'a', 'executed.ipynb').is_file()
+    seen = json.loads((clone / 'results/benchmark/seen-a.json').read_text())
+    assert seen == ['wavelet', str(Path.cwd() / 'mine.pt'), 'run:a']
     assert_sentence(medfusion('benchmark', '-p', 'checkpoints=[wavelet'), 'checkpoints', 'list[str]')
 
 
-def test_a_failing_notebook_is_kept(clone):
-    result = medfusion('train', 'wavelet', '-p', 'num_epochs=13', '--run', 'b')
+@pytest.mark.parametrize('epochs, words', [(13, ['under the heading "Training": thirteen epochs; see']), (14, ['ZeroDivisionError']), (15, ['died without a word'])])
+def test_a_failing_notebook_is_kept(clone, epochs, words):
+    result = medfusion('train', 'wavelet', '-p', f'num_epochs={epochs}', '--run', 'b')
     executed = clone / 'results' / 'trainable_wavelet_fusion' / 'b' / 'executed.ipynb'
-    assert result.exit_code == 1 and executed.is_file() and 'thirteen epochs' in executed.read_text()
+    assert result.exit_code == 1 and len(nbformat.read(executed, 4).cells) >= 4
     last = result.stderr.strip().splitlines()[-1]
-    assert 'thirteen epochs' in last and str(executed) in last and isinstance(result.exception, SystemExit)
+    assert all(word in last for word in words) and str(executed) in last and 'Traceback' not in result.stderr
+    assert 'TCP' not in result.stderr
+
+
+def test_the_executed_notebook_is_whole_or_absent(clone, monkeypatch):
+    "A disk that fills up during the run: the run is whole, its exit status 0, and a sentence names what is missing."
+    def full(path, data):
+        raise OSError(errno.ENOSPC, f'{path} could not be written (No space left on device)')
+    monkeypatch.setattr('medfusion.files.write_atomically', full)
+    result = medfusion('train', 'wavelet', '--run', 'c')
+    folder = clone / 'results' / 'trainable_wavelet_fusion' / 'c'
+    assert result.exit_code == 0 and [path.name for path in folder.iterdir()] == ['seen.json']
+    assert 'executed.ipynb could not be written' in result.stderr and 'the run itself is whole' in result.stderr
+
+
+def test_a_refused_run_leaves_the_other_ones_notebook(clone):
+    folder = clone / 'results' / 'trainable_wavelet_fusion' / 'd'
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps({'started': 'yesterday'}))
+    (folder / 'executed.ipynb').write_text('of the first run')
+    notebook = cli.ExecutedNotebook(folder)
+    notebook.write('{}')
+    assert (folder / 'executed.ipynb').read_text() == 'of the first run' and not notebook.written
+    (folder / 'run.json').write_text(json.dumps({'started': 'today'}))
+    notebook.write('{}')
+    assert (folder / 'executed.ipynb').read_text() == '{}'
+
+
+@pytest.mark.parametrize('stop, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_a_notebook_runs(clone, stop, code):
+    "One sentence with the whole command that goes on; the kernel ends too; nothing of ZMQ."
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'medfusion', 'train', 'wavelet', '-p', 'num_epochs=16', '--run', 'e f'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = clone / 'results' / 'trainable_wavelet_fusion' / 'e f'
+    while not (folder / 'seen.json').exists() and process.poll() is None:
+        time.sleep(0.02)
+    import psutil
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.count('\n')) == (code, 1), said
+    assert said.rstrip().endswith("To go on: medfusion train wavelet -p num_epochs=16 --run 'e f' -p resume=true") and str(folder) in said
+    assert kernels and not psutil.wait_procs(kernels, timeout=10)[1]
+    assert len(nbformat.read(folder / 'executed.ipynb', 4).cells) >= 4
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['-p', 'num_epoch=5'], ['num_epoch', 'num_epochs']),
     (['-p', 'num_epochs=many'], ['num_epochs', 'int']),
     (['-p', 'lr'], ['lr=VALUE']),
-    (['-f', 'broken.yaml'], ['broken.yaml', 'YAML']),
-    (['-f', 'list.yaml'], ['list.yaml', 'name: value']),
+    (['-p', 'lr=1' + 400 * '0'], ['lr', 'float']),
+    (['-p', 'lr={[]:1}'], ['lr', 'float']),
+    (['-p', 'lr=' + 5000 * '('], ['lr', 'float']),
+    (['-p', 'run=../x'], ['../x', 'name']),
+    (['--run', '/tmp/x'], ['/tmp/x', 'name']),
+    (['--run', '..'], ["'..'", 'name']),
     (['-f', 'missing.yaml'], ['missing.yaml']),
-    (['--run', 'taken'], ['taken', 'file']),
+    (['--run', 'taken'], ['taken', 'no folder']),
 ])
 def test_parameters_are_checked_before_anything_is_made(clone, arguments, words):
-    Path('broken.yaml').write_text('a: [1')
-    Path('list.yaml').write_text('- 1')
     if 'taken' in arguments:
         (clone / 'results' / 'trainable_wavelet_fusion').mkdir(parents=True)
         (clone / 'results' / 'trainable_wavelet_fusion' / 'taken').write_text('')
@@ -284,8 +396,49 @@ def test_parameters_are_checked_before_anything_is_made(clone, arguments, words)
     assert 'taken' in arguments or not (clone / 'results').exists()
 
 
-def test_train_and_benchmark_outside_a_clone(monkeypatch, tmp_path):
+@pytest.mark.parametrize('text, words', [
+    ('a: [1', ['YAML']), ('- 1', ['name: value']), ('5: 3', ['5 is not a parameter']), ('yes: 1', ['yes is not a parameter']),
+    ('~: 1', ['~ is not a parameter']), ('lr: ' + 2000 * '[', ['YAML']), ('lr: ' + 2000 * '[' + 2000 * ']', ['YAML']),
+    ('lr: &a 1\nnum_epochs: *a', ['alias']), ('a: &a [x]\nb: &b [*a, *a]', ['alias']), ('lr:', ['lr no value']),
+    ('lr: 1\nlr: 2', ['lr twice']), ('? [1]\n: 2', ['YAML']), ('lr: !!python/object/apply:os.system [touch x]', ['lr', 'float']),
+    ('\x00', ['YAML']), ('lr: 2020-01-01', ['lr', 'float']), ('num_epochs: 1.5', ['num_epochs', 'int']), ('data_dir: ""', None)])
+def test_files_of_parameters_as_people_and_accidents_write_them(clone, text, words, monkeypatch):
+    Path('x.yaml').write_text(text)
+    monkeypatch.setattr(cli, 'execute', lambda notebook, executed, given: None)
+    result = medfusion('train', 'wavelet', '-f', 'x.yaml')
+    if words is None:
+        assert result.exit_code == 0
+    else:
+        assert_sentence(result, *words)
+    assert not Path('x').exists()
+
+
+def test_every_parameter_file_of_the_project_is_read():
+    for path in (Path(cli.__file__).parents[1] / 'params').glob('**/*.yaml'):
+        assert cli.read_parameter_file(path).keys() == yaml.safe_load(path.read_text()).keys(), path
+
+
+def test_help_prints_the_parameters_of_the_notebook(clone):
+    for method in (['wavelet'], ['-p', 'lr=1', 'wavelet']):
+        text = medfusion('train', *method, '--help').stdout
+        assert 'num_epochs=20' in text and 'passes' in text and 'run="latest"' in text
+    assert 'num_epochs' not in medfusion('train', '--help').stdout
+    assert 'checkpoints=["wavelet", "resnet"]' in medfusion('benchmark', '--help').stdout
+
+
+def test_missing_data_is_noticed_at_once(tmp_path, monkeypatch):
+    "With the real notebook: no kernel, no folder, and the ways to get data."
     monkeypatch.chdir(tmp_path)
-    no_clone(monkeypatch)
+    monkeypatch.setattr(cli, 'execute', lambda *_: pytest.fail('a kernel was started'))
+    result = medfusion('train', 'wavelet', '-p', 'ct_dir=nowhere/CT', '-p', 'mri_dir=nowhere/MRI', '-p', 'save_dir=results')
+    assert_sentence(result, str(tmp_path / 'nowhere/CT'), 'medfusion data harvard', 'medfusion data phantom')
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_and_benchmark_outside_a_clone(monkeypatch, tmp_path):
+    def none():
+        raise FileNotFoundError('There is no clone of the repository here; change into one.')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('medfusion.runs.nbs_dir', none)
     assert_sentence(medfusion('train', 'resnet'), 'clone')
     assert_sentence(medfusion('benchmark'), 'clone')

@@ -1,6 +1,14 @@
 """What the inference notebook cannot show on a page: every kind of input, tiles against the whole, faults in a folder."""
+import colorsys
 import json
+import os
 import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -8,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
 from medfusion import inference
-from medfusion.files import read_image, to_depth, write_image
-from medfusion.inference import fuse, fuse_folder, load_model, receptive_radius, shipped_models
+from medfusion.files import luminance, read_image, sha256_of, to_depth, write_image
+from medfusion.inference import (check_output, find_model, fuse, fuse_folder, load_model, methods, receptive_radius, shipped_models,
+                                 with_luminance)
 from medfusion.phantom import phantom_slice
-from medfusion.files import sha256_of
-from medfusion.runs import save_checkpoint
+from medfusion.runs import save_checkpoint, write_run
 
 
 class Strided(nn.Module):
@@ -48,6 +56,10 @@ def maximum(ct, mri):
     return torch.maximum(ct, mri)
 
 
+def minimum(ct, mri):
+    return torch.minimum(ct, mri)
+
+
 @pytest.fixture(scope='module')
 def network():
     return Strided().eval()
@@ -58,117 +70,148 @@ def pair():
     return small_pair(4, 72, 91)
 
 
+# Names and loading
+
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    "A folder of checkpoints with an untrained wavelet network in it, as a clone would hold it."
+def trained(tmp_path):
+    "The path of a checkpoint with a small untrained wavelet network."
     from medfusion.wavelet_fusion import WaveletFusion
-    folder = tmp_path / 'checkpoints' / 'final' / 'trainable_wavelet_fusion'
-    folder.mkdir(parents=True)
     torch.manual_seed(0)
-    model = WaveletFusion()
-    path = folder / 'wavelet_fusion_spatial_best.pt'
-    save_checkpoint(path, method='trainable_wavelet_fusion', config=model.config, state_dict=model.state_dict(),
-                    epoch=1, metrics={})
-    (folder / 'metadata.json').write_text(json.dumps({'sha256': sha256_of(path), 'shipped': True}))
-    monkeypatch.setenv('MEDFUSION_CHECKPOINTS', str(tmp_path / 'checkpoints'))
-    return path
+    model = WaveletFusion(width=4)
+    return save_checkpoint(tmp_path / 'mine.pt', method='trainable_wavelet_fusion', config=model.config,
+                           state_dict=model.state_dict(), epoch=1, metrics={})
 
 
-# Loading
-
-def test_shipped_model_loads_silently(shipped):
+@pytest.mark.parametrize('name', methods())
+def test_shipped_models_load_silently(name):
+    assert shipped_models()[name].whole
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        model = load_model('wavelet', device='cpu')
-    assert not model.training and next(model.parameters()).device.type == 'cpu'
-    assert shipped_models()['wavelet'].path == shipped
+        model = load_model(name, device='cpu')
+    assert not model.training and type(model).__name__ == methods()[name].cls
 
 
-def test_folder_that_holds_checkpoints_is_understood_too(shipped, monkeypatch):
-    monkeypatch.setenv('MEDFUSION_CHECKPOINTS', str(shipped.parents[3]))
-    assert shipped_models()['wavelet'].path == shipped
+def test_a_name_always_means_the_shipped_network(tmp_path, monkeypatch):
+    "Neither a folder nor a file of that name, nor what was trained in the clone, changes what it means."
+    monkeypatch.chdir(tmp_path)
+    Path('wavelet').mkdir()
+    Path('maximum').write_text('')
+    assert find_model('wavelet').path == shipped_models()['wavelet'].path and find_model('maximum').rule
+    with pytest.raises(FileNotFoundError, match='holds no checkpoint'):
+        find_model('./wavelet')
 
 
-def test_other_file_under_a_shipped_name_is_said(shipped):
-    metadata = shipped.parent / 'metadata.json'
-    metadata.write_text(json.dumps({'sha256': '0' * 64, 'shipped': True}))
-    with pytest.warns(UserWarning, match='not the shipped checkpoint'):
-        load_model('wavelet')
-    for record in ({'shipped': False}, {}):   # a training run of one's own, and a record that does not say
-        metadata.write_text(json.dumps({'sha256': sha256_of(shipped), **record}))
-        with pytest.warns(UserWarning, match='not the shipped checkpoint'):
-            load_model('wavelet')
-    metadata.unlink()
-    with pytest.warns(UserWarning, match='not the shipped checkpoint'):
-        load_model('wavelet')
+@pytest.mark.parametrize('name, same', [('pyramid', 'laplacian_pyramid'), ('wavelet-max', 'wavelet_maximum'), ('guided', 'guided_filter')])
+def test_rules_by_name(name, same, pair):
+    assert load_model(name) is load_model(same)
+    assert np.array_equal(fuse(*pair, model=name), fuse(*pair, model=load_model(name)))
 
 
-def test_path_of_a_checkpoint(shipped, tmp_path):
-    copy = tmp_path / 'mine.pt'
-    copy.write_bytes(shipped.read_bytes())
+def test_inference_stands_without_training():
+    code = 'import sys, medfusion.inference; sys.exit("medfusion.training" in sys.modules)'
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode == 0
+
+
+def test_a_folder_means_the_best_in_it(trained, tmp_path):
+    best = methods()['wavelet'].best_name
+    for start in ('', 'final', 'checkpoints/final/trainable_wavelet_fusion'):
+        place = tmp_path / f'run{len(start)}' / start
+        place.mkdir(parents=True)
+        (place / best).write_bytes(trained.read_bytes())
+        (place / 'wavelet_fusion_spatial_final.pt').write_bytes(b'another')
+        assert find_model(tmp_path / f'run{len(start)}').path == place / best
+    assert find_model(tmp_path).path == trained                         # the only .pt
+    (tmp_path / 'second.pt').write_bytes(b'')
+    with pytest.raises(ValueError, match='holds 2 checkpoints .mine.pt, second.pt'):
+        find_model(tmp_path)
+
+
+def test_runs_by_name(trained, tmp_path, monkeypatch):
+    "A run's network is the one whose hash its record holds."
+    monkeypatch.setattr('medfusion.runs.nbs_dir', lambda: tmp_path / 'nbs')
+    for method in ('trainable_wavelet_fusion', 'resnet_fusion'):
+        folder = tmp_path / 'results' / method / 'a'
+        path = folder / 'checkpoints' / 'final' / method / 'wavelet_fusion_spatial_best.pt'
+        path.parent.mkdir(parents=True)
+        path.write_bytes(trained.read_bytes())
+        write_run(folder, method=method, state='finished', started=0., checkpoints=[path],
+                  parameters={'run': 'a', 'save_dir': str(folder.parent), 'checkpoint_dir': ''})
+        if method == 'trainable_wavelet_fusion':
+            assert find_model('run:a').path == path
+    with pytest.raises(ValueError, match='several methods'):
+        find_model('run:a')
+    assert find_model('run:wavelet/a').path == find_model('run:trainable_wavelet_fusion/a').path
+    with pytest.raises(FileNotFoundError, match='no run b'):
+        find_model('run:b')
+    path.write_bytes(b'of a later run')
+    with pytest.raises(ValueError, match='another run has replaced it'):
+        find_model('run:resnet/a')
+
+
+@pytest.mark.parametrize('spec, kind, words', [
+    ('wavlet', FileNotFoundError, 'no model .wavlet.'), ('', ValueError, 'names no model'), (None, ValueError, 'names no model'),
+    (7, ValueError, 'names no model'), ('~nosuchuser/x.pt', FileNotFoundError, 'nosuchuser')])
+def test_names_of_nothing(spec, kind, words):
+    with pytest.raises(kind, match=words):
+        load_model(spec)
+
+
+def test_a_checkpoint_is_compared_with_what_is_recorded_of_it(trained):
+    metadata = trained.with_name('metadata.json')
+    own = {'checkpoint': trained.name, 'sha256': sha256_of(trained)}
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        by_path, by_name = load_model(copy), load_model('wavelet')
-    assert all(torch.equal(a, b) for a, b in zip(by_path.state_dict().values(), by_name.state_dict().values()))
-
-
-def test_a_path_is_compared_with_what_is_recorded_of_it(shipped):
-    metadata = shipped.parent / 'metadata.json'
-    own = {'checkpoint': shipped.name, 'sha256': sha256_of(shipped), 'shipped': False}
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        for record in (own, {**own, 'checkpoint': 'other.pt', 'sha256': '0' * 64}):
-            metadata.write_text(json.dumps(record))
-            load_model(shipped)
+        for record in (None, own, {**own, 'checkpoint': 'other.pt', 'sha256': '0' * 64}):
+            if record:
+                metadata.write_text(json.dumps(record))
+            load_model(trained)
     metadata.write_text(json.dumps({**own, 'sha256': '0' * 64}))
-    with pytest.warns(UserWarning, match='not the shipped checkpoint'):
-        load_model(shipped)
+    with pytest.warns(UserWarning, match='is not the checkpoint that .* describes'):
+        load_model(trained)
+    metadata.write_text('[]')
+    with pytest.raises(ValueError, match='metadata.json'):
+        load_model(trained)
 
 
-def test_new_file_under_the_same_name_is_noticed(shipped, pair):
-    before = fuse(*pair)
-    checkpoint = torch.load(shipped, weights_only=True)
+def test_new_file_under_the_same_name_is_noticed(trained, pair):
+    before = fuse(*pair, model=trained)
+    checkpoint = torch.load(trained, weights_only=True)
     changed = {name: 3 * tensor + 0.1 for name, tensor in checkpoint['state_dict'].items()}
-    save_checkpoint(shipped, method=checkpoint['method'], config=checkpoint['config'], state_dict=changed, epoch=2, metrics={})
-    with pytest.warns(UserWarning, match='not the shipped checkpoint'):
-        after = fuse(*pair)
-    assert not np.array_equal(before, after)
+    save_checkpoint(trained, method=checkpoint['method'], config=checkpoint['config'], state_dict=changed, epoch=2, metrics={})
+    assert not np.array_equal(before, fuse(*pair, model=trained))
 
 
-@pytest.mark.parametrize('name, reason', [('wavlet', "neither 'wavelet' nor 'resnet'"), ('resnet', 'has no checkpoint at')])
-def test_model_that_is_not_there(shipped, name, reason):
-    with pytest.raises(FileNotFoundError, match=reason):
-        load_model(name)
+@pytest.mark.parametrize('change', [
+    {'method': 'magic'}, {'config': {'width': 8}}, {'config': {'depth': 7}}, {'config': {'width': 'x'}}, {'config': {}},
+    lambda state: dict(list(state.items())[1:]), lambda state: state | {'more': torch.zeros(1)},
+    lambda state: {f'module.{name}': value for name, value in state.items()},
+    lambda state: {name: value * torch.nan for name, value in state.items()}],
+    ids=['method', 'width', 'config key', 'config type', 'no config', 'missing', 'extra', 'module.', 'NaN'])
+def test_checkpoints_that_do_not_fit_are_a_sentence(trained, change):
+    checkpoint = torch.load(trained, weights_only=True)
+    changed = change if isinstance(change, dict) else {'state_dict': change(checkpoint['state_dict'])}
+    torch.save(checkpoint | changed, trained)
+    with pytest.raises(ValueError, match='mine.pt'):
+        load_model(trained)
 
 
-def test_foreign_and_unknown_checkpoints(shipped, tmp_path):
+def test_a_foreign_file(tmp_path):
     (tmp_path / 'text.pt').write_text('no checkpoint')
     with pytest.raises(ValueError, match='text.pt'):
         load_model(tmp_path / 'text.pt')
-    save_checkpoint(tmp_path / 'other.pt', method='magic', config={}, state_dict={}, epoch=1, metrics={})
-    with pytest.raises(ValueError, match="method 'magic'"):
-        load_model(tmp_path / 'other.pt')
 
 
-def test_outside_a_clone_there_is_a_sentence(monkeypatch, tmp_path):
-    monkeypatch.delenv('MEDFUSION_CHECKPOINTS', raising=False)
-
-    def no_clone():
-        raise FileNotFoundError('no clone')
-    monkeypatch.setattr(inference, 'nbs_dir', no_clone)
-    with pytest.raises(FileNotFoundError, match='MEDFUSION_CHECKPOINTS'):
-        load_model('wavelet')
-    monkeypatch.setenv('MEDFUSION_CHECKPOINTS', str(tmp_path))
-    with pytest.raises(FileNotFoundError, match='holds no folder final'):
-        load_model('wavelet')
+@pytest.mark.parametrize('precision', [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_turned_to_another_precision(precision, pair):
+    for name in methods():
+        network = load_model(name, device='cpu').to(precision)
+        assert np.abs(fuse(*pair, model=network) - fuse(*pair, model=name)).max() < 0.1
 
 
-def test_unknown_device(shipped):
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match='sees no GPU'):
-            load_model('wavelet', device='cuda')
-    with pytest.raises(ValueError, match='no device'):
-        load_model('wavelet', device='warp')
+@pytest.mark.parametrize('name', ['warp', 'meta', 'xpu', 'hpu', 'mps', 'cuda:99', '', None])
+def test_devices_that_are_not_here(name):
+    with pytest.raises(ValueError, match=r"device|Apple"):
+        load_model('wavelet', device=name)
 
 
 # Kinds and depths
@@ -199,14 +242,16 @@ def test_a_batch_equals_its_slices(network):
         assert (fuse(ct[i], mri[i], network) - together[i]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize('mode', ['L', 'I;16', 'I', 'F', 'RGB', 'RGBA', 'P', '1', 'LA'])
+@pytest.mark.parametrize('mode', ['L', 'I;16', 'I', 'F', 'RGB', 'RGBA', 'P', '1', 'LA', 'CMYK', 'YCbCr', 'HSV', 'LAB', 'RGBX'])
 def test_pil_images(pair, mode):
+    srgb, lab = ImageCms.createProfile('sRGB'), ImageCms.createProfile('LAB')
     ct8 = to_depth(pair[0], np.uint8)
     if mode in ('I;16', 'I'):
         ct = Image.fromarray(to_depth(pair[0], np.uint16))
         ct = ct.convert('I') if mode == 'I' else ct
     else:
-        ct = Image.fromarray(pair[0]) if mode == 'F' else Image.fromarray(ct8).convert(mode)
+        ct = Image.fromarray(pair[0]) if mode == 'F' else Image.fromarray(ct8)
+        ct = ImageCms.profileToProfile(ct.convert('RGB'), srgb, lab, outputMode='LAB') if mode == 'LAB' else ct.convert(mode)
     fused = fuse(ct, Image.fromarray(to_depth(pair[1], np.uint8)), maximum)
     assert fused.size == ct.size and fused.mode == (mode if mode in ('I;16', 'I', 'F') else 'L')
     if mode == 'I;16':
@@ -223,7 +268,7 @@ def test_files_and_mixed_depths(pair, tmp_path):
 
 
 @pytest.mark.parametrize('size', [(16, 16), (17, 16), (31, 64), (100, 47)])
-def test_any_size_from_16(shipped, size):
+def test_any_size_from_16(size):
     assert fuse(*small_pair(3, *size)).shape == size
 
 
@@ -241,6 +286,9 @@ def test_black_and_non_contiguous_slices(network):
     (np.full((32, 32), np.nan), np.zeros((32, 32)), 'finite'),
     (np.full((32, 32), 255.0), np.zeros((32, 32)), 'within'),
     (np.zeros((4, 32, 32), np.uint8), np.zeros((32, 32), np.uint8), 'no slice'),
+    (np.zeros((0, 32), np.uint8), np.zeros((0, 32), np.uint8), 'no slice'),
+    (torch.zeros(1, 1, 0, 32), torch.zeros(1, 1, 0, 32), 'no slice'),
+    (np.zeros((32, 32), object), np.zeros((32, 32)), 'no known range'),
     (torch.zeros(2, 32, 32), torch.zeros(2, 32, 32), 'no slice'),
     (torch.zeros(2, 1, 32, 32), torch.zeros(3, 1, 32, 32), '2 CT slices and 3 MRI'),
     ([[0.0]], np.zeros((32, 32)), 'type list'),
@@ -248,6 +296,51 @@ def test_black_and_non_contiguous_slices(network):
 def test_what_cannot_be_fused_is_a_sentence(ct, mri, reason):
     with pytest.raises(ValueError, match=reason):
         fuse(ct, mri, maximum)
+
+
+def test_big_endian_arrays_and_pages(pair, tmp_path):
+    ct, mri = (to_depth(image, np.uint16) for image in pair)
+    fused = fuse(ct.astype('>u2'), mri.astype('>f4') / 65535, maximum)
+    assert fused.dtype == np.dtype('>u2') and np.abs(fused.astype(int) - fuse(ct, mri, maximum)).max() <= 1
+    Image.fromarray(ct).save(tmp_path / 'stack.tif', save_all=True, append_images=[Image.fromarray(ct)] * 2)
+    with Image.open(tmp_path / 'stack.tif') as stack, pytest.raises(ValueError, match='3 pages'):
+        fuse(stack, mri, maximum)
+    with Image.open(tmp_path / 'stack.tif') as stack:
+        stack.seek(1)
+        assert np.array_equal(np.asarray(fuse(stack.copy(), ct, maximum)), ct)
+
+
+@pytest.mark.parametrize('tile', ['x', 0, 1024.0, -64, True])
+def test_tiles_that_are_none(pair, tile):
+    with pytest.raises(ValueError, match='multiple of 64'):
+        fuse(*pair, maximum, tile=tile)
+
+
+def test_what_a_network_must_return(pair):
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        fuse(*pair, lambda ct, mri: ct * torch.nan)
+    with pytest.raises(ValueError, match='the shape'):
+        fuse(*pair, lambda ct, mri: ct[..., 1:])
+
+
+def test_range(pair, tmp_path):
+    "12 bits in 16 are mapped like 16 bits; 8 bits beside them keep their own range; without a range there is a warning."
+    ct, mri = (np.rint(image * 4095).astype(np.uint16) for image in pair)
+    mri8 = to_depth(pair[1], np.uint8)
+    mapped = fuse(ct, mri8, maximum, value_range=(0, 4095))
+    assert mapped.dtype == np.uint16 and np.abs(mapped / 65535 - np.maximum(ct / 4095, mri8 / 255)).max() < 1e-4
+    assert np.array_equal(fuse(ct.astype(np.int16), mri8, maximum, value_range=(0, 4095)).shape, ct.shape)
+    write_image(tmp_path / 'ct.png', ct)
+    write_image(tmp_path / 'mri.png', mri8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        from_files = fuse(tmp_path / 'ct.png', tmp_path / 'mri.png', maximum, value_range=(0, 4095))
+    assert np.abs(from_files - mapped / 65535).max() < 1e-4
+    with pytest.warns(UserWarning, match='ct.png: the largest value is .* --range 0,4095'):
+        fuse(tmp_path / 'ct.png', tmp_path / 'mri.png', maximum)
+    for bad in ((5, 5), (0, float('nan'))):
+        with pytest.raises(ValueError, match='range of values'):
+            fuse(ct, mri, maximum, value_range=bad)
 
 
 def test_network_in_training_mode_is_refused(pair):
@@ -286,6 +379,48 @@ def test_colour_in_every_kind(pair, tmp_path):
         fuse(colour, ct, maximum)
 
 
+def hue_error(rgb, source):
+    "The largest angle in degrees between the hues of two (N, 3) float images, where both have one."
+    hues = [np.array([colorsys.rgb_to_hsv(*pixel) for pixel in image]) for image in (rgb, source)]
+    seen = (np.ptp(rgb, 1) > 1e-3) & (np.ptp(source, 1) > 1e-3)
+    turned = np.abs(hues[0][seen, 0] - hues[1][seen, 0]) * 360
+    return np.minimum(turned, 360 - turned).max(initial=0)
+
+
+def test_a_colour_at_any_luminance_loses_saturation_only():
+    "Every colour of a grid at every luminance of a grid: the luminance asked for, the hue of the source, and no clipping."
+    steps = torch.linspace(0, 1, 8)
+    colours = torch.cartesian_prod(steps, steps, steps)                     # (512, 3)
+    targets = torch.linspace(0, 1, 33)
+    rgb = colours.T[None, :, :, None].expand(1, 3, 512, 33).double()
+    painted = with_luminance(rgb, targets.expand(1, 1, 512, 33).double())
+    assert 0 <= painted.min() and painted.max() <= 1
+    assert (luminance(painted) - targets).abs().max() < 1e-9
+    assert (luminance(torch.round(painted * 255)) - torch.round(targets * 255)).abs().max() <= 1      # rounded to 8 bits
+    for column in range(33):
+        assert hue_error(painted[0, :, :, column].T.numpy(), colours.double().numpy()) < 0.01
+    same = with_luminance(rgb, luminance(rgb))
+    assert (same - rgb).abs().max() < 1e-9                                  # where it fits, the saturation stays
+
+
+COLOUR = Path(__file__).resolve().parents[2] / 'shared' / 'harvard_color'
+
+
+@pytest.mark.skipif(not COLOUR.is_dir(), reason='the colour slices are not part of the repository')
+@pytest.mark.parametrize('kind', ['PET', 'SPECT'])
+def test_colours_of_real_slices(kind):
+    root = COLOUR / f'{kind}-MRI'
+    for name in sorted(path.name for path in (root / 'MRI').iterdir())[::4]:
+        mri, colour = read_image(root / 'MRI' / name, quiet=True), read_image(root / kind / name, color=True, quiet=True)
+        y = torch.maximum(*(luminance(torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1) / 255)[None]) for image in (mri, colour)))
+        painted = with_luminance(torch.from_numpy(colour.transpose(2, 0, 1) / 255)[None], y)
+        assert (luminance(painted) - y).abs().max() < 1e-9
+        pixels, before = painted[0].flatten(1).T.numpy()[::7], colour.reshape(-1, 3)[::7] / 255
+        assert hue_error(pixels, before) < 0.01
+        fused = fuse(mri, colour, lambda one, other: torch.maximum(one, other))
+        assert np.abs(np.rint(255 * y[0, 0].numpy()) - fused @ [0.299, 0.587, 0.114]).max() <= 1
+
+
 # Tiles
 
 @pytest.mark.parametrize('size', [(300, 200), (257, 130), (64, 321)])
@@ -295,7 +430,7 @@ def test_tiles_equal_the_whole(network, size):
     assert (fuse(ct, mri, network, tile=64) - fuse(ct, mri, network)).abs().max() < 1e-5
 
 
-def test_tiles_of_the_wavelet_network(shipped):
+def test_tiles_of_the_wavelet_network():
     head = phantom_slice('2', 4, size=(333, 270))
     assert np.abs(fuse(head.ct, head.mri, tile=64) - fuse(head.ct, head.mri)).max() < 1 / 255
 
@@ -315,16 +450,22 @@ def test_tiles_off_the_grid_are_refused(pair):
 
 # Folders
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope='module')
+def six_pairs(tmp_path_factory):
     "Six pairs of two sizes and depths."
+    root = tmp_path_factory.mktemp('pairs')
     for folder in ('CT', 'MRI'):
-        (tmp_path / folder).mkdir()
+        (root / folder).mkdir()
     for i in range(6):
         ct, mri = small_pair(i, *((48, 64) if i % 2 else (40, 40)))
-        write_image(tmp_path / 'CT' / f'5{i:03d}.png', to_depth(ct, np.uint16 if i == 2 else np.uint8))
-        write_image(tmp_path / 'MRI' / f'5{i:03d}.png', to_depth(mri, np.uint8))
-    return tmp_path
+        write_image(root / 'CT' / f'5{i:03d}.png', to_depth(ct, np.uint16 if i == 2 else np.uint8))
+        write_image(root / 'MRI' / f'5{i:03d}.png', to_depth(mri, np.uint8))
+    return root
+
+
+@pytest.fixture
+def folders(six_pairs, tmp_path):
+    return Path(shutil.copytree(six_pairs, tmp_path, dirs_exist_ok=True))
 
 
 def names_in(folder):
@@ -356,42 +497,311 @@ def test_bad_pairs_do_not_stop_the_others(folders, network):
     assert not list((folders / 'out').glob('.*'))
 
 
-def test_what_is_done_is_skipped(folders, network):
-    fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, progress=False)
-    names = names_in(folders / 'out')
-    (folders / 'out' / names[0]).unlink()
-    (folders / 'out' / names[1]).write_bytes(b'mine')
-    report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, progress=False)
-    assert report.fused == names[:1] and report.skipped == names[1:]
-    assert (folders / 'out' / names[1]).read_bytes() == b'mine'
-    assert fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, replace=True, progress=False).fused
+def run(root, model=maximum, out='out', ct='CT', mri='MRI', **options):
+    return fuse_folder(root / ct, root / mri, root / out, model, progress=False, **options)
+
+
+def expected(root, name, model=maximum, ct='CT', mri='MRI'):
+    return fuse(root / ct / name, root / mri / name, model)
+
+
+def assert_right(root, names, model=maximum, **sides):
+    for name in names:
+        found = read_image(root / 'out' / name).astype(int)
+        assert np.abs(found - expected(root, name, model, **sides).astype(int)).max() <= 1, name
+
+
+def test_another_range_is_another_source(folders):
+    names = names_in(folders / 'CT')
+    assert run(folders).fused == names
+    assert run(folders, value_range=(0, 100)).fused == names and run(folders, value_range=(0, 100)).skipped == names
+    assert run(folders).fused == names
+
+
+def test_a_record_that_was_tampered_with(folders):
+    run(folders)
+    record = folders / 'out' / 'fused.jsonl'
+    with open(record, 'a') as file:
+        file.write('{"file": null, "ct": "a", "mri": "b", "network": null, "sha256": "x"}\n' + '[' * 200_000 + '\n')
+    assert run(folders).skipped == names_in(folders / 'CT')
+
+
+def test_what_is_there_is_not_fused_again_and_what_is_not_is(folders):
+    names = names_in(folders / 'CT')
+    assert run(folders).fused == names
+    again = run(folders)
+    assert again.fused == [] and again.skipped == names
+    out = folders / 'out'
+    (out / names[0]).unlink()                                                    # gone
+    (out / names[1]).write_bytes(b'')                                            # of 0 bytes
+    (out / names[2]).write_bytes((out / names[2]).read_bytes()[:-9])             # cut off
+    write_image(folders / 'MRI' / names[3], np.full((48, 64), 250, np.uint8))    # its source has changed
+    report = run(folders)
+    assert report.fused == names[:4] and report.replaced == names[1:4] and report.skipped == names[4:] and report.ok
+    assert '3 in place of an older result' in str(report)
+    assert_right(folders, names)
+    assert run(folders, replace=True).fused == names
+
+
+def test_another_patient_with_the_same_names(folders):
+    "Two data sets with equal file names, fused into one folder one after the other: what is there is of the second."
+    names = names_in(folders / 'CT')
+    for side in ('CT', 'MRI'):
+        (folders / f'B{side}').mkdir()
+        for name in names:
+            write_image(folders / f'B{side}' / name, 255 - to_depth(read_image(folders / side / name) / 65535, np.uint8)[:40, :40])
+    run(folders)
+    report = run(folders, ct='BCT', mri='BMRI')
+    assert report.fused == report.replaced == names
+    assert_right(folders, names, ct='BCT', mri='BMRI')
+    assert run(folders, ct='BCT', mri='BMRI').skipped == names
+
+
+def test_what_is_somebody_elses_stays(folders):
+    names = names_in(folders / 'CT')
+    (folders / 'out').mkdir()
+    (folders / 'out' / names[0]).write_bytes(b'holiday')
+    (folders / 'out' / names[1]).mkdir()
+    report = run(folders)
+    assert sorted(report.failed) == names[:2] and all('move it away' in reason for reason in report.failed.values())
+    assert (folders / 'out' / names[0]).read_bytes() == b'holiday' and report.fused == names[2:]
+    assert names[0] not in (folders / 'out' / 'fused.jsonl').read_text()
+    report = run(folders, replace=True)
+    assert list(report.failed) == names[1:2] and names[0] in report.fused
 
 
 def test_a_folder_belongs_to_one_network(folders, network):
-    fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
+    names = names_in(folders / 'CT')
+    run(folders)
+    with pytest.raises(ValueError, match='another network .maximum'):
+        run(folders, network)
+    assert_right(folders, names)
+    assert run(folders, network, replace=True).fused == names
     with pytest.raises(ValueError, match='another network'):
-        fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, progress=False)
-    assert fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, replace=True, progress=False).ok
+        run(folders)
+    assert_right(folders, names, network)
+
+
+class Killed(BaseException):
+    "Stands for the end of the process: nothing that catches errors catches it."
+
+
+def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, network, monkeypatch):
+    names = names_in(folders / 'CT')
+    run(folders)
+    written = []
+
+    def write_two(path, data, write=inference.write_atomically):
+        if len(written) == 2:
+            raise Killed
+        written.append(path.name)
+        return write(path, data)
+    monkeypatch.setattr(inference, 'write_atomically', write_two)
+    with pytest.raises(Killed):
+        run(folders, network, replace=True, workers=1)
+    monkeypatch.undo()
+    report = run(folders, network)
+    assert sorted(report.skipped) == sorted(written) and len(report.fused) == 4 and report.ok
+    assert_right(folders, names, network)
+
+
+@pytest.mark.parametrize('door', ['append_line', 'write_atomically'])
+@pytest.mark.parametrize('moment', ['before', 'after'])
+def test_killed_between_any_two_writes(folders, door, moment, monkeypatch):
+    "Whichever write is the last one: the next run makes what is missing, and only that, and all is right."
+    names, real = names_in(folders / 'CT'), getattr(inference, door)
+    for last in range(7):
+        calls = []
+
+        def dying(*arguments, **more):
+            if moment == 'after':
+                real(*arguments, **more)
+            calls.append(arguments)
+            if len(calls) > last:
+                raise Killed
+            return real(*arguments, **more) if moment == 'before' else None
+        monkeypatch.setattr(inference, door, dying)
+        try:
+            run(folders, workers=1, batch_size=2)
+        except Killed:
+            pass
+        monkeypatch.undo()
+        finished = [name for name in names if (folders / 'out' / name).exists()]
+        report = run(folders)
+        assert report.ok and report.skipped == finished, (last, report)
+        assert_right(folders, names)
+        shutil.rmtree(folders / 'out')
+
+
+def test_killed_for_real(folders):
+    "SIGKILL while another process writes: whole files, no foreign ones, and the next run ends the work and tidies up."
+    code = ('import sys, time; from pathlib import Path; from medfusion import inference; real = inference.write_atomically\n'
+            'inference.write_atomically = lambda *given: (time.sleep(0.05), real(*given))\n'
+            'inference.fuse_folder("CT", "MRI", "out", "maximum", progress=False, batch_size=1, workers=1)')
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], cwd=folders)
+    while not names_in(folders / 'out') and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folders / 'out' / f'.5000.png.{process.pid}.tmp').write_bytes(b'half')
+    names = names_in(folders / 'CT')
+    report = run(folders, 'maximum')
+    assert report.ok and sorted(report.fused + report.skipped) == names and report.skipped
+    assert_right(folders, names)
+    assert not list((folders / 'out').glob('.*'))
+
+
+def at_once(*tasks):
+    "The results, or exceptions, of functions that begin at the same moment in threads."
+    barrier, results = threading.Barrier(len(tasks)), [None] * len(tasks)
+
+    def begin(number, task):
+        barrier.wait()
+        try:
+            results[number] = task()
+        except ValueError as error:
+            results[number] = error
+    threads = [threading.Thread(target=begin, args=given) for given in enumerate(tasks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_two_runs_at_once_into_one_folder(folders):
+    "The same pairs, or other pairs: both are right, and the record knows every result."
+    for side in ('CT', 'MRI'):
+        (folders / f'more{side}').mkdir()
+        for name in names_in(folders / side):
+            write_image(folders / f'more{side}' / f'6{name}', read_image(folders / side / name))
+    for report in at_once(lambda: run(folders), lambda: run(folders), lambda: run(folders, ct='moreCT', mri='moreMRI')):
+        assert report.ok, report
+    assert_right(folders, names_in(folders / 'CT'))
+    assert_right(folders, names_in(folders / 'moreCT'), ct='moreCT', mri='moreMRI')
+    assert len(run(folders).skipped) == len(run(folders, ct='moreCT', mri='moreMRI').skipped) == 6
+
+
+def test_two_runs_at_once_with_the_same_names_from_other_slices(folders, monkeypatch):
+    "One result stands there in the end; whoever's result does not is told so."
+    names = names_in(folders / 'CT')
+    slow = lambda *given, write=inference.write_atomically: (time.sleep(0.01), write(*given))
+    monkeypatch.setattr(inference, 'write_atomically', slow)
+    one, other = at_once(lambda: run(folders, batch_size=1), lambda: run(folders, ct='MRI', mri='MRI', batch_size=1))
+    for name in names:
+        found = read_image(folders / 'out' / name).astype(int)
+        for report, sides in ((one, {}), (other, {'ct': 'MRI'})):
+            is_its = found.shape == expected(folders, name, **sides).shape and np.abs(found - expected(folders, name, **sides)).max() <= 1
+            assert is_its or name in report.failed or name not in report.fused, (name, report)
+    assert len(one.failed) + len(other.failed) > 0
+
+
+def test_two_networks_at_once(folders):
+    "Only one of them owns the folder; the other is refused before it writes anything."
+    results = at_once(lambda: run(folders), lambda: run(folders, minimum))
+    refused = [result for result in results if isinstance(result, ValueError)]
+    assert len(refused) == 1 and 'another' in str(refused[0])
+    assert_right(folders, names_in(folders / 'CT'), minimum if isinstance(results[0], ValueError) else maximum)
+
+
+def test_records_that_are_damaged_or_none(folders):
+    names, record = names_in(folders / 'CT'), folders / 'out' / 'fused.jsonl'
+    run(folders)
+    whole = record.read_text()
+    record.write_text('{"file": "50\n7\n[]\n{"file": 3}\n' + whole + '{"file": "5000.png", "ct"')     # torn, and torn at its end
+    assert run(folders).skipped == names
+    for foreign in ('holiday\n', '[1, 2]\n', '{}\n'):
+        record.write_text(foreign)
+        with pytest.raises(ValueError, match='fused.jsonl is not a record'):
+            run(folders)
+    record.unlink()
+    assert sorted(run(folders).failed) == names                               # unknown results are somebody's
+
+
+def test_a_bomb_among_the_files_stops_its_own_pair_only(folders):
+    import zlib
+    names = names_in(folders / 'CT')
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
+    header = (60000).to_bytes(4, 'big') * 2 + bytes([8, 0, 0, 0, 0])
+    bomb = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(10 ** 6))) + chunk(b'IEND', b'')
+    (folders / 'CT' / names[0]).write_bytes(bomb)
+    report = run(folders)
+    assert list(report.failed) == names[:1] and names[0] in report.failed[names[0]] and report.fused == names[1:]
+
+
+def test_files_that_are_no_slices_stop_nothing(folders):
+    for side in ('CT', 'MRI'):
+        (folders / side / 'Thumbs.db').write_bytes(b'x')
+        (folders / side / '._5000.png').write_bytes(b'x')
+        (folders / side / 'notes').mkdir()
+    assert run(folders).ok
+
+
+def test_a_network_that_fails_on_one_slice_fails_on_that_one_only(folders):
+    names = names_in(folders / 'CT')
+    write_image(folders / 'CT' / names[1], np.zeros((48, 64), np.uint8))
+    picky = lambda ct, mri: ct / ct.amax((2, 3), keepdim=True)
+    report = run(folders, picky)
+    assert list(report.failed) == names[1:2] and 'NaN' in report.failed[names[1]] and len(report.fused) == 5
+
+
+def test_twelve_bits_in_sixteen_are_said_once(folders):
+    for name in names_in(folders / 'CT'):
+        write_image(folders / 'CT' / name, (to_depth(read_image(folders / 'CT' / name) / 65535, np.uint16) // 16))
+    with pytest.warns(UserWarning, match='CT: the largest value .* --range') as said:
+        run(folders)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert run(folders, replace=True, value_range=(0, 4095)).ok
+    assert read_image(folders / 'out' / names_in(folders / 'out')[0]).dtype == np.uint16
+
+
+@pytest.mark.parametrize('options', [{'batch_size': 0}, {'batch_size': -1}, {'batch_size': 2.5}, {'workers': 0}])
+def test_batches_of_nothing(folders, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        run(folders, **options)
+    assert not (folders / 'out').exists()
+
+
+@pytest.mark.parametrize('out, suffixes', [
+    ('CT', ()), ('CT/../CT', ()), ('linked', ()), ('', ()), (' ', ()), ('file.txt', ()), ('CT/5000.png', ('.png',)),
+    ('link.png', ('.png',)), ('hard.png', ('.png',)), ('table.png', ('.csv',)), ('pipe.csv', ('.csv',)), ('gone.csv', ('.csv',)),
+    ('CT', ('.png',)), ('/dev/null', ('.csv',)), ('folder.csv', ('.csv',))])
+def test_outputs_that_would_destroy(folders, out, suffixes, monkeypatch):
+    monkeypatch.chdir(folders)
+    Path('linked').symlink_to('CT')
+    Path('link.png').symlink_to('CT/5001.png')
+    Path('hard.png').hardlink_to('MRI/5001.png')
+    Path('gone.csv').symlink_to('nowhere/x.csv')
+    Path('file.txt').write_text('')
+    Path('folder.csv').mkdir()
+    os.mkfifo('pipe.csv')
+    with pytest.raises((ValueError, FileExistsError)):
+        check_output(out, ['CT', Path('MRI')], suffixes)
+    assert check_output('table.csv', ['CT', 'MRI'], ('.csv',)) == Path('table.csv')
 
 
 def test_folders_that_cannot_be_used(folders, network):
     with pytest.raises(FileNotFoundError, match='nowhere'):
         fuse_folder(folders / 'nowhere', folders / 'MRI', folders / 'out', network)
     (folders / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='no MRI slices'):
+    with pytest.raises(ValueError, match='holds no slice'):
         fuse_folder(folders / 'CT', folders / 'empty', folders / 'out', network)
     with pytest.raises(ValueError, match='the slices themselves'):
         fuse_folder(folders / 'CT', folders / 'MRI', folders / 'CT', network)
     (folders / 'file').write_text('')
-    with pytest.raises(FileExistsError, match='is a file'):
+    with pytest.raises(FileExistsError, match='is no folder'):
         fuse_folder(folders / 'CT', folders / 'MRI', folders / 'file', network)
 
 
-def test_names_that_would_share_a_file(folders, network):
+def test_names_that_would_share_a_file(folders):
     for side in ('CT', 'MRI'):
         write_image(folders / side / '5001.bmp', np.zeros((20, 20), np.uint8))
-    report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', network, progress=False)
-    assert list(report.failed) == ['5001.png'] and 'same file' in report.failed['5001.png']
+    report = run(folders)
+    assert sorted(report.failed) == ['5001.bmp', '5001.png'] and 'are the same slice' in report.failed['5001.png']
 
 
 def test_colour_folder(folders):
@@ -423,19 +833,7 @@ def test_a_full_disk_fails_the_pair_and_leaves_nothing(folders):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(report.failed) == 6 and all('out' in reason for reason in report.failed.values())
-    assert list((folders / 'out').iterdir()) == [folders / 'out' / 'fused_with.json']
+    assert not names_in(folders / 'out') and not list((folders / 'out').glob('.*'))
+    assert run(folders).fused == names_in(folders / 'CT')                     # with room again
 
 
-# Real colour slices
-
-def test_spect_keeps_its_hue():
-    root = Path(__file__).resolve().parents[2] / 'shared' / 'harvard_color' / 'SPECT-MRI'
-    if not root.is_dir():
-        pytest.skip(f'{root} is not here: the colour slices are not part of the repository')
-    name = sorted(path.name for path in (root / 'MRI').iterdir())[0]
-    mri, spect = read_image(root / 'MRI' / name), read_image(root / 'SPECT' / name, color=True)
-    fused = fuse(mri, root / 'SPECT' / name, lambda ct, other: 0.5 * (ct + other)).astype(float)
-    inside = (fused > 0).all(2) & (fused < 255).all(2)
-    for a, b in ((0, 2), (1, 2)):                              # chroma: differences of the channels
-        kept = (fused[..., a] - fused[..., b]) - (spect[..., a].astype(float) - spect[..., b])
-        assert inside.any() and np.abs(kept[inside]).max() <= 1
