@@ -1,92 +1,154 @@
-"""Every papermill and medfusion command of README.md, run at smoke size in a copy of the clone."""
+"""README and model card: their commands are understood, their links lead somewhere, their tables are those of the records."""
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from medfusion import cli
+from medfusion.files import read_image
 from medfusion.phantom import write_phantom
-from medfusion.runs import notebook_parameters
+from medfusion.runs import check_parameters, notebook_parameters, read_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ['README.md', 'MODEL_CARD.md', 'results/README.md', 'docs/notebooks.md']
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
-SHELL = re.findall(r'```sh\n(.*?)```', TEXT, re.DOTALL)
-COMMANDS = [line.split('  #')[0].strip() for block in SHELL for line in block.splitlines()
-            if line.startswith(('papermill ', 'medfusion '))]
-# What makes a command small; the folders of the commands exist in the workplace.
-SMOKE = {'papermill': ['-p', 'num_epochs', '1', '-p', 'crop', '48'],
-         'medfusion train': ['-p', 'epochs=1'],
-         'medfusion train wavelet -f': ['-p', 'crop=48']}
+sys.path.insert(0, str(ROOT / '.ci'))
+import tables  # noqa: E402  (it lies in .ci)
+
+
+def commands(text):
+    "The medfusion commands in the shell blocks of a page, without comments."
+    blocks = re.findall(r'```sh\n(.*?)```', text, re.DOTALL)
+    return [re.split(r'\s+#\s', line)[0].strip() for block in blocks for line in block.splitlines() if line.startswith('medfusion ')]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands((ROOT / page).read_text(encoding='utf-8'))))
+RUNS = [command for command in COMMANDS if command.split()[1] in ('train', 'benchmark')]
 
 
 @pytest.fixture(scope='module')
 def workplace(tmp_path_factory):
-    "A copy of the clone with slices of a small phantom in the folders that the README names."
-    copy = tmp_path_factory.mktemp('clone')
-    for part in ('nbs', 'params', 'checkpoints/final'):
-        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    shutil.copy(ROOT / 'settings.ini', copy)
-    phantom = write_phantom(copy / 'phantom', cases=6, slices=2, size=64)
+    "A folder with slices of a small phantom in the places that the README names."
+    root = tmp_path_factory.mktemp('workplace')
+    phantom = write_phantom(root / 'phantom', cases=3, slices=2, size=64)
     for kind in ('CT', 'MRI'):
-        for folder in (copy / kind.lower(), copy / 'my_slices' / kind, copy / 'Dataset/CT-MRI' / kind):
+        for folder in (root / kind.lower(), root / 'my_slices' / kind):
             folder.mkdir(parents=True)
             for path in phantom.glob(f'*/{kind}/*.png'):
                 shutil.copy(path, folder)
-    return copy
+    for kind in ('ct', 'mri'):
+        shutil.copy(next((root / kind).iterdir()), root / f'{kind}.png')
+    shutil.copytree(ROOT / 'params', root / 'params')
+    shutil.copytree(ROOT / 'results' / 'published', root / 'results' / 'published')
+    return root
 
 
-def run(command, workplace, extra=()):
-    "The finished process of a command, with the programs of this environment, under IN_TEST."
-    program, *arguments = shlex.split(command)
-    environment = os.environ | {'IN_TEST': '1', 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([Path(sys.executable).with_name(program), *arguments, *extra], cwd=workplace, env=environment,
-                          capture_output=True, text=True)
+def invoke(command, *more):
+    "What a command ended with, in this process."
+    return CliRunner().invoke(cli.app, [*shlex.split(command)[1:], *map(str, more)])
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 8 and any(command.startswith('medfusion fuse') for command in COMMANDS)
+def test_readme_is_one_page():
+    assert len(TEXT.splitlines()) <= 120
 
 
-@pytest.mark.parametrize('command', [command for command in COMMANDS if command != 'medfusion data harvard'])
-def test_command(command, workplace):
-    if command.startswith('medfusion data import'):
-        shutil.rmtree(workplace / 'Dataset')  # it refuses a folder that is not empty
-    if 'Dataset/CT-MRI' in command and not (workplace / 'Dataset/CT-MRI').exists():
-        shutil.copytree(workplace / 'my_slices', workplace / 'Dataset/CT-MRI')
-    extra = [text for start, more in SMOKE.items() if command.startswith(start) for text in more]
-    done = run(command, workplace, extra)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+def test_tables_are_those_of_the_records():
+    assert tables.stale() == [], 'text and record differ; make tables writes the pages anew'
+
+
+def as_run(command, monkeypatch):
+    "The notebook that a train or benchmark command would run, its checked parameters, and the run's name."
+    ran = []
+    monkeypatch.setattr(cli, 'run_notebook', lambda notebook, given, run, *more: ran.append((notebook, check_parameters(notebook, given), run)) or Path('run'))
+    done = invoke(command)
+    assert done.exit_code == 0, done.output
+    return ran[0]
+
+
+@pytest.mark.parametrize('command', RUNS)
+def test_training_and_benchmark_commands_are_understood(command, workplace, monkeypatch):
+    "The runs themselves are those of test_papermill.py and test_benchmark.py."
+    monkeypatch.chdir(workplace)
+    notebook, parameters, _ = as_run(command, monkeypatch)
+    assert (ROOT / 'nbs' / notebook).is_file() and parameters.keys() == notebook_parameters(notebook).keys()
+
+
+@pytest.mark.parametrize('record', tables.COMMANDS)
+def test_the_command_above_a_table_makes_its_record(record, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, parameters, name = as_run(tables.COMMANDS[record][-1], monkeypatch)
+    recorded = read_run(ROOT / 'results' / 'recorded' / record)
+    places = {key: value for key, value in parameters.items() if isinstance(value, str) and os.path.isabs(value)}
+    assert name == record == recorded['run'] and recorded['state'] == 'finished'
+    given = parameters | {key: os.path.relpath(value, ROOT / 'nbs') for key, value in places.items()} | {'save_dir': f'../results/recorded/{record}'}
+    assert recorded['parameters'] == given
+    columns = [column for column in pd.read_csv(ROOT / 'results' / 'recorded' / record / 'summary.csv') if not column.endswith('_sd')]
+    assert set(parameters['columns']) <= set(columns)
+
+
+@pytest.mark.parametrize('record', ['case_41', 'cases_34_41', 'phantom'])
+def test_records_are_of_the_shipped_networks(record):
+    hashes = read_run(ROOT / 'results' / 'recorded' / record)['checkpoints'].values()
+    assert {model.metadata['sha256'] for model in tables.shipped_models().values()} <= set(hashes)
+
+
+def test_the_other_commands_run(workplace, monkeypatch):
+    "Fusing, importing and checking, in the order of the page."
+    others = [command for command in commands(TEXT) if command not in RUNS and 'harvard' not in command]
+    assert len(others) >= 3
+    monkeypatch.chdir(workplace)
+    for command in others:
+        done = invoke(command)
+        assert done.exit_code == 0, done.output
+    assert len(list((workplace / 'fused').glob('*.png'))) == len(list((workplace / 'ct').iterdir()))
 
 
 def test_the_download_fails_with_a_sentence_where_there_is_no_server(workplace):
     "The one command that needs a network; the downloads themselves are tested in test_data.py."
     assert 'medfusion data harvard' in COMMANDS
-    target = workplace / 'harvard'
-    done = run('medfusion data harvard', workplace,
-               [target, '--base-url', 'http://127.0.0.1:9', '--cache', workplace / 'cache'])
-    assert done.returncode != 0 and '127.0.0.1' in done.stderr and 'Traceback' not in done.stderr
-    assert not target.exists()
+    done = invoke('medfusion data harvard', workplace / 'harvard', '--base-url', 'http://127.0.0.1:9', '--cache', workplace / 'cache')
+    assert done.exit_code == 1 and '127.0.0.1' in done.output and 'Traceback' not in done.output
+    assert not (workplace / 'harvard').exists()
 
 
-def test_the_three_lines_of_python(workplace):
-    code, = [block for block in re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL) if 'fuse(' in block]
-    for kind in ('ct', 'mri'):
-        shutil.copy(next((workplace / kind).iterdir()), workplace / f'{kind}.png')
-    done = subprocess.run([sys.executable, '-c', code + '\nprint(fused.dtype, fused.shape)'], cwd=workplace,
-                          capture_output=True, text=True)
-    assert done.stdout.strip() == 'uint8 (64, 64)', done.stderr
+def test_the_three_lines_of_python(workplace, monkeypatch):
+    [code] = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+    monkeypatch.chdir(workplace)
+    names = {}
+    exec(code, names)
+    assert names['fused'].shape == read_image('ct.png').shape and names['fused'].dtype == 'uint8'
 
 
-@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([^)#]+)\)', TEXT)) - {'https://nbdev.fast.ai'}))
-def test_link_leads_somewhere(link):
-    assert link.startswith('http') or (ROOT / link).exists()
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    links = [link for link in re.findall(r'\]\(([^)#]+)\)', text) if not link.startswith('http')]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
-@pytest.mark.parametrize('notebook', ['trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb'])
-def test_every_parameter_is_explained(notebook):
-    for parameter in notebook_parameters(notebook).values():
-        assert f'| `{parameter.name}` | `{parameter.default!r}` | {parameter.comment} |' in TEXT
+def test_no_number_of_a_result_is_typed_by_hand():
+    "Outside of the blocks that `make tables` writes, README and model card hold no decimal fractions."
+    for page in ('README.md', 'MODEL_CARD.md'):
+        text = (ROOT / page).read_text(encoding='utf-8')
+        by_hand = re.sub(r'<!-- (.+?) -->.*?<!-- end of \1 -->', '', text, flags=re.DOTALL)
+        assert re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\w)', by_hand.replace('Apache-2.0', '')) == []
+
+
+def test_the_demonstration_judges_what_was_trained(tmp_path, monkeypatch, capsys):
+    "From the records of its runs, whichever methods have one."
+    import demo  # it lies in .ci
+    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    rows = {'wavelet fusion': {'SF': 20.0, 'SD': 70.0}, 'average': {'SF': 10.0, 'SD': 60.0}}
+    kept = {'wavelet fusion': {'tumour': 0.8}, 'average': {'tumour': 0.9}}
+    for method, means in (('trainable_wavelet_fusion', rows), ('resnet_fusion', {'ResNet fusion': {'SF': 15.0, 'SD': 65.0}})):
+        write_run(tmp_path / 'results' / method / 'demo', method=method, parameters={}, state='finished', started=0.0,
+                  numbers={'means': means, 'lesions_kept': kept if means is rows else None})
+    assert demo.report() == 1
+    printed = capsys.readouterr()
+    assert 'ResNet fusion' in printed.out and 'tumour keeps 0.80' in printed.err and 'SF' not in printed.err
