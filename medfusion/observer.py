@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['laguerre_gauss', 'difference_of_gaussians', 'gabor', 'channel_outputs', 'hotelling_template', 'detectability',
            'area_under_curve', 'detectability_of_area', 'Observation', 'observe', 'efficiency', 'interval',
-           'search_statistic']
+           'search_channels', 'search_statistic']
 
 # %% ../nbs/06_observer.ipynb #dc7d9ac1
 from typing import NamedTuple
@@ -144,15 +144,23 @@ def interval(values, statistic=np.mean, draws: int = 2000, level: float = 0.95, 
     return float(low), float(high)
 
 # %% ../nbs/06_observer.ipynb #e5e0d8b6
-def search_statistic(patches, channels: np.ndarray, weights: np.ndarray, reach: int = 8) -> np.ndarray:
-    """The highest template response (N,) within `reach` pixels of the middle of each patch, N × (size + 2 · reach)².
+def search_channels(channels: np.ndarray, reach: int = 8, step: int = 1) -> np.ndarray:
+    """The channels (C, size, size) at every position of a search region, (positions · C, size + 2 · `reach`, the same).
 
-    `channels` are (C, size, size), `weights` a template's of `hotelling_template`. Raises ValueError for smaller patches.
+    Positions are up to `reach` pixels up, down, left and right of the middle, every `step` of them; the middle one among them.
     """
-    patches, size = np.asarray(patches, dtype=np.float64), channels.shape[-1]
-    if patches.shape[-1] < size + 2 * reach:
-        raise ValueError(f'Patches of {patches.shape[-1]} pixels are too small to search {reach} around channels of {size}.')
-    template = np.tensordot(weights, channels, 1)
-    middle = patches.shape[-1] // 2 - size // 2
-    steps = range(middle - reach, middle + reach + 1)
-    return np.max([np.tensordot(patches[:, i:i + size, j:j + size], template, 2) for i in steps for j in steps], axis=0)
+    count, size = channels.shape[0], channels.shape[-1]
+    offsets = [reach + offset for offset in range(-(reach // step) * step, reach + 1, step)]
+    bank = np.zeros((len(offsets) ** 2 * count, size + 2 * reach, size + 2 * reach))
+    places = [(row, column) for row in offsets for column in offsets]
+    for number, (row, column) in enumerate(places):
+        bank[number * count:(number + 1) * count, row:row + size, column:column + size] = channels
+    return bank
+
+# %% ../nbs/06_observer.ipynb #fa66c94e
+def search_statistic(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The highest answer (N,) of a template over the positions of a search.
+
+    `outputs` are (N, positions, channels), of `search_channels`; `weights` (channels,), of `hotelling_template`.
+    """
+    return (outputs @ weights).max(1)

@@ -7,7 +7,7 @@ import pytest
 
 from medfusion.observer import (area_under_curve, channel_outputs, detectability, detectability_of_area,
                                 difference_of_gaussians, gabor, hotelling_template, interval, laguerre_gauss, observe,
-                                search_statistic)
+                                search_channels, search_statistic)
 
 REFERENCE = json.loads(Path(__file__).with_name('observer_reference.json').read_text())['rows']
 
@@ -80,5 +80,14 @@ def test_bad_input_is_a_sentence():
         channel_outputs(np.zeros((2, 5, 5)), laguerre_gauss(7, 3))
     with pytest.raises(ValueError, match='too few'):
         hotelling_template(np.zeros((3, 6)), np.zeros((9, 6)))
-    with pytest.raises(ValueError, match='too small to search'):
-        search_statistic(np.zeros((2, 33, 33)), laguerre_gauss(33, 10), np.ones(6), reach=4)
+
+
+def test_a_search_finds_the_best_position():
+    "A single bright pixel off the middle: the answer of the template that is moved there."
+    channels, weights = laguerre_gauss(9, 4), np.arange(6.)
+    patch = np.zeros((1, 15, 15))
+    patch[0, 5, 9] = 1
+    outputs = channel_outputs(patch, search_channels(channels, reach=3)).reshape(1, 49, 6)
+    template = np.tensordot(weights, channels, 1)
+    assert search_statistic(outputs, weights)[0] == pytest.approx(template[1:8, 1:8].max())
+    assert outputs[0, 24] == pytest.approx(channels[:, 5 - 3, 9 - 3])
