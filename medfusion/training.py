@@ -336,7 +336,7 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
     if best:
         facts = {name: value for name, value in best_checkpoint(state).items() if name != 'versions'}
         save_checkpoint(files.best(), **facts)
-        write_metadata(files.best(), shipped=False)
+        write_metadata(files.best(), shipped=False, cases=None if run is None else run.split)
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:
