@@ -412,7 +412,9 @@ def check_optimizer(optimizer, scheduler, model) -> None:
 
 # %% ../nbs/10_training.ipynb #f9b0078b
 def short(path: Path) -> str:
-    "A path as a notebook's reader knows it: from nbs/ on if it lies in the clone, else its name alone."
+    "A path as a notebook's reader knows it: from nbs/ on if it lies in the clone, else its name alone; whole after a shell's command."
+    if 'MEDFUSION_COMMAND' in os.environ:
+        return str(path)
     with contextlib.suppress(FileNotFoundError):
         if path.is_relative_to(nbs_dir().parent):
             return os.path.relpath(path, nbs_dir())
