@@ -84,7 +84,7 @@ def comparison(record):
 def lesions():
     "What each method keeps of each kind of lesion of the synthetic head."
     kept = pd.DataFrame(read_run(RECORDED / 'phantom')['numbers']['lesions_kept']).T.rename_axis('method')
-    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri'], ['calcification', 'haemorrhage', 'oedema', 'tumour']]
+    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri']]
     return as_markdown(kept.rename(index=TITLES).map('{:.2f}'.format), 'phantom')
 
 
