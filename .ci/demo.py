@@ -30,10 +30,13 @@ def report():
     "Print tables and pictures; exit status 1 where the first trained network does not beat the average."
     from medfusion.runs import read_run
     folders = demo_runs()
-    numbers = [read_run(folder)['numbers'] for folder in folders]
+    records = [read_run(folder) for folder in folders]
+    numbers = [record['numbers'] for record in records]
+    epochs = ', '.join(f'{record["method"]} for {record["parameters"].get("epochs", record["parameters"].get("num_epochs"))} epochs' for record in records)
     means, kept = ({name: row for run in numbers for name, row in (run[what] or {}).items()} for what in ('means', 'lesions_kept'))
-    print('\nMeans over the test pairs (cvpr conventions; each network has had only a few epochs):')
-    print(pd.DataFrame(means).T.round(3).to_string())
+    print(f'\nThe networks below were trained just now ({epochs}). Those that ship were trained much longer: -m wavelet and -m resnet fuse with them.')
+    print('\nMeans over the test pairs; lower is better for invented, higher for the others (nbs/05_metrics.ipynb explains the columns):')
+    print(pd.DataFrame(means).T.map('{:.4g}'.format).to_string())
     if kept:
         print('\nContrast-to-noise of the lesions, as a share of that in the source that shows them best:')
         print(pd.DataFrame(kept).T.round(2).to_string())

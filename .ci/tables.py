@@ -1,7 +1,8 @@
 """Write the tables of README.md, MODEL_CARD.md and results/README.md from recorded results, between their comments.
 
-    tables.py           writes them (make tables)
-    tables.py --check   exits with 1 if a text differs from the record
+    tables.py              writes them (make tables)
+    tables.py --check      exits with 1 if a text differs from the record
+    tables.py --commands   prints the commands that make the records (make record runs them)
 """
 import json
 import re
@@ -30,6 +31,7 @@ TITLES = {'wavelet': 'wavelet (shipped)', 'resnet': 'ResNet (shipped)', 'default
           'laplacian_pyramid': 'Laplacian pyramid', 'wavelet_maximum': 'wavelet rule', 'guided_filter': 'guided filter',
           'copy_ct': 'copy of CT', 'copy_mri': 'copy of MRI'}
 SHIPPED = [TITLES['wavelet'], TITLES['resnet']]
+SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
 def with_command(record, table):
@@ -43,10 +45,18 @@ def recorded(record, table='summary'):
     return frame.assign(method=frame.method.map(lambda name: TITLES.get(name, name)))
 
 
+def as_markdown(table, record):
+    "A table of methods as Markdown: shipped networks bold, those that saw a judged case in training marked."
+    summary = recorded(record).set_index('method')
+    marks = {name: f'{name} †' for name in summary.index[summary.trained_on.notna()]}
+    text = markdown_table(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in SHIPPED])
+    return text + (SEEN if '†' in text else '')
+
+
 def means(record, first=None):
     "The reported columns of a recorded run, by mean rank."
     table = recorded(record).set_index('method')[reported_columns()].head(first)
-    return markdown_table(table, bold=SHIPPED)
+    return as_markdown(table.assign(invented=table.invented.map('{:.5f}'.format)), record)
 
 
 def ranked(record, first=None):
@@ -54,7 +64,7 @@ def ranked(record, first=None):
     columns = read_run(RECORDED / record)['parameters']['columns']
     table = recorded(record).set_index('method')[['mean_rank', *columns]].head(first)
     table['mean_rank'] = table.mean_rank.map('{:.2f}'.format)
-    return markdown_table(table.rename(columns={'mean_rank': 'mean rank'}), bold=SHIPPED)
+    return as_markdown(table.rename(columns={'mean_rank': 'mean rank'}), record)
 
 
 def comparison(record):
@@ -74,8 +84,8 @@ def comparison(record):
 def lesions():
     "What each method keeps of each kind of lesion of the synthetic head."
     kept = pd.DataFrame(read_run(RECORDED / 'phantom')['numbers']['lesions_kept']).T.rename_axis('method')
-    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri'], ['calcification', 'haemorrhage', 'oedema', 'tumour']]
-    return markdown_table(kept.rename(index=TITLES).map('{:.2f}'.format), bold=SHIPPED)
+    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri']]
+    return as_markdown(kept.rename(index=TITLES).map('{:.2f}'.format), 'phantom')
 
 
 def networks():
@@ -130,6 +140,9 @@ def stale():
 
 
 if __name__ == '__main__':
+    if '--commands' in sys.argv:
+        print('\n'.join(command for commands in COMMANDS.values() for command in commands))
+        sys.exit()
     if '--check' in sys.argv:
         old = stale()
         sys.exit(f'{", ".join(old)}: text and record differ; make tables writes them anew.' if old else 0)

@@ -8,7 +8,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Parameters', '
            'check_there', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'evaluate', 'read_value', 'absolute_path',
            'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell',
            'own_temporary_files', 'execute', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text',
-           'NotebookCommand', 'train', 'benchmark', 'models', 'run_as_module']
+           'NotebookCommand', 'means_text', 'short_name', 'train', 'benchmark', 'models', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -378,18 +378,20 @@ def given_parameters(notebook: str, files: list[Path], typed: list[str]) -> dict
     "All that the user gave for a notebook, {name: value}: YAML files in order, then `name=value` texts, of the notebook's types."
     from medfusion.runs import notebook_parameters
     declared, given = notebook_parameters(notebook), {}
+    epochs = next((name for name in ('epochs', 'num_epochs') if name in declared), None)    # each method has its own word for it
+
+    def own(name):
+        return epochs if epochs and name in ('epochs', 'num_epochs') else name
 
     def value_of(name, text):
         return read_value(text, declared[name].type if name in declared else str) if isinstance(text, str) else text
     for path in files:
-        given |= {name: value_of(name, text) for name, text in read_parameter_file(path).items()}
+        given |= {own(name): value_of(own(name), text) for name, text in read_parameter_file(path).items()}
     for text in typed:
         name, equals, value = text.partition('=')
         if not equals:
             raise ValueError(f'-p {text} gives no value; write -p {text}=VALUE.')
-        if name == 'epochs' and name not in declared:  # each method has its own word for it
-            name = 'num_epochs'
-        given[name] = absolute_path(name, value_of(name, value))
+        given[own(name)] = absolute_path(name, value_of(own(name), value))
     return given
 
 # %% ../nbs/50_cli.ipynb #a759c1ee
@@ -552,6 +554,30 @@ Files = Annotated[list[Path], typer.Option('--file', '-f', parser=typed_path, me
 # %% ../nbs/50_cli.ipynb #18f5d851
 RunName = Annotated[str | None, typer.Option('--run', metavar='NAME', help='name of the run and of its folder; by default the time')]
 
+# %% ../nbs/50_cli.ipynb #5ee7cc02
+def means_text(folder: Path) -> str:
+    "The means of a run beside the average and the maximum, as lines; empty where the run recorded none."
+    import pandas as pd
+
+    from medfusion.metrics import lower_is_better
+    from medfusion.runs import read_run
+    means = read_run(folder)['numbers']['means'] if (folder / 'run.json').is_file() else None
+    if not means:
+        return ''
+    table = pd.DataFrame(means).T.drop(index=['copy_ct', 'copy_mri'], errors='ignore')
+    low = [column for column in table if lower_is_better(column)]
+    told = f'Means over the test pairs; lower is better for {" and ".join(low) or "none"}, higher for the others (nbs/05_metrics.ipynb):'
+    return f'{told}\n{table.map("{:.4g}".format).to_string()}\n'
+
+# %% ../nbs/50_cli.ipynb #5ee7cc04
+def short_name(folder: Path) -> str:
+    "What -m understands for a run's folder, as the shell takes it: run:NAME where that finds the folder, else the path."
+    from medfusion.runs import find_run
+    with suppress(ValueError, OSError):
+        if find_run(folder.name) == folder:
+            return shlex.quote(f'run:{folder.name}')
+    return shlex.quote(str(folder))
+
 # %% ../nbs/50_cli.ipynb #392d8705
 @app.command(cls=NotebookCommand)
 def train(
@@ -570,7 +596,7 @@ def train(
         raise typer.BadParameter(f'{method!r} is no method; the methods are {", ".join(methods())}')
     notebook = methods()[method].notebook
     folder = run_notebook(notebook, given_parameters(notebook, file, parameter), run, context)
-    typer.echo(f'done: {folder}\nfuse with it: medfusion fuse CT MRI -o OUT -m {shlex.quote(str(folder))}')
+    typer.echo(f'{means_text(folder)}done: {folder}\nfuse with it: medfusion fuse CT MRI -o OUT -m {short_name(folder)}')
 
 # %% ../nbs/50_cli.ipynb #bd4f6271
 @app.command(cls=NotebookCommand)

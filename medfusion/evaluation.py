@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['JoinedPairs', 'fused_image', 'fuse_pairs', 'write_fused', 'find_fused', 'reported_columns', 'evaluate', 'summarise',
-           'ranks', 'lesion_table', 'lesions_kept_table', 'read_three', 'evaluate_files', 'evaluate_folders',
-           'read_published', 'holm', 'compare', 'run_numbers', 'markdown_table', 'replace_blocks', 'write_tables']
+           'ranks', 'cases_trained_on', 'lesion_table', 'lesions_kept_table', 'read_three', 'evaluate_files',
+           'evaluate_folders', 'read_published', 'holm', 'compare', 'run_numbers', 'markdown_table', 'replace_blocks',
+           'write_tables']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import warnings
@@ -18,7 +19,8 @@ from scipy.stats import wilcoxon
 from torch.utils.data import ConcatDataset
 
 from .data import case_of
-from .files import list_images, match_images, name_key, read_image, stem_of, to_depth, to_float, unused_range, write_atomically, write_image
+from .files import (list_images, match_images, name_key, read_image, read_json, stem_of, to_depth, to_float, unused_range,
+                             write_atomically, write_image)
 from .inference import fuse
 from .metrics import evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
 
@@ -80,7 +82,7 @@ def find_fused(folder, data_set) -> dict[str, Path]:
 # %% ../nbs/21_evaluation.ipynb #eb624f08
 def reported_columns() -> list[str]:
     "The columns of every table that is printed, in their order."
-    return ['EN', 'SD', 'SF', 'MI', 'SCD', 'VIF', 'Qabf', 'SSIM2', 'SSIM255', 'VIF_min', 'SSIM255_min']
+    return ['EN', 'SD', 'SF', 'MI', 'SCD', 'VIF', 'Qabf', 'SSIM2', 'SSIM255', 'VIF_min', 'SSIM255_min', 'invented']
 
 # %% ../nbs/21_evaluation.ipynb #600df97f
 def evaluate(data_set, methods, columns=None, preset='cvpr') -> pd.DataFrame:
@@ -114,6 +116,13 @@ def ranks(means) -> pd.DataFrame:
                          index=means.index)
     table.insert(0, 'mean_rank', table.mean(axis=1))
     return table.sort_values('mean_rank', kind='stable')
+
+# %% ../nbs/21_evaluation.ipynb #5ee7bb02
+def cases_trained_on(checkpoint) -> set[str] | None:
+    "The cases that a checkpoint's network was trained on, by the metadata.json beside it; None where that does not say."
+    path = Path(checkpoint).with_name('metadata.json')
+    cases = read_json(path).get('cases') if path.is_file() else None
+    return set(cases['train']) if isinstance(cases, dict) and cases.get('train') else None
 
 # %% ../nbs/21_evaluation.ipynb #c5fd64d6
 def lesion_table(data_set, methods) -> pd.DataFrame | None:
@@ -250,7 +259,7 @@ def run_numbers(table, lesions=None, validation=None, best_epoch=None) -> dict:
 # %% ../nbs/21_evaluation.ipynb #0aea3312
 def markdown_table(table, bold=()) -> str:
     "A table of numbers as Markdown, its index as the first column, the rows named in `bold` in bold; NaN is a dash."
-    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2}
+    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5}
 
     def cell(value, column):
         if isinstance(value, float):

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
-                               largest_disagreement, map_overlay, overlay, panel, window_level)
+                               largest_disagreement, map_overlay, overlay, window_level)
 from .files import luminance, write_atomically
 from .inference import with_luminance
 from .metrics import lower_is_better, measure

@@ -23,7 +23,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import math
 import os
 import pickle
 import platform
@@ -39,7 +38,6 @@ import types
 import typing
 import warnings
 import zipfile
-import zlib
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import dataclass, field
 from datetime import datetime

@@ -336,7 +336,7 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
     if best:
         facts = {name: value for name, value in best_checkpoint(state).items() if name != 'versions'}
         save_checkpoint(files.best(), **facts)
-        write_metadata(files.best(), shipped=False)
+        write_metadata(files.best(), shipped=False, cases=None if run is None else run.split)
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:
@@ -412,7 +412,9 @@ def check_optimizer(optimizer, scheduler, model) -> None:
 
 # %% ../nbs/10_training.ipynb #f9b0078b
 def short(path: Path) -> str:
-    "A path as a notebook's reader knows it: from nbs/ on if it lies in the clone, else its name alone."
+    "A path as a notebook's reader knows it: from nbs/ on if it lies in the clone, else its name alone; whole after a shell's command."
+    if 'MEDFUSION_COMMAND' in os.environ:
+        return str(path)
     with contextlib.suppress(FileNotFoundError):
         if path.is_relative_to(nbs_dir().parent):
             return os.path.relpath(path, nbs_dir())

@@ -1,6 +1,11 @@
-"""What all tests share: markers, the budgets of Hypothesis, and a temporary directory of their own in which nothing may stay."""
+"""What all tests share: markers, the budgets of Hypothesis, a temporary directory of their own in which nothing may stay, and set-ups
+that several of them import from here.
+"""
+import json
 import os
+import resource
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -73,3 +78,33 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_unconfigure(config):
     if hasattr(config, 'leftovers') and not hasattr(config, 'workerinput'):
         shutil.rmtree(config.leftovers.folder, ignore_errors=True)
+
+
+def notebook(folder, *cells, tags=('parameters',)):
+    "A notebook whose first cell is tagged `parameters`."
+    path = folder / 'toy.ipynb'
+    path.write_text(json.dumps({'nbformat': 4, 'nbformat_minor': 5, 'metadata': {
+        'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}, 'cells': [
+        {'cell_type': 'code', 'id': f'c{i}', 'source': source.splitlines(keepends=True), 'outputs': [],
+         'execution_count': None, 'metadata': {'tags': list(tags)} if i == 0 else {}}
+        for i, source in enumerate(cells)]}))
+    return path
+
+
+def in_little_space(function, *arguments, limit=3000):
+    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            function(*arguments)
+        except OSError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, encoding='utf-8') as answer:
+        return answer.read()

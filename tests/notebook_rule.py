@@ -112,6 +112,14 @@ def exported_cells(path):
     return found
 
 
+def unused_imports(path):
+    "Names that exported cells of a notebook import and no exported cell uses; the examples' imports belong in a cell of their own."
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    nodes = list(ast.walk(ast.parse('\n'.join(body(source(cell)) for cell in cells if is_exported(cell)))))
+    imported = [alias.asname or alias.name.split('.')[0] for node in nodes if is_import(node) and hasattr(node, 'names') for alias in node.names]
+    return sorted(set(imported) - {node.id for node in nodes if isinstance(node, ast.Name)})
+
+
 def ninth_decile(values):
     return quantiles(values, n=10, method='inclusive')[-1] if len(values) > 1 else (values or [0])[0]
 

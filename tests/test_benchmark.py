@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from medfusion.data import case_of
 from medfusion.files import read_image, write_image
 from medfusion.phantom import write_phantom
-from medfusion.runs import save_checkpoint
+from medfusion.runs import save_checkpoint, write_metadata
 from medfusion.wavelet_fusion import WaveletFusion
 
 NOTEBOOK = Path(__file__).parents[1] / 'nbs' / '90_benchmark.ipynb'
@@ -40,6 +41,7 @@ def dataset(tmp_path_factory):
     network = WaveletFusion(width=4)
     save_checkpoint(root / 'mine.pt', method='trainable_wavelet_fusion', config=network.config,
                     state_dict=network.state_dict(), epoch=1, metrics={})
+    write_metadata(root / 'mine.pt', cases={'train': [case_of(next((test / 'CT').iterdir()).name), '99']})
     return root
 
 
@@ -103,6 +105,8 @@ def test_tables(run):
         of_average = metrics[metrics.method == 'average'][column]
         assert summary.loc['average', column] == pytest.approx(of_average.mean(), rel=1e-4)
         assert summary.loc['average', f'{column}_sd'] == pytest.approx(of_average.std(), rel=1e-4)
+    assert summary.trained_on.dropna().index.tolist() == ['mine'] and summary.invented['average'] < 1e-3
+    assert '**mine †**' in (run.parent / 'executed.ipynb').read_text(encoding='utf-8')
     assert np.isnan(summary.ms_per_pair['minimum']) and summary.parameters['average'] == 0 and summary.parameters['mine'] > 100
 
 

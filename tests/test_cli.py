@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,7 +275,10 @@ def clone(tmp_path, monkeypatch):
              new_markdown_cell('# A toy\n\nText.\n\n## Training'),
              new_code_cell("import json, os, pathlib, time\nfolder = pathlib.Path(save_dir) / run\nfolder.mkdir(parents=True, exist_ok=True)\n"
                            "(folder / 'seen.json').write_text(json.dumps([run, num_epochs, lr, data_dir, resume, precision]))\n"
-                           "print('epoch', num_epochs)\nprint(os.environ['MEDFUSION_COMMAND'])"),
+                           "print('epoch', num_epochs)\nprint(os.environ['MEDFUSION_COMMAND'])\n"
+                           "from medfusion.runs import write_run\nrows = {'toy': {'SD': 80.0}, 'average': {'SD': 60.0}, 'copy_ct': {'SD': 90.0}}\n"
+                           "if lr == 0.5:\n    write_run(folder.absolute(), method='toy', parameters={}, state='finished', started=0.0, "
+                           "numbers={'means': rows})"),
              new_code_cell("if num_epochs == 13:\n    raise ValueError('thirteen epochs')\nif num_epochs == 14:\n    1 / 0\n"
                            "if num_epochs == 15:\n    os._exit(1)\nif num_epochs == 16:\n    time.sleep(60)")]
     nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / 'trainable-wavelet-fusion.ipynb')
@@ -295,6 +299,7 @@ def test_train(clone):
     assert json.loads((folder / 'seen.json').read_text()) == ['a', 5, 0.5, '../elsewhere/CT', True, 'no']
     assert (folder / 'executed.ipynb').is_file() and 'epoch 5' in result.stdout and str(folder) in result.stdout
     assert 'medfusion train wavelet -f x.yaml -p epochs=5\n' in result.stdout and not result.stderr
+    assert re.search(r'SD\ntoy +80\naverage +60\ndone', result.stdout) and result.stdout.endswith('-o OUT -m run:a\n')
 
 
 def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(clone):

@@ -2,8 +2,6 @@
 import json
 import os
 import pickle
-import resource
-import signal
 import sys
 import threading
 import warnings
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import in_little_space
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
@@ -549,25 +548,6 @@ def test_two_fillings_of_one_folder(flat, tmp_path):
     assert set(codes) <= {0, 7} and 0 in codes
     assert check_split(tmp_path / 'Dataset')['seed'] in [seed for seed, code in enumerate(codes) if code == 0]
     assert not list(tmp_path.glob('.*'))
-
-
-def in_little_space(function, *arguments, limit=3000):
-    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            function(*arguments)
-        except OSError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with open(reader, encoding='utf-8') as answer:
-        return answer.read()
 
 
 def test_no_space_left_for_a_data_set(tmp_path):

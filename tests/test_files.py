@@ -4,8 +4,6 @@ import io
 import itertools
 import json
 import os
-import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import in_little_space
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
@@ -649,25 +648,6 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     write_image(tmp_path / '34010.png', noise())
     assert tree(tmp_path) == sorted(['34010.png', f'.c.{ended.pid}.tmp', *(path.name for path in kept)])
     assert clear_abandoned(tmp_path) == []
-
-
-def in_little_space(function, *arguments, limit=3000):
-    "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            function(*arguments)
-        except OSError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with open(reader, encoding='utf-8') as answer:
-        return answer.read()
 
 
 def test_no_space_left(tmp_path):

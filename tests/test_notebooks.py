@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source
+from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
@@ -63,6 +63,11 @@ def test_package_is_what_the_notebooks_export(exported):
 def test_exported_cells_keep_the_rule(path):
     found = [str(cell) for cell in exported_cells(path) if cell.faults and (path.stem, cell.names[:1]) not in allowed()]
     assert not found, 'one public name, at most 30 lines, an example right after it (`make count` shows all):\n' + '\n'.join(found)
+
+
+@each_notebook
+def test_exported_cells_import_what_they_use(path):
+    assert unused_imports(path) == [], 'imports of examples belong in a cell that is not exported'
 
 
 def allowed():

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import notebook
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
@@ -58,17 +59,6 @@ weights: dict = {'ssim': 1.0}
 run_name: str | None = None
 precision: str = 'no'
 '''
-
-
-def notebook(folder, *cells, tags=('parameters',)):
-    "A notebook whose first cell is tagged `parameters`."
-    path = folder / 'toy.ipynb'
-    path.write_text(json.dumps({'nbformat': 4, 'nbformat_minor': 5, 'metadata': {
-        'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}, 'cells': [
-        {'cell_type': 'code', 'id': f'c{i}', 'source': source.splitlines(keepends=True), 'outputs': [],
-         'execution_count': None, 'metadata': {'tags': list(tags)} if i == 0 else {}}
-        for i, source in enumerate(cells)]}))
-    return path
 
 
 @pytest.fixture(scope='module')

@@ -106,4 +106,4 @@ def test_the_recorded_numbers_are_those_of_the_files(name, models):
                 for item in slices]
     for column in columns:
         mean = torch.cat([row[column] for row in rows]).double().mean().item()
-        assert mean == pytest.approx(numbers['means'][column], rel=2e-3), column
+        assert mean == pytest.approx(numbers['means'][column], rel=2e-3, abs=2e-6), column    # two pixels of `invented` in a million

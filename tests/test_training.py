@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import notebook
 from torch import nn
 
 from medfusion.files import sha256_of
-from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, run_folder,
-                            saved_epochs)
+from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, saved_epochs)
 from medfusion.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def run(folder, epochs=4, lr=0.1, width=4, step=step, schedule=cosine, val_set=N
     net = Net(width)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     p = parameters(folder, num_epochs=epochs, resume=resume, **given)
-    at_work = open_run('toy', p, toy_files(folder, **given))
+    at_work = open_run('toy', p, toy_files(folder, **given), {'train': ['7'], 'val': ['8'], 'test': []})
     settings = dict(epochs=epochs, batch_size=3, optimizer=optimizer, scheduler=schedule and schedule(optimizer, epochs), method='toy',
                     config={'width': width}, progress='none', ema=0.9, clip=1.0, resume=resume) | more
     history = fit(net, step, Numbers(), val_set, at_work, **settings)
@@ -374,6 +374,7 @@ def test_checkpoints_hold_what_the_contract_says(tmp_path):
     assert best['metrics'] == min(history, key=lambda row: row['val_loss'])
     metadata = json.loads((files.final / 'metadata.json').read_text())
     assert metadata['sha256'] == sha256_of(files.best()) and metadata['config'] == {'width': 4}
+    assert metadata['cases']['train'] == ['7']
     with open(tmp_path / 'a' / 'history.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert [float(row['val_loss']) for row in rows] == [row['val_loss'] for row in history]
@@ -675,17 +676,6 @@ def slow(model, batch):
     return toy.step(model, batch)
 net, history = toy.run(Path(p.folder), step=slow, resume=p.resume)
 '''
-
-
-def notebook(folder, *cells):
-    "A notebook whose first cell is tagged `parameters`."
-    path = folder / 'toy.ipynb'
-    path.write_text(json.dumps({'nbformat': 4, 'nbformat_minor': 5, 'metadata': {
-        'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}, 'cells': [
-        {'cell_type': 'code', 'id': f'c{i}', 'source': source.splitlines(keepends=True), 'outputs': [],
-         'execution_count': None, 'metadata': {'tags': ['parameters'] if i == 0 else []}}
-        for i, source in enumerate(cells)]}))
-    return path
 
 
 def papermill(clone, *arguments):
