@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mse_loss', 'ssim_loss', 'ssim_min_loss', 'stronger', 'stronger_gradient', 'gradient_loss', 'qabf_loss', 'vif_loss',
-           'scd_loss', 'sd_loss', 'loss_terms', 'check_weights', 'weighted_loss', 'lesion_loss', 'random_crop',
-           'lesion_layers', 'LesionCrops', 'LesionTerm']
+           'scd_loss', 'sd_loss', 'invented_loss', 'loss_terms', 'check_weights', 'weighted_loss', 'lesion_loss',
+           'random_crop', 'lesion_layers', 'LesionCrops', 'LesionTerm']
 
 # %% ../nbs/07_losses.ipynb #891fcf43
 import math
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from .anatomy import lesion_kinds
 from .files import to_depth
-from .metrics import (check_images, cnr, lesion_regions, qabf, scd, sobel, ssim_of_pair, standard_deviation,
-                               vif_of_pair)
+from .metrics import (check_images, cnr, invented_edges, lesion_regions, qabf, scd, sobel, ssim_of_pair,
+                               standard_deviation, vif_of_pair)
 from .phantom import phantom_slices
 
 # %% ../nbs/07_losses.ipynb #a5495e2e
@@ -105,11 +105,17 @@ def sd_loss(fused, ct, mri, margin=1.02):
     target = margin * standard_deviation(torch.maximum(ct, mri)).clamp(min=1)  # grey levels
     return F.relu(1 - standard_deviation(fused) / target).mean()
 
+# %% ../nbs/07_losses.ipynb #4f18f4f0
+def invented_loss(fused, ct, mri, slack=4):
+    """The mean over pixels of how far edges of `fused` exceed those of either source nearby by more than `slack`, in grey
+    levels per pixel: a scalar from 0 up. All are (B, 1, H, W) in [0, 1], 5 pixels a side or more."""
+    return invented_edges(fused, ct, mri, slack).mean()
+
 # %% ../nbs/07_losses.ipynb #b27b8823
 def loss_terms():
     "The terms that need only the images, {name: function (fused, ct, mri) -> scalar}, of images (B, 1, H, W) in [0, 1]."
     return {'mse': mse_loss, 'ssim': ssim_loss, 'ssim_min': ssim_min_loss, 'gradient': gradient_loss,
-            'qabf': qabf_loss, 'vif': vif_loss, 'scd': scd_loss, 'sd': sd_loss}
+            'qabf': qabf_loss, 'vif': vif_loss, 'scd': scd_loss, 'sd': sd_loss, 'invented': invented_loss}
 
 # %% ../nbs/07_losses.ipynb #8e23666d
 def check_weights(weights, own=()):

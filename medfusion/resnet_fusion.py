@@ -63,6 +63,8 @@ class Config:
     w_sd: float = 0.0
     w_ssim_min: float = 0.0
     w_lesion: float = 0.0
+    w_detection: float = 0.0
+    w_invented: float = 0.0
 
 # %% ../nbs/resnet_based_fusion.ipynb #26ab89a6
 def check_config(cfg):
@@ -213,11 +215,11 @@ def perceptual_term(backbone, fused, sources, cfg):
     return perceptual_loss({stage: of_fused[stage] for stage in stages}, sources, margin=16 if cropped else 0)
 
 # %% ../nbs/resnet_based_fusion.ipynb #80dc83f0
-def training_step(model, batch, cfg, lesions=None):
+def training_step(model, batch, cfg, lesions=None, detection=None):
     """Equation 3 for a batch: {'loss': the weighted sum, and each term by its name}, scalars.
 
-    batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them; lesions:
-    a `LesionTerm`, needed where `cfg.w_lesion` is not 0."""
+    batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them; lesions,
+    detection: a `LesionTerm` and a `DetectionTerm`, needed where their weights are not 0."""
     ct, mri, kind = batch['ct'], batch['mri'], working_type(cfg.precision)
     with torch.autocast(ct.device.type, kind, enabled=cfg.precision != 'no'):
         if 'features' in batch:                                               # {stage: (B, 2, h, w, C)}
@@ -228,6 +230,7 @@ def training_step(model, batch, cfg, lesions=None):
     weights = {field.name.removeprefix('w_'): getattr(cfg, field.name)
                for field in fields(cfg) if field.name.startswith('w_')}
     return weighted_loss(fused, ct, mri, weights, cfg.gradient_gain, lesion=lesions and partial(lesions, model),
+                         detection=detection and partial(detection, model, ct, mri, fused),
                          perceptual=partial(perceptual_term, model.backbone, fused, features, cfg))
 
 # %% ../nbs/resnet_based_fusion.ipynb #44b06d5b

@@ -170,8 +170,8 @@ class TrainingState:
     """Everything that a run is made of between two epochs.
 
     `facts` are the method, config and data_sha256 that every checkpoint holds; `settings` what a run that continues
-    this one must share with it; `planned` the number of epochs. `best` is None or a dict of epoch, value, metrics and
-    state_dict.
+    this one must share with it; `planned` the number of epochs. `companion` is None or what else learns on the way,
+    with `state_dict` and `load_state_dict`. `best` is None or a dict of epoch, value, metrics and state_dict.
     """
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -181,6 +181,7 @@ class TrainingState:
     settings: dict
     planned: int
     scaler: object = None
+    companion: object = None
     history: list = field(default_factory=list)
     best: dict | None = None
 
@@ -234,7 +235,8 @@ def remember(state: TrainingState, row: dict) -> bool:
 # %% ../nbs/10_training.ipynb #087f549f
 def save_state(path: Path, state: TrainingState) -> Path:
     "The path of an intermediate checkpoint: a checkpoint of the trained weights with all that a run needs to go on."
-    parts = {'optimizer': state.optimizer, 'scheduler': state.scheduler, 'scaler': state.scaler}
+    parts = {'optimizer': state.optimizer, 'scheduler': state.scheduler, 'scaler': state.scaler,
+             'companion': state.companion}
     parts = {name: part and part.state_dict() for name, part in parts.items()}
     return save_checkpoint(path, **state.facts, epoch=len(state.history), metrics=state.history[-1],
                            state_dict=state.model.state_dict(), average=state.average.weights, steps=state.average.steps,
@@ -293,6 +295,8 @@ def restore_state(state: TrainingState, checkpoint: dict, path: str | Path) -> N
     state.optimizer.load_state_dict(checkpoint['optimizer'])
     if state.scaler is not None and checkpoint['scaler'] is not None:
         state.scaler.load_state_dict(checkpoint['scaler'])
+    if state.companion is not None and checkpoint.get('companion') is not None:
+        state.companion.load_state_dict(checkpoint['companion'])
     for name, value in checkpoint['average'].items():
         state.average.weights[name].copy_(value)
     state.history, state.best, state.average.steps = checkpoint['history'], checkpoint['best'], checkpoint['steps']
@@ -507,14 +511,16 @@ def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict)
     return parameters | (settings or {}) | chosen | seen
 
 # %% ../nbs/10_training.ipynb #45666d97
-def prepare(model, step, parts, optimizer, scheduler, facts: dict, settings: dict, epochs: int) -> Loop:
+def prepare(model, step, parts, optimizer, scheduler, facts: dict, settings: dict, epochs: int,
+            companion=None) -> Loop:
     "The loop of a run before its first epoch: everything on its device, in its precision. `parts` are the loaders."
     AcceleratorState._reset_state()    # a second fit in the same kernel may ask for another precision
     accelerator = Accelerator(mixed_precision=settings['precision'])
     network, stepper, *parts = accelerator.prepare(model, optimizer, *parts)
     shared = plain(settings | facts) | optimizer_settings(optimizer, scheduler)
     average = Average(model, settings['ema'])
-    state = TrainingState(model, optimizer, scheduler, average, facts, shared, epochs, accelerator.scaler)
+    state = TrainingState(model, optimizer, scheduler, average, facts, shared, epochs, accelerator.scaler,
+                          companion)
     shown = Progress('none', epochs, 0, len(parts[0]))
     return Loop(network, step, parts, stepper, accelerator, state, settings['clip'], shown)
 
@@ -565,13 +571,14 @@ def finish_epoch(loop: Loop, row: dict, files: CheckpointFiles, run: Run | None,
 def fit(model, step, train_set, val_set, files: CheckpointFiles | Run, *, epochs: int, batch_size: int, optimizer,
         method: str, config: dict, scheduler=None, every: int = 1, resume: bool = False, seed: int = 0,
         precision: str = 'no', workers: int = 0, progress: str | None = None, clip: float | None = None,
-        ema: float | None = None, settings: dict | None = None) -> History:
+        ema: float | None = None, settings: dict | None = None, companion=None) -> History:
     """The history of a training: a dict of epoch, lr, train_<name> and val_<name> for each epoch, and the `best` one.
 
     `step(model, batch)` returns a dict of scalar tensors, one of them 'loss'. `files` is an open run, or says where
     checkpoints go: the best (lowest val_loss; train_loss if `val_set` is None), and after every `every` epochs one
     from which `resume` goes on; `settings` is what else such runs must share. `clip` bounds the gradient's norm; with
-    `ema` averaged weights are validated and kept. The model is left in eval mode with the last weights. Raises
+    `ema` averaged weights are validated and kept; `companion` is a part of the step that learns too, and whose state is
+    kept with a checkpoint (`state_dict`, `load_state_dict`). The model is left in eval mode with the last weights. Raises
     ValueError, FileExistsError where another run works or was, FloatingPointError for what is not finite.
     """
     files, run = (files.files, files) if isinstance(files, Run) else (files, None)
@@ -583,7 +590,7 @@ def fit(model, step, train_set, val_set, files: CheckpointFiles | Run, *, epochs
         parts = loaders(train_set, val_set, batch_size, seed, workers)
         facts = {'method': method, 'config': config, 'data_sha256': data_sha256(train_set, val_set)}
         shared = settings_of(train_set, run, settings, chosen)
-        loop = prepare(model, step, parts, optimizer, scheduler, facts, shared, epochs)
+        loop = prepare(model, step, parts, optimizer, scheduler, facts, shared, epochs, companion)
         stack.callback(loop.accelerator.unwrap_model, loop.network, keep_fp32_wrapper=False)
         begin_training(loop, stack, files, run, resume, progress_mode(progress))
         for epoch in range(len(loop.state.history) + 1, epochs + 1):

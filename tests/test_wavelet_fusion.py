@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from medfusion.wavelet_fusion import HaarTransform, WaveletFusion, training_step
+from medfusion.wavelet_fusion import WaveletFusion, haar, inverse_haar, training_step
 
 
 def trained_like(**config):
@@ -55,10 +55,10 @@ def test_white_bone_stays_white_and_nothing_else_changes():
 
 
 def test_haar_transform_keeps_energy_and_inverts():
-    image, haar = pair(3, 1, 34, 58)[0], HaarTransform()
+    image = pair(3, 1, 34, 58)[0]
     bands = haar(image)
     assert bands.shape == (3, 4, 17, 29)
-    torch.testing.assert_close(haar.inverse(bands), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(inverse_haar(bands), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(bands.square().sum(), image.square().sum(), rtol=1e-5, atol=0)
 
 
@@ -72,10 +72,6 @@ def test_a_network_of_another_type_fuses(kind):
         own = other(ct.to(kind), mri.to(kind))
     assert found.dtype == ct.dtype and own.dtype == kind
     assert (found - expected).abs().mean() < (0.02 if kind == torch.bfloat16 else 0.005)
-    filters = [value for name, value in other.state_dict().items() if name.startswith('haar.')]
-    assert all(value.dtype == (torch.float64 if kind == torch.float64 else torch.float32) for value in filters)
-    torch.testing.assert_close(other.float().state_dict()['haar.forward_transform.h0_col'],
-                               model.state_dict()['haar.forward_transform.h0_col'], atol=0, rtol=0)    # never rounded
 
 
 @pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])

@@ -1,0 +1,132 @@
+"What the notebook of the detectability term does not show: the same draws in validation, the state, and refusals."
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medfusion.data import CTMRIDataset
+from medfusion.detectability import DetectionTerm, draw_spot, fused_detectability, random_places, soft_tissue, spot_sizes
+from medfusion.phantom import write_phantom
+from medfusion.runs import load_checkpoint
+from medfusion.training import Average, TrainingState, restore_state, save_state
+
+
+class Mixture(nn.Module):
+    "ct · share + mri · (1 - share), with a share that can be trained."
+
+    def __init__(self, share=0.5):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(share))
+
+    def forward(self, ct, mri):
+        return self.share * ct + (1 - self.share) * mri
+
+
+@pytest.fixture(scope='module')
+def data_set(tmp_path_factory):
+    part = write_phantom(tmp_path_factory.mktemp('detectability') / 'Dataset', cases=6, slices=3) / 'train'
+    return CTMRIDataset(part / 'CT', part / 'MRI')
+
+
+@pytest.fixture(scope='module')
+def batch(data_set):
+    return [torch.stack([data_set[index][kind] for index in (1, 4)]) for kind in ('ct', 'mri')]
+
+
+def pay(term, model, batch):
+    return term(model, *batch, model(*batch))
+
+
+def test_validation_draws_the_same_spots_and_learns_nothing(data_set, batch):
+    term, model = DetectionTerm(data_set), Mixture().eval()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        first = pay(term, model, batch)
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+        again = pay(term, model, batch)
+    assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())    # the same call, the same shapes
+    assert term.state_dict() == {}
+    pay(term, model.train(), batch)
+    assert len(term.state_dict()) == 1
+
+
+def test_a_copy_pays_for_what_it_lost(data_set, batch):
+    "A copy of the MRI loses what is painted into the CT alone, a copy of the CT the other half."
+    paid = {}
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        term, model = DetectionTerm(data_set), Mixture(share)
+        paid[share] = np.mean([pay(term, model, batch).item() for _ in range(40)])
+    assert paid[0.5] < paid[0.0] and paid[0.5] < paid[1.0]
+
+
+def test_the_gradient_is_that_of_the_hotelling_observer():
+    "Where the running covariance is the batch's own, equation 1 has value and gradient of mean' K^-1 mean."
+    generator = torch.Generator().manual_seed(0)
+    response, change, background, other = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(4))
+
+    def parts(t):
+        return response + 1 + t * change, background + t * other
+
+    def exact(t):
+        moved, behind = parts(t)
+        return (moved.mean(0) @ torch.linalg.solve(torch.cov(behind.T), moved.mean(0))).item()
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    moved, behind = parts(t)
+    value = fused_detectability(moved, behind, torch.cov(behind.T).detach())
+    value.backward()
+    assert value.item() == pytest.approx(exact(0.), rel=1e-4)    # the ridge of 1e-6 is all that differs
+    assert t.grad.item() == pytest.approx((exact(1e-5) - exact(-1e-5)) / 2e-5, rel=1e-3)
+
+
+def test_a_training_goes_on_with_the_running_covariances(data_set, batch, tmp_path):
+    def state(term):
+        model = Mixture()
+        optimizer = torch.optim.Adam(model.parameters())
+        facts = {'method': 'toy', 'config': {}}
+        return TrainingState(model, optimizer, None, Average(model, None), facts, {}, 2, companion=term,
+                             history=[{'epoch': 1, 'train_loss': 1.}])
+    term = DetectionTerm(data_set)
+    for _ in range(5):
+        pay(term, Mixture().train(), batch)
+    checkpoint = load_checkpoint(save_state(tmp_path / 'epoch_1.pt', state(term)))
+    other = DetectionTerm(data_set)
+    restore_state(state(other), checkpoint, 'epoch_1.pt')
+    assert term.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(term.state_dict()[index], other.state_dict()[index]) for index in term.state_dict())
+
+
+def test_places_keep_their_distance_on_every_shape():
+    allowed = torch.ones(3, 1, 61, 130, dtype=torch.bool)
+    allowed[1] = False
+    places = random_places(allowed, most=9, generator=torch.Generator().manual_seed(0))
+    assert {image for image, _, _ in places} == {0, 2}
+    assert all(24 <= row < 61 - 24 and 24 <= column < 130 - 24 for _, row, column in places)
+    for a in places:
+        assert all(max(abs(a[1] - b[1]), abs(a[2] - b[2])) >= 34 for b in places if b != a and b[0] == a[0])
+    assert random_places(torch.ones(1, 1, 40, 40, dtype=torch.bool)) == []    # no patch of 49 pixels fits
+
+
+def test_soft_tissue_keeps_off_bone_and_air():
+    ct = torch.full((1, 1, 64, 64), 0.3)
+    ct[..., 30, 30], ct[..., 5, 5] = 1.0, 0.0
+    allowed = soft_tissue(ct, reach=4)
+    assert not allowed[..., 26:35, 26:35].any() and not allowed[..., 1:10, 1:10].any() and allowed[..., 20, 20]
+
+
+def test_size_goes_with_modality_in_half_of_the_draws():
+    drawn = [draw_spot(torch.Generator().manual_seed(seed), by_size=1.0) for seed in range(300)]
+    for index, (ct, mri) in drawn:
+        if ct > .9:
+            assert spot_sizes()[index] <= 2
+        if mri > .9:
+            assert spot_sizes()[index] >= 3
+
+
+def test_too_little_brain_gets_a_sentence(tmp_path):
+    part = write_phantom(tmp_path / 'Dataset', cases=3, slices=1, size=64) / 'train'
+    with pytest.raises(ValueError, match='places in soft tissue were found in'):
+        DetectionTerm(CTMRIDataset(part / 'CT', part / 'MRI'))
