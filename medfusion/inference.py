@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 import medfusion
 from .baselines import baselines
-from .files import (Pair, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, stem_of,
+from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, stem_of,
                              to_depth, unused_range, window, write_atomically)
 from .runs import build_model, find_run, load_checkpoint, run_checkpoint
 
@@ -47,17 +47,23 @@ class MethodInfo(NamedTuple):
     module: str       # the module that the notebook exports
     cls: str          # the network's class in it
     best_name: str    # the file of the best weights
+    epoch_name: str = ''  # the file of an intermediate checkpoint; '' is the name that `checkpoint_files` gives
 
     def network_class(self) -> type[torch.nn.Module]:
         "The class of the network. Its module is imported only now: each brings libraries that the others do not need."
         return getattr(importlib.import_module(self.module), self.cls)
+
+    def check(self, parameters) -> None:
+        "Raises ValueError for parameters that `check_config` of the module, if it has one, refuses."
+        getattr(importlib.import_module(self.module), 'check_config', lambda parameters: None)(parameters)
 
 # %% ../nbs/20_inference.ipynb #fb7abbb0
 def methods() -> dict[str, MethodInfo]:
     "The trainable methods, {name: MethodInfo}: the one table of them."
     table = (
         MethodInfo('wavelet', 'trainable-wavelet-fusion.ipynb', 'trainable_wavelet_fusion',
-                   'medfusion.wavelet_fusion', 'WaveletFusion', 'wavelet_fusion_spatial_best.pt'),
+                   'medfusion.wavelet_fusion', 'WaveletFusion', 'wavelet_fusion_spatial_best.pt',
+                   'wavelet_fusion_spatial_epoch_{epoch}.pt'),
         MethodInfo('resnet', 'resnet_based_fusion.ipynb', 'resnet_fusion',
                    'medfusion.resnet_fusion', 'ResNetFusion', 'resnet_fusion_best.pt'),
     )
@@ -136,7 +142,7 @@ def find_model(spec) -> FoundModel:
         method, slash, run = text.removeprefix('run:').rpartition('/')
         folder = methods()[method].directory if method in methods() else method
         return FoundModel(text, run_checkpoint(find_run(folder + slash + run)))
-    path = Path(os.path.expanduser(text)).absolute()
+    path = absolute_path(text)
     if path.is_dir():
         return FoundModel(text, best_in(path))
     if not path.is_file():
@@ -211,7 +217,10 @@ def array_of(image: Image.Image) -> np.ndarray:
         if array.size and (array.min() < 0 or array.max() > 65535):
             raise ValueError('A PIL image of mode I must hold values of 16 bits, 0 to 65535.')
         return array.astype(np.uint16)
-    return np.asarray(image.convert('L' if image.mode in ('1', 'LA', 'La') else 'RGB'))
+    try:
+        return np.asarray(image.convert('L' if image.mode in ('1', 'LA') else 'RGB'))
+    except ValueError:      # Pillow does not know how
+        raise ValueError(f'A PIL image of mode {image.mode} cannot be fused; give one of mode L, RGB, F or I;16.') from None
 
 # %% ../nbs/20_inference.ipynb #36f6e3e1
 def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:
@@ -222,7 +231,7 @@ def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:
     """
     whole = not values.dtype.is_floating_point
     if value_range is not None:
-        check_range(*value_range)
+        check_range(value_range)
     if value_range is not None and not (whole and max(value_range) > torch.iinfo(values.dtype).max):
         return torch.from_numpy(window((values if whole else values.float()).cpu().numpy(), *value_range))
     if whole and values.dtype not in (torch.uint8, torch.uint16):
@@ -442,21 +451,12 @@ def pairs_to_fuse(ct_dir, mri_dir) -> tuple[list[Pair], dict[str, str]]:
 
 # %% ../nbs/20_inference.ipynb #e69f502d
 def model_sha256(model) -> str:
-    "A SHA-256 over a network's weights and configuration; over its code, for a function."
-    if isinstance(model, torch.nn.Module):
-        digest = hashlib.sha256(f'{type(model).__name__} {getattr(model, "config", None)}'.encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-    known = {rule: name for name, rule in rules().items()}.get(model)
-    return hashlib.sha256(f'{known or _code_of(model)} {medfusion.__version__}'.encode()).hexdigest()
-
-
-def _code_of(function):
-    code = getattr(function, '__code__', None)      # other callables have a repr that no second process has
-    cells = [cell.cell_contents for cell in getattr(function, '__closure__', None) or ()]
-    return repr((code.co_code, code.co_consts, code.co_names, function.__defaults__, cells) if code else function)
+    "A SHA-256 of what a name means: of the checkpoint's file; of a rule and this version. Another one in each call for other objects."
+    found = find_model(model) if isinstance(model, (str, Path)) else FoundModel('', rule=model)
+    if found.path is not None:
+        return sha256_of(found.path)
+    name = next((name for name, rule in rules().items() if rule is found.rule), None)
+    return hashlib.sha256(f'{name} {medfusion.__version__}'.encode()).hexdigest() if name else os.urandom(32).hex()
 
 # %% ../nbs/20_inference.ipynb #406e472d
 def result_key(file: str, ct: str, mri: str, network: str, sha256: str) -> bytes:
@@ -513,8 +513,8 @@ class FusedRecord:
 def claim_record(record: FusedRecord, network: str, name: str, replace: bool) -> None:
     "Makes the network of this SHA-256 the record's owner. Raises ValueError where another is, unless `replace`."
     if record.owner not in (None, network) and not replace:
-        raise ValueError(f'{record.path.parent} holds slices fused with another network ({record.owner_name}); name '
-                         'another folder, or fuse them again (replace=True).')
+        raise ValueError(f'{record.path.parent} holds slices fused with {record.owner_name}, which is not known to be the same '
+                         f'network as {name}; name another folder, or fuse them again (replace=True).')
     if record.owner != network:
         append_line(record.path, json.dumps({'network': network, 'model': name, 'replaces': record.owner}))
         record.update()
@@ -698,19 +698,19 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
 
     Fused files have the CT's name and depth, and are PNG (`34010.tif` gives `34010.png`). Slices that follow each other
     and are of one size go through the network together, up to `batch_size`. What `out_dir` holds already (from these
-    slices, by this network) is skipped, unless `replace`. A pair that cannot be fused does not stop the others: its
+    slices, by this model, if that has a name) is skipped, unless `replace`. A pair that cannot be fused does not stop the others: its
     reason is in the report. Raises ValueError or an OSError with a sentence where nothing at all can be done.
     """
-    start = time.perf_counter()
+    start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
     for name, value in (('batch_size', batch_size), ('workers', workers)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f'{name} is {value!r}; it must be a whole number from 1 up.')
     pairs, failed = pairs_to_fuse(ct_dir, mri_dir)
-    network, sha256 = model_of(model, device), model_sha256(model_of(model, device))
+    sha256, network = model_sha256(model), model_of(model, device)
     report = FolderReport(check_output(out_dir, (ct_dir, mri_dir)).resolve(), failed=failed)
     report.out_dir.mkdir(parents=True, exist_ok=True)
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
-    claim_record(job.record, sha256, str(model) if isinstance(model, (str, Path)) else getattr(model, '__name__', type(model).__name__), replace)
+    claim_record(job.record, sha256, getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'), replace)
     run_job(job, pairs, batch_size, workers, progress)
     for sentence in filter(None, (unused_range(place, largest, dtype) for (place, dtype), largest in job.largest.items())):
         warnings.warn(sentence, stacklevel=2)

@@ -860,7 +860,10 @@ def evaluate_batches(batches, preset='cvpr', names=None):
         with warnings.catch_warnings():
             # Said once below, with the names of the pairs.
             warnings.filterwarnings('ignore', message='.* is undefined')
-            scores = measure(*images, choices, names)
+            try:
+                scores = measure(*images, choices, names)
+            except ValueError as error:
+                raise ValueError(f'{", ".join(pair_names)}: {error}') from error
         index += pair_names
         rows.append(torch.stack([scores[column].cpu() for column in columns], 1).numpy())
     table = pd.DataFrame(np.concatenate(rows) if rows else np.empty((0, len(columns))), columns=columns,

@@ -30,6 +30,7 @@ class Config:
     mri_val_dir: str = ''
     ct_test_dir: str = ''
     mri_test_dir: str = ''
+    value_range: str = ''
     save_dir: str = '../results/resnet_fusion'
     run: str = 'latest'
     checkpoint_dir: str = ''

@@ -6,12 +6,12 @@
 __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_parameters', 'accepts', 'as_meant', 'wrong_type',
            'check_parameters', 'check_run_name', 'check_weights', 'check_values', 'in_test', 'names_made_by',
            'unknown_names', 'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack',
-           'load_checkpoint', 'load_weights', 'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder',
-           'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders',
-           'check_folders', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
-           'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
-           'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
-           'resume_settings', 'warn_of_changes', 'Run', 'claim_places', 'open_run']
+           'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault', 'build_model', 'make_folder', 'try_lock',
+           'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root',
+           'checkpoint_files', 'part_folders', 'check_folders', 'divide', 'open_parts', 'split_of', 'write_history',
+           'write_metadata', 'data_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record',
+           'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out',
+           'needs_room', 'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -20,6 +20,7 @@ import csv
 import difflib
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -48,7 +49,7 @@ import torch
 
 import medfusion
 from .data import CTMRIDataset, check_names, check_split, split_by_case
-from .files import absolute_path, clear_abandoned, plain, read_json, sha256_of, write_atomically, write_json
+from .files import absolute_path, clear_abandoned, plain, range_of, read_json, sha256_of, write_atomically, write_json
 
 # %% ../nbs/09_runs.ipynb #30a9135f
 def nbs_dir() -> Path:
@@ -164,6 +165,8 @@ def wrong_type(parameter: Parameter, value) -> str:
     name, wanted = parameter.name, parameter.type.__name__ if type(parameter.type) is type else str(parameter.type)
     line = f'`{name}: {json.dumps(parameter.default)}`'
     remedy = f'the default is {parameter.default!r}'
+    if isinstance(value, float) and 'float' in wanted:
+        return f'must be a finite number, not {value}; {remedy}.'
     if value is None:
         remedy = f'an empty value in YAML is None: write one, as in {line}, or take the line out'
     elif 'bool' in wanted and str(value).lower() in ('true', 'false', 'yes', 'no'):
@@ -228,6 +231,7 @@ def check_values(parameters) -> None:
     given = parameters if isinstance(parameters, dict) else vars(parameters)
     if 'run' in given:
         check_run_name(given['run'])
+    range_of(given.get('value_range', ''))
     whole = {'crop': 'a side in pixels, or 0 for whole slices', 'seed': 'a whole number from 0 up'}
     for name in ('crop', 'seed', 'num_epochs', 'epochs', 'batch_size', 'save_every'):
         if name in given and given[name] < (0 if name in whole else 1):
@@ -391,21 +395,30 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
     return {'data_sha256': None} | checkpoint
 
 # %% ../nbs/09_runs.ipynb #731060ca
+def weight_fault(value, wanted: torch.Tensor) -> str:
+    "Why a value found in a checkpoint cannot be a network's weight `wanted`; '' if it can."
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+        return 'is no tensor of plain numbers'
+    if value.shape != wanted.shape:
+        return f'is {tuple(value.shape)} where the network has {tuple(wanted.shape)}'
+    if value.dtype != wanted.dtype and not (value.is_floating_point() and wanted.is_floating_point()):
+        return f'is of {value.dtype} where the network has {wanted.dtype}'
+    return '' if value.to(wanted.dtype).isfinite().all() else 'is not finite'
+
+# %% ../nbs/09_runs.ipynb #5c39c9eb
 def load_weights(model: torch.nn.Module, checkpoint: dict, path: str | Path) -> torch.nn.Module:
     """The model, now with the weights of a checkpoint (as `load_checkpoint` gives it; `path` is for the sentences).
 
-    Raises ValueError for weights that are missing, too many, of another shape, or not finite.
+    Raises ValueError for weights that are missing, too many, of another shape or kind, or not finite.
     """
     found, wanted = checkpoint['state_dict'], model.state_dict()
-    wrong = [f'{name} is no tensor' for name, value in found.items() if not isinstance(value, torch.Tensor)]
-    wrong += [f'{name} is missing' for name in wanted.keys() - found.keys()]
+    wrong = [f'{name} is missing' for name in wanted.keys() - found.keys()]
     wrong += [f'{name} is too much' for name in found.keys() - wanted.keys()]
-    wrong = wrong or [f'{name} is {tuple(found[name].shape)} where the network has {tuple(value.shape)}'
-                      for name, value in wanted.items() if found[name].shape != value.shape]
-    wrong = wrong or [f'{name} is not finite' for name, value in found.items() if not value.isfinite().all()]
+    faults = {name: weight_fault(found[name], value) for name, value in wanted.items() if not wrong}
+    wrong = wrong or [f'{name} {fault}' for name, fault in faults.items() if fault]
     if wrong:
         remedy = 'train it again, or use the version that wrote it'
-        if all(str(name).startswith('module.') for name in found):
+        if found and all(str(name).startswith('module.') for name in found):
             remedy = 'the names begin with `module.`, as DataParallel leaves them: save the state_dict of model.module'
         wrong = sorted(wrong)[:3] + [f'and {len(wrong) - 3} more'] * (len(wrong) > 3)
         written = checkpoint['versions'].get('medfusion', 'unknown')
@@ -415,14 +428,27 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: str | Path) -> 
     return model
 
 # %% ../nbs/09_runs.ipynb #da8bf899
+def config_fault(network: type, config: dict) -> str:
+    "The value of a checkpoint's config that is not of the kind of the network's default, in words; '' if there is none."
+    for name, parameter in inspect.signature(network).parameters.items():
+        default, value = parameter.default, config.get(name, parameter.default)
+        kind = list[type(default[0])] if isinstance(default, (list, tuple)) and default else type(default)
+        if default is not None and default is not parameter.empty and not accepts(kind, value):
+            return f'{name} is {str(value)[:60]!r}, which is not of the kind of its default, {default!r}'
+    return ''
+
+# %% ../nbs/09_runs.ipynb #b2f6f003
 def build_model(network: type, checkpoint: dict, path: str | Path) -> torch.nn.Module:
     """The network of a checkpoint, in eval mode: `network(**config)` with the checkpoint's weights.
 
     Raises ValueError where the class does not take the checkpoint's config, or what `load_weights` raises.
     """
+    config = checkpoint['config']
     try:
-        model = network(**checkpoint['config'])
-    except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError) as error:
+        if fault := config_fault(network, config):
+            raise ValueError(fault)
+        model = network(**config)
+    except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError, MemoryError) as error:
         written = checkpoint['versions'].get('medfusion', 'unknown')
         raise ValueError(f'{network.__name__} cannot be made with the config in {path} (written by medfusion {written}): '
                          f'{error}; use the version that wrote it.') from error
@@ -577,7 +603,7 @@ def part_folders(parameters, part: str) -> tuple[Path, Path] | None:
 # %% ../nbs/09_runs.ipynb #397799c8
 def check_folders(parameters) -> None:
     "Raises FileNotFoundError for a folder of slices that is not there, with what was meant and where to get data."
-    for part in ('train', 'val', 'test'):
+    for part in ('train', 'val', 'test') if hasattr(parameters, 'ct_val_dir') else ('train',):
         for kind, place in zip(('ct', 'mri'), part_folders(parameters, part) or ()):
             if place.is_dir():
                 continue
@@ -593,37 +619,39 @@ def check_folders(parameters) -> None:
                                     'downloads the public ones, `medfusion data phantom` draws synthetic ones.')
 
 # %% ../nbs/09_runs.ipynb #895479bf
-def divide(folders, seed: int, training: dict | None = None) -> tuple[CTMRIDataset, ...]:
+def divide(folders, seed: int, training: dict | None = None, value_range=None) -> tuple[CTMRIDataset, ...]:
     """The three parts of a flat folder (CT, MRI), split by case: one to validate on, one to test on; prints the split.
 
     Raises ValueError where the names do not tell cases from slices: neighbours in one head would come into two parts.
     """
-    whole = CTMRIDataset(*folders)
+    whole = CTMRIDataset(*folders, value_range=value_range)
     check_names(whole.names, whole.case_of, folders[0])
     split = split_by_case(sorted(set(whole.cases)), seed=seed)
     print(f'{folders[0].parent} has no parts; its cases are split with seed {seed}: '
           + '; '.join(f'{part} {", ".join(cases)}' for part, cases in split.items()))
-    return tuple(CTMRIDataset(*folders, cases=split[part], **(training or {} if part == 'train' else {}))
+    return tuple(CTMRIDataset(*folders, cases=split[part], value_range=value_range, **(training or {} if part == 'train' else {}))
                  for part in ('train', 'val', 'test'))
 
 # %% ../nbs/09_runs.ipynb #1a2d0bbd
 def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tuple[CTMRIDataset, ...]:
     """The data sets to train on, to validate on and to test on, with no case in two of them.
 
-    `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed. Raises ValueError
+    `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have the
+    value_range 'LOW,HIGH' of all slices. Raises ValueError
     where a case is in two parts, and what `check_folders`, `CTMRIDataset` and `check_split` raise.
     """
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
+    drawn = range_of(getattr(parameters, 'value_range', ''))
     training = dict(augment=augment, crop=crop, seed=parameters.seed)
     if val is None and test is None:
-        return divide(train, parameters.seed, training)
+        return divide(train, parameters.seed, training, drawn)
     if val is None or test is None:
         part = 'val' if val is None else 'test'
         raise ValueError(f'{train[0].parent.parent} has no folder {part}; give ct_{part}_dir and mri_{part}_dir.')
     if (train[0].parent.parent / 'split_info.json').is_file():
         check_split(train[0].parent.parent)
-    parts = CTMRIDataset(*train, **training), CTMRIDataset(*val), CTMRIDataset(*test)
+    parts = [CTMRIDataset(*place, value_range=drawn, **more) for place, more in ((train, training), (val, {}), (test, {}))]
     if not (train[0].parent.parent / 'split_info.json').is_file():      # nobody else has looked at the names
         check_names([name for part in parts for name in part.names], parts[0].case_of, train[0].parent.parent)
     for one, other in itertools.combinations(parts, 2):
@@ -631,7 +659,7 @@ def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tu
         if shared:
             places = ' and in '.join(str(part.pairs[0].ct.parent) for part in (one, other))
             raise ValueError(f'Case {", ".join(shared)} is in {places}; split by case, or name one flat folder alone.')
-    return parts
+    return tuple(parts)
 
 # %% ../nbs/09_runs.ipynb #9a8e359b
 def split_of(*parts) -> dict[str, list[str]]:

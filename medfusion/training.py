@@ -451,7 +451,7 @@ def interruptible(files: CheckpointFiles, run: Run | None = None):
     try:
         yield
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and 'MEDFUSION_COMMAND' not in os.environ:    # the command says it itself
             print(what_is_kept(files, run), flush=True)
         if run is not None:
             run.finish(state='interrupted' if isinstance(error, KeyboardInterrupt) else 'failed')

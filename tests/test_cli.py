@@ -102,7 +102,7 @@ def test_what_was_not_foreseen_is_a_sentence_too(pairs, monkeypatch):
 def test_a_console_that_cannot_print_a_character(pairs):
     "It loses the character, not the exit status."
     done = shell('fuse', 'CT', '5×7.png', '-o', 'out', env=os.environ | {'PYTHONIOENCODING': 'iso8859_5', 'PYTHONUTF8': '0'})
-    assert done.returncode == 1 and done.stderr == 'medfusion: There is no 5?7.png; check the path.\n'
+    assert done.returncode == 1 and done.stderr == f'medfusion: There is no file or folder {Path.cwd()}/5?7.png; check the path.\n'
 
 
 @pytest.mark.parametrize('stop, code', [(signal.SIGTERM, 143)])     # Ctrl-C takes the same way
@@ -200,7 +200,7 @@ def test_what_fuse_refuses(pairs):
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--device', 'meta'), "'meta'")
     assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'CT'), 'the slices themselves')
     medfusion('fuse', 'CT', 'MRI', '-o', 'theirs', '-m', 'average')
-    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'theirs', '-m', 'maximum'), 'another network (average)', '--replace')
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'theirs', '-m', 'maximum'), 'fused with average', '--replace')
     assert not Path('x.png').exists() and not Path('x.txt').exists()
 
 
@@ -217,7 +217,49 @@ def test_a_warning_is_a_sentence_too_and_the_range_its_remedy(pairs):
     assert '--range 0,4095' in medfusion('evaluate', 'CT', 'MRI', 'mapped').stderr
 
 
+def test_what_is_there_stays_unless_it_is_to_be_replaced(pairs):
+    "Any image, not only the inputs; in a folder too, and in its report the words of the shell."
+    one, other = f'CT/{pairs[0]}', f'MRI/{pairs[0]}'
+    Path('out').mkdir()
+    for out in (Path('x.png'), Path('out', pairs[0])):
+        out.write_bytes(b'holiday')
+        target = out if out.parent == Path() else 'out'
+        assert_sentence(medfusion('fuse', one, other, '-o', target, '-m', 'maximum'), str(out), 'is there already', '--replace')
+        assert out.read_bytes() == b'holiday'
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
+    assert result.exit_code == 1 and 'replace it (--replace)' in result.stderr and 'replace=True' not in result.stderr
+    assert medfusion('fuse', one, other, '-o', 'x.png', '-m', 'maximum', '--replace').exit_code == 0
+    assert medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--replace').exit_code == 0
+
+
+def test_links_that_lead_nowhere_or_in_a_circle(pairs):
+    Path('broken.png').symlink_to('nowhere/x.png')
+    Path('loop.png').symlink_to('back.png')
+    Path('back.png').symlink_to('loop.png')
+    for name, words in (('broken.png', 'a link to nowhere/x.png, which is not there'), ('loop.png', 'a link to back.png, which leads in a circle')):
+        assert_sentence(medfusion('fuse', f'CT/{pairs[0]}', name, '-o', 'y.png'), name, words)
+        assert_sentence(medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', name), name, words)
+    Path('MRI', pairs[1]).unlink()
+    Path('MRI', pairs[1]).symlink_to(Path.cwd() / 'broken.png')
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
+    assert result.exit_code == 1 and 'broken.png, which is not there' in result.stderr and '2 fused' in result.stderr
+
+
+def test_a_name_that_no_disk_takes(pairs):
+    result = medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 300 * 'a' + '.png')
+    assert result.exit_code == 2 and 'has 304 bytes' in result.stderr and 60 * 'a' not in result.stderr
+    assert_sentence(medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 'x.png', '-m', '~nosuchuser/x'), '~nosuchuser/x names a home folder')
+
+
 # Evaluate
+
+def test_slices_that_are_too_small_are_named(pairs):
+    for folder in ('CT', 'MRI', 'F'):
+        Path('tiny', folder).mkdir(parents=True)
+        write_image(Path('tiny', folder, '1001.png'), np.zeros((3, 5), np.uint8))
+    assert_sentence(medfusion('evaluate', *(f'tiny/{folder}/1001.png' for folder in ('CT', 'MRI', 'F'))), '1001.png: ', '7')
+    assert_sentence(medfusion('evaluate', 'tiny/CT', 'tiny/MRI', 'tiny/F'), '1001.png: ', '7')
+
 
 def test_evaluate_folders_and_files(pairs):
     medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'average')
@@ -362,6 +404,18 @@ def test_a_refused_run_leaves_the_other_ones_notebook(clone):
     assert (folder / 'executed.ipynb').read_text() == '{}'
 
 
+@pytest.mark.parametrize('more', [[], ['-p', 'resume=true']])
+def test_a_run_that_is_refused_in_its_notebook_leaves_the_other_ones(clone, more, monkeypatch):
+    folder = clone / 'results' / 'trainable_wavelet_fusion' / 'd'
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps({'started': 'yesterday'}))
+    (folder / 'executed.ipynb').write_text('of the first run')
+    monkeypatch.setattr('medfusion.runs.needs_room', lambda *_: False)
+    result = medfusion('train', 'wavelet', '-p', 'num_epochs=13', '--run', 'd', *more)
+    assert result.exit_code == 1 and 'thirteen epochs' in result.stderr
+    assert (folder / 'executed.ipynb').read_text() == 'of the first run'
+
+
 @pytest.mark.parametrize('stop, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_while_a_notebook_runs(clone, stop, code):
     "One sentence with the whole command that goes on; the kernel ends too; nothing of ZMQ."
@@ -384,7 +438,9 @@ def test_stopped_while_a_notebook_runs(clone, stop, code):
     (['-p', 'num_epoch=5'], ['num_epoch', 'num_epochs']),
     (['-p', 'num_epochs=many'], ['num_epochs', 'int']),
     (['-p', 'lr'], ['lr=VALUE']),
-    (['-p', 'lr=1' + 400 * '0'], ['lr', 'float']),
+    (['-p', 'lr=1' + 400 * '0'], ['lr', 'must be a finite number, not inf']),
+    (['-p', 'run='], ["named ''"]),
+    (['--run', ''], ["named ''"]),
     (['-p', 'lr={[]:1}'], ['lr', 'float']),
     (['-p', 'lr=' + 5000 * '('], ['lr', 'float']),
     (['-p', 'run=../x'], ['../x', 'name']),
@@ -405,7 +461,7 @@ def test_parameters_are_checked_before_anything_is_made(clone, arguments, words)
     ('a: [1', ['YAML']), ('- 1', ['name: value']), ('5: 3', ['5 is not a parameter']), ('yes: 1', ['yes is not a parameter']),
     ('~: 1', ['~ is not a parameter']), ('lr: ' + 2000 * '[', ['YAML']), ('lr: ' + 2000 * '[' + 2000 * ']', ['YAML']),
     ('lr: &a 1\nnum_epochs: *a', ['alias']), ('a: &a [x]\nb: &b [*a, *a]', ['alias']), ('lr:', ['lr no value']),
-    ('lr: 1\nlr: 2', ['lr twice']), ('? [1]\n: 2', ['YAML']), ('lr: !!python/object/apply:os.system [touch x]', ['lr', 'float']),
+    ('lr: 1\nlr: 2', ['lr twice']), ('? [1]\n: 2', ['YAML']), ('? [a]', ['lines `name: value`']), ('lr: .inf', ['lr', 'must be a finite number, not inf']), ('lr: !!python/object/apply:os.system [touch x]', ['lr', 'float']),
     ('\x00', ['YAML']), ('lr: 2020-01-01', ['lr', 'float']), ('num_epochs: 1.5', ['num_epochs', 'int']), ('data_dir: ""', None)])
 def test_files_of_parameters_as_people_and_accidents_write_them(clone, text, words, monkeypatch):
     Path('x.yaml').write_text(text)
@@ -431,13 +487,57 @@ def test_help_prints_the_parameters_of_the_notebook(clone):
     assert 'checkpoints=["wavelet", "resnet"]' in medfusion('benchmark', '--help').stdout
 
 
-def test_missing_data_is_noticed_at_once(tmp_path, monkeypatch):
-    "With the real notebook: no kernel, no folder, and the ways to get data."
+@pytest.fixture
+def no_kernel(tmp_path, monkeypatch):
+    "With the real notebooks: whatever is noticed is noticed before a kernel starts."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, 'execute', lambda *_: pytest.fail('a kernel was started'))
-    result = medfusion('train', 'wavelet', '-p', 'ct_dir=nowhere/CT', '-p', 'mri_dir=nowhere/MRI', '-p', 'save_dir=results')
-    assert_sentence(result, str(tmp_path / 'nowhere/CT'), 'medfusion data harvard', 'medfusion data phantom')
-    assert not list(tmp_path.iterdir())
+    return tmp_path
+
+
+@pytest.mark.parametrize('command', [['train', 'wavelet'], ['train', 'resnet'], ['benchmark']])
+def test_missing_data_is_noticed_at_once(command, no_kernel):
+    "No folder is made, and the ways to get data are named."
+    result = medfusion(*command, '-p', 'ct_dir=nowhere/CT', '-p', 'mri_dir=nowhere/MRI', '-p', 'save_dir=results')
+    assert_sentence(result, str(no_kernel / 'nowhere/CT'), 'medfusion data harvard', 'medfusion data phantom')
+    assert not list(no_kernel.iterdir())
+
+
+def test_what_a_method_cannot_do_is_noticed_at_once(pairs, no_kernel):
+    places = ['-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results']
+    assert_sentence(medfusion('train', 'resnet', *places, '-p', 'crop=32'), 'crop is 32')
+    assert_sentence(medfusion('train', 'wavelet', '-p', 'ct_dir=CT', '-p', 'save_dir=results'), 'ct_dir was given without mri_dir')
+    assert_sentence(medfusion('benchmark', '-p', 'mri_dir=MRI', '-p', 'save_dir=results'), 'mri_dir was given without ct_dir')
+    assert_sentence(medfusion('train', 'wavelet', *places, '-p', 'ct_val_dir=CT'), 'ct_val_dir was given without mri_val_dir')
+    assert_sentence(medfusion('train', 'wavelet', *places, '-p', 'value_range=5'), "'5' is no range of values")
+    assert medfusion('train', 'wavelet', *places, '--range', '5').exit_code == 2
+    assert not Path('results').exists()
+
+
+@pytest.mark.parametrize('method, epoch', [('wavelet', 'trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_3.pt'),
+                                           ('resnet', 'resnet_fusion/resnet_fusion_epoch_010.pt')])
+def test_checkpoints_of_another_run_are_noticed_at_once(pairs, no_kernel, method, epoch):
+    "And another run that is at work there."
+    arguments = ['train', method, '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results', '-p', 'checkpoint_dir=kept']
+    place = Path('kept/intermediate', epoch)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b'')
+    assert_sentence(medfusion(*arguments), 'holds 1 checkpoints', '-p resume=true', '-p replace=true')
+    place.unlink()
+    code = f'import sys, time; from medfusion.runs import claim_folder\nwith claim_folder({str(place.parent.absolute())!r}): print(1, flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert_sentence(medfusion(*arguments), 'Another run is writing to')
+        other.kill()
+    assert not Path('results').exists()
+
+
+def test_a_range_for_training(pairs, monkeypatch):
+    "It reaches the notebook as a parameter, and the data sets of both methods."
+    given = {}
+    monkeypatch.setattr(cli, 'execute', lambda notebook, executed, parameters: given.update(parameters))
+    result = medfusion('train', 'wavelet', '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results', '--range', '0,4095')
+    assert result.exit_code == 0 and given['value_range'] == '0,4095', result.output
 
 
 def test_train_and_benchmark_outside_a_clone(monkeypatch, tmp_path):

@@ -150,7 +150,7 @@ def test_runs_by_name(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('spec, kind, words', [
     ('wavlet', FileNotFoundError, 'no model .wavlet.'), ('', ValueError, 'names no model'), (None, ValueError, 'names no model'),
-    (7, ValueError, 'names no model'), ('~nosuchuser/x.pt', FileNotFoundError, 'nosuchuser')])
+    (7, ValueError, 'names no model'), ('~nosuchuser/x.pt', ValueError, 'nosuchuser/x.pt names a home folder')])
 def test_names_of_nothing(spec, kind, words):
     with pytest.raises(kind, match=words):
         load_model(spec)
@@ -338,9 +338,26 @@ def test_range(pair, tmp_path):
     assert np.abs(from_files - mapped / 65535).max() < 1e-4
     with pytest.warns(UserWarning, match='ct.png: the largest value is .* --range 0,4095'):
         fuse(tmp_path / 'ct.png', tmp_path / 'mri.png', maximum)
-    for bad in ((5, 5), (0, float('nan'))):
+    for bad in ((5, 5), (0, float('nan')), (1,), 5, 0, 'ab', (None, 4), ()):
+        for one, other in ((ct, mri), (tmp_path / 'ct.png', tmp_path / 'mri.png')):
+            with pytest.raises(ValueError, match='range of values'):
+                fuse(one, other, maximum, value_range=bad)
         with pytest.raises(ValueError, match='range of values'):
-            fuse(ct, mri, maximum, value_range=bad)
+            fuse_folder(tmp_path, tmp_path, tmp_path / 'out', 'maximum', value_range=bad)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_every_mode_of_pil(pair):
+    "Fused, or refused by the name of the mode."
+    for mode in ('1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F', 'LA', 'PA', 'RGBX', 'RGBa', 'La', 'I;16', 'I;16B'):
+        try:
+            image = Image.new(mode, (20, 20))
+        except ValueError:
+            continue        # not in this version of Pillow
+        try:
+            assert fuse(image, image, maximum).size == (20, 20)
+        except ValueError as error:
+            assert str(error).startswith(f'A PIL image of mode {mode} cannot be fused'), (mode, error)
 
 
 def test_network_in_training_mode_is_refused(pair):
@@ -497,15 +514,15 @@ def test_bad_pairs_do_not_stop_the_others(folders, network):
     assert not list((folders / 'out').glob('.*'))
 
 
-def run(root, model=maximum, out='out', ct='CT', mri='MRI', **options):
+def run(root, model='maximum', out='out', ct='CT', mri='MRI', **options):
     return fuse_folder(root / ct, root / mri, root / out, model, progress=False, **options)
 
 
-def expected(root, name, model=maximum, ct='CT', mri='MRI'):
+def expected(root, name, model='maximum', ct='CT', mri='MRI'):
     return fuse(root / ct / name, root / mri / name, model)
 
 
-def assert_right(root, names, model=maximum, **sides):
+def assert_right(root, names, model='maximum', **sides):
     for name in names:
         found = read_image(root / 'out' / name).astype(int)
         assert np.abs(found - expected(root, name, model, **sides).astype(int)).max() <= 1, name
@@ -573,20 +590,58 @@ def test_what_is_somebody_elses_stays(folders):
 def test_a_folder_belongs_to_one_network(folders, network):
     names = names_in(folders / 'CT')
     run(folders)
-    with pytest.raises(ValueError, match='another network .maximum'):
+    with pytest.raises(ValueError, match='fused with maximum, which is not known to be the same network as a Strided'):
         run(folders, network)
     assert_right(folders, names)
-    assert run(folders, network, replace=True).fused == names
-    with pytest.raises(ValueError, match='another network'):
+    assert run(folders, 'average', replace=True).fused == names and run(folders, 'average').skipped == names
+    with pytest.raises(ValueError, match='fused with average'):
         run(folders)
-    assert_right(folders, names, network)
+    assert_right(folders, names, 'average')
+
+
+class Scaled(nn.Module):
+    "A network whose weights, of which it has none, do not say what it computes."
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, ct, mri):
+        return self.factor * ct
+
+
+def scaled(factor):
+    large = [0] * 500 + [factor]
+    return lambda ct, mri, *, factor=factor: large[-1] * ct
+
+
+@pytest.mark.parametrize('make', [Scaled, scaled], ids=['attributes', 'defaults and closures'])
+def test_an_object_is_never_taken_for_an_earlier_one(folders, make):
+    "What it computes cannot be known from outside, so nothing is skipped: refused, or made anew."
+    names = names_in(folders / 'CT')
+    one, other = make(0.5).eval() if make is Scaled else make(0.5), make(0.25).eval() if make is Scaled else make(0.25)
+    assert run(folders, one).fused == names
+    for model in (one, other):
+        with pytest.raises(ValueError, match='not known to be the same network'):
+            run(folders, model)
+    assert run(folders, other, replace=True).fused == names
+    assert_right(folders, names, other)
+
+
+def test_the_name_of_another_checkpoint_is_another_network(folders, trained, tmp_path):
+    shutil.copy(shipped_models()['wavelet'].path, tmp_path / 'net.pt')
+    assert run(folders, tmp_path / 'net.pt').ok
+    assert run(folders, 'wavelet').skipped == names_in(folders / 'CT')      # the same file by another name
+    shutil.copy(trained, tmp_path / 'net.pt')
+    with pytest.raises(ValueError, match='fused with .*net.pt'):
+        run(folders, tmp_path / 'net.pt')
 
 
 class Killed(BaseException):
     "Stands for the end of the process: nothing that catches errors catches it."
 
 
-def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, network, monkeypatch):
+def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, monkeypatch):
     names = names_in(folders / 'CT')
     run(folders)
     written = []
@@ -598,11 +653,11 @@ def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, network
         return write(path, data)
     monkeypatch.setattr(inference, 'write_atomically', write_two)
     with pytest.raises(Killed):
-        run(folders, network, replace=True, workers=1)
+        run(folders, 'average', replace=True, workers=1)
     monkeypatch.undo()
-    report = run(folders, network)
+    report = run(folders, 'average')
     assert sorted(report.skipped) == sorted(written) and len(report.fused) == 4 and report.ok
-    assert_right(folders, names, network)
+    assert_right(folders, names, 'average')
 
 
 @pytest.mark.parametrize('door', ['append_line', 'write_atomically'])
@@ -700,8 +755,8 @@ def test_two_networks_at_once(folders):
     "Only one of them owns the folder; the other is refused before it writes anything."
     results = at_once(lambda: run(folders), lambda: run(folders, minimum))
     refused = [result for result in results if isinstance(result, ValueError)]
-    assert len(refused) == 1 and 'another' in str(refused[0])
-    assert_right(folders, names_in(folders / 'CT'), minimum if isinstance(results[0], ValueError) else maximum)
+    assert len(refused) == 1 and 'name another folder' in str(refused[0])
+    assert_right(folders, names_in(folders / 'CT'), minimum if isinstance(results[0], ValueError) else 'maximum')
 
 
 def test_records_that_are_damaged_or_none(folders):
@@ -809,7 +864,7 @@ def test_colour_folder(folders):
     colour = np.zeros((40, 40, 3), np.uint8)
     colour[8:30, 8:30] = 200, 90, 10
     write_image(folders / 'MRI' / names[0], colour)
-    report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
+    report = run(folders)
     assert report.ok and read_image(folders / 'out' / names[0], color=True).shape == (40, 40, 3)
     assert read_image(folders / 'out' / names[2]).dtype == np.uint16
 
@@ -819,7 +874,7 @@ def test_colours_in_the_wrong_folder_are_refused(folders):
     colour = np.zeros((*read_image(folders / 'CT' / name).shape, 3), np.uint8)
     colour[8:30, 8:30] = 200, 90, 10
     write_image(folders / 'CT' / name, colour)
-    report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
+    report = run(folders)
     assert list(report.failed) == [name] and 'in the other order' in report.failed[name]
     assert not (folders / 'out' / name).exists()
 
@@ -829,7 +884,7 @@ def test_a_full_disk_fails_the_pair_and_leaves_nothing(folders):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
     try:
-        report = fuse_folder(folders / 'CT', folders / 'MRI', folders / 'out', maximum, progress=False)
+        report = run(folders)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(report.failed) == 6 and all('out' in reason for reason in report.failed.values())

@@ -89,7 +89,7 @@ def test_papermill_reads_every_parameter(name, caplog):
 @pytest.mark.parametrize('name, value, words', [
     ('num_epochs', '2', 'must be int'), ('num_epochs', 2.0, 'must be int'), ('num_epochs', True, 'must be int'),
     ('num_epochs', 10**30, 'must be int'), ('lr', 10**400, 'must be float'),
-    ('lr', 'fast', 'must be float'), ('lr', False, 'must be float'), ('lr', float('nan'), 'must be float'), ('lr', '1e999', 'must be float'),
+    ('lr', 'fast', 'must be float'), ('lr', False, 'must be float'), ('lr', float('nan'), 'must be a finite number, not nan'), ('lr', '1e999', 'must be a finite number, not inf'),
     ('lr', None, 'take the line out'), ('augment', None, 'take the line out'),
     ('augment', 'false', 'write False'), ('augment', 'True', 'write True'), ('augment', 1, 'must be bool'),
     ('ct_dir', 34, "`ct_dir: '34'`"), ('ct_dir', None, 'must be str'), ('ct_dir', False, "`ct_dir: 'False'`"),
@@ -312,6 +312,19 @@ def test_a_linked_data_set_is_the_data_set(tmp_path):
     assert runs.split_of(*parts) == {'train': ['1'], 'val': ['2'], 'test': ['3']}
 
 
+@pytest.mark.parametrize('flat', [True, False])
+def test_a_range_of_values_holds_for_every_part(tmp_path, flat):
+    "12 bits in 16, as scanners' exports give."
+    for case, part in enumerate(('train', 'val', 'test'), 1):
+        place = slices(tmp_path / 'Dataset' / ('train' if flat else part), f'{case}001.png')
+        for kind in ('CT', 'MRI'):
+            write_image(place / kind / f'{case}001.png', np.full((16, 16), 4080, np.uint16))
+    for part in open_parts(places(tmp_path / 'Dataset' / 'train', value_range='0,4095')):
+        assert part[0]['ct'].max() == pytest.approx(4080 / 4095) and part[0]['mri'].max() == pytest.approx(4080 / 4095)
+    with pytest.raises(ValueError, match='is no range of values'):
+        check_values({'value_range': '0-4095'})
+
+
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 FACTS = dict(method='toy', config={'in_features': 9, 'out_features': 9}, epoch=1, metrics={'val_loss': 0.5})
@@ -397,6 +410,36 @@ def test_weights_that_do_not_fit(checkpoint, change, words):
     change(loaded['state_dict'])
     with pytest.raises(ValueError, match=f'do not fit Linear: .*{words}'):
         load_weights(nn.Linear(9, 9), loaded, checkpoint)
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda value: value.to(torch.int32), 'of torch.int32 where'), (lambda value: value > 0, 'of torch.bool'), (lambda value: value.to(torch.complex64), 'complex64'),
+    (lambda value: value.to_sparse(), 'no tensor of plain numbers'), (lambda value: value.to('meta'), 'no tensor of plain'), (lambda value: 5, 'no tensor'),
+    (lambda value: (value + 1).double() * 1e300, 'not finite')],
+    ids=['int', 'bool', 'complex', 'sparse', 'meta', 'no tensor', 'too large'])
+def test_weights_of_another_kind(checkpoint, change, words):
+    loaded = load_checkpoint(checkpoint)
+    loaded['state_dict']['weight'] = change(loaded['state_dict']['weight'])
+    with pytest.raises(ValueError, match=f'do not fit Linear: weight is .*{words}'):
+        load_weights(nn.Linear(9, 9), loaded, checkpoint)
+    torch.save(loaded, checkpoint)
+    with pytest.raises(ValueError, match=str(checkpoint)):
+        runs.build_model(nn.Linear, load_checkpoint(checkpoint), checkpoint)
+
+
+def test_weights_of_another_precision_are_converted(checkpoint):
+    loaded = load_checkpoint(checkpoint)
+    loaded['state_dict'] = {name: value.half() for name, value in loaded['state_dict'].items()}
+    assert load_weights(nn.Linear(9, 9), loaded, checkpoint).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name, value', [('residual', float('nan')), ('residual', 'a'), ('width', 2.5), ('width', 'no'), ('cycle_spin', 'no'),
+                                         ('cycle_spin', 1), ('width', [4])])
+def test_values_of_a_config_are_of_the_kind_of_the_network(checkpoint, name, value):
+    from medfusion.wavelet_fusion import WaveletFusion
+    loaded = load_checkpoint(checkpoint) | {'config': {name: value}}
+    with pytest.raises(ValueError, match=f'WaveletFusion cannot be made with the config in {checkpoint}'):
+        runs.build_model(WaveletFusion, loaded, checkpoint)
 
 
 def test_a_config_of_a_newer_version(checkpoint):

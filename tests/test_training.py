@@ -364,6 +364,24 @@ def test_the_same_objects_can_be_trained_on(tmp_path):
         fit(net, step, Numbers(), None, toy_files(tmp_path), epochs=4, resume=True, **common)
 
 
+@pytest.mark.parametrize('shell, said', [(False, 'Interrupted; the run is kept up to epoch 1'), (True, '')])
+def test_a_stop_is_said_once(tmp_path, monkeypatch, capsys, shell, said):
+    "By the notebook; under the command, which has a sentence of its own, only by that."
+    if shell:
+        monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy')
+    net = nn.Linear(1, 1)
+
+    def stopped(model, batch):
+        if list(tmp_path.rglob('*.pt')):
+            raise KeyboardInterrupt
+        return step(model, batch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net, stopped, Numbers(), None, toy_files(tmp_path), epochs=3, batch_size=99, optimizer=torch.optim.Adam(net.parameters(), lr=0.1),
+            method='toy', config={}, progress='none')
+    out = capsys.readouterr().out
+    assert out.startswith(said) and bool(out) == bool(said)
+
+
 # ---- what fit refuses, and what it leaves -------------------------------------------------------------------------
 
 def test_checkpoints_hold_what_the_contract_says(tmp_path):
