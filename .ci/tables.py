@@ -48,15 +48,14 @@ def recorded(record, table='summary'):
 def as_markdown(table, record):
     "A table of methods as Markdown: shipped networks bold, those that saw a judged case in training marked."
     summary = recorded(record).set_index('method')
-    marks = {name: f'{name} †' for name in summary.index[summary.trained_on.notna()]}
+    marks = {name: f'{name} †' for name in summary.index if isinstance(summary.get('trained_on', {}).get(name), str)}
     text = markdown_table(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in SHIPPED])
     return text + (SEEN if '†' in text else '')
 
 
 def means(record, first=None):
     "The reported columns of a recorded run, by mean rank."
-    table = recorded(record).set_index('method')[reported_columns()].head(first)
-    return as_markdown(table.assign(invented=table.invented.map('{:.5f}'.format)), record)
+    return as_markdown(recorded(record).set_index('method').reindex(columns=reported_columns()).head(first), record)
 
 
 def ranked(record, first=None):

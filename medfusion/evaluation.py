@@ -263,7 +263,7 @@ def markdown_table(table, bold=()) -> str:
 
     def cell(value, column):
         if isinstance(value, float):
-            return '–' if np.isnan(value) else f'{value:.{digits.get(column, 3)}f}'
+            return '–' if np.isnan(value) else f'{value:.{digits.get(column.split()[0], 3)}f}'
         return str(value)
     lines = [[table.index.name or '', *table.columns], ['---'] * (1 + len(table.columns))]
     for name, row in zip(table.index, table.itertuples(index=False)):

@@ -113,7 +113,7 @@ def panel(ct, mri, fused, window=1.0, level=0.5):
     images = {'CT': ct, 'MRI': mri, **_named(fused)}
     images = {title: as_picture(image) for title, image in images.items()}
     _aligned(*images.values())
-    return mosaic({title: window_level(image, window, level) for title, image in images.items()})
+    return mosaic({title: window_level(image, window, level) for title, image in images.items()}, size=2.5)
 
 # %% ../nbs/01_figures.ipynb #f76fa88a
 def overlay(ct, mri):
