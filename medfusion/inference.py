@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'FoundModel', 'find_model', 'method_of',
-           'find_device', 'load_model', 'array_of', 'in_unit_range', 'as_batch', 'as_given', 'with_luminance',
-           'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair', 'model_of', 'fuse',
-           'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line', 'FusedRecord',
-           'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead',
-           'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'fuse_folder']
+           'find_device', 'load_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
+           'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
+           'model_of', 'fuse', 'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line',
+           'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices',
+           'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job',
+           'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -204,6 +205,17 @@ def _warn_if_another(path):
     if record.get('checkpoint') == path.name and record.get('sha256') != sha256_of(path):
         warnings.warn(f'{path} is not the checkpoint that {beside} describes (another SHA-256): the numbers there do '
                       'not hold for it.', stacklevel=3)
+
+# %% ../nbs/20_inference.ipynb #0548bed7
+def start_from(model, spec):
+    "The model, now with the weights of the network that `spec` means (as of `load_model`). ValueError for another kind of network."
+    other = load_model(spec, device='cpu')
+    if type(other) is not type(model) or other.config != model.config:
+        config = getattr(other, 'config', 'none')
+        raise ValueError(f'{spec} is a {type(other).__name__} with the config {config}, and cannot be the start of a '
+                         f'{type(model).__name__} with {model.config}; ask for a network of the same parameters.')
+    model.load_state_dict(other.state_dict())
+    return model
 
 # %% ../nbs/20_inference.ipynb #6bb295c4
 def array_of(image: Image.Image) -> np.ndarray:

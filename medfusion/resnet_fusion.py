@@ -30,6 +30,8 @@ class Config:
     mri_val_dir: str = ''
     ct_test_dir: str = ''
     mri_test_dir: str = ''
+    val_cases: str = ''
+    test_cases: str = ''
     value_range: str = ''
     save_dir: str = '../results/resnet_fusion'
     run: str = 'latest'
@@ -231,24 +233,24 @@ def training_step(model, batch, cfg, lesions=None, detection=None):
     weights = {field.name.removeprefix('w_'): getattr(cfg, field.name)
                for field in fields(cfg) if field.name.startswith('w_')}
     return weighted_loss(fused, ct, mri, weights, cfg.gradient_gain, lesion=lesions and partial(lesions, model),
-                         detection=detection and partial(detection, model, ct, mri, fused),
+                         detection=detection and partial(detection, model),
                          perceptual=partial(perceptual_term, model.backbone, fused, features, cfg))
 
 # %% ../nbs/resnet_based_fusion.ipynb #44b06d5b
 def training_sets(model, train, val, cfg):
     """The (train, val) `TrainingPairs` of `cfg`, of two data sets, with caches that share its memory; `model` is moved
-    to the GPU if there is one.
+    to the GPU if there is one. Where `val` is None, so is its second part.
 
     Without a cache (`cache_gb` 0) `training_step` computes the features itself."""
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     options = {'crop': cfg.crop, 'mirror': cfg.augment, 'seed': cfg.seed}
     if not cfg.cache_gb:
-        return TrainingPairs(train, **options), TrainingPairs(val)
+        return TrainingPairs(train, **options), val and TrainingPairs(val)
     folder = resolve_path(cfg.save_dir)
     of_train = FeatureCache(model.backbone, train, cfg.augment, cfg.cache_gb, folder, cfg.precision)
     left = cfg.cache_gb - (of_train.gigabytes if of_train.scratch is None else 0)
-    of_val = FeatureCache(model.backbone, val, False, left, folder, cfg.precision)
-    return TrainingPairs(train, of_train, **options), TrainingPairs(val, of_val)
+    of_val = val and FeatureCache(model.backbone, val, False, left, folder, cfg.precision)
+    return TrainingPairs(train, of_train, **options), val and TrainingPairs(val, of_val)
 
 # %% ../nbs/resnet_based_fusion.ipynb #8a2727ad
 def parameter_groups(model, lr, layer_decay):

@@ -8,10 +8,11 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'unknown_names', 'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack',
            'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault', 'build_model', 'make_folder', 'try_lock',
            'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root',
-           'checkpoint_files', 'part_folders', 'check_folders', 'divide', 'open_parts', 'split_of', 'write_history',
-           'write_metadata', 'data_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record',
-           'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out',
-           'needs_room', 'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'claim_places', 'open_run']
+           'checkpoint_files', 'part_folders', 'check_folders', 'named_cases', 'sides', 'divide', 'open_parts',
+           'split_of', 'write_history', 'write_metadata', 'data_sha256', 'git_revision', 'device_name', 'write_run',
+           'is_claimed', 'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint',
+           'command_again', 'ways_out', 'needs_room', 'make_room', 'resume_settings', 'warn_of_changes', 'Run',
+           'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -48,7 +49,7 @@ import numpy as np
 import torch
 
 import medfusion
-from .data import CTMRIDataset, check_names, check_split, split_by_case
+from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
 from .files import absolute_path, clear_abandoned, plain, range_of, read_json, sha256_of, write_atomically, write_json
 
 # %% ../nbs/09_runs.ipynb #30a9135f
@@ -618,34 +619,64 @@ def check_folders(parameters) -> None:
             raise FileNotFoundError(f'{words}). Name the folder of your slices, or get some: `medfusion data harvard` '
                                     'downloads the public ones, `medfusion data phantom` draws synthetic ones.')
 
-# %% ../nbs/09_runs.ipynb #895479bf
-def divide(folders, seed: int, training: dict | None = None, value_range=None) -> tuple[CTMRIDataset, ...]:
-    """The three parts of a flat folder (CT, MRI), split by case: one to validate on, one to test on; prints the split.
+# %% ../nbs/09_runs.ipynb #cc8236d2
+def named_cases(parameters) -> dict[str, list[str]] | None:
+    "The cases {'val': [...], 'test': [...]} that val_cases and test_cases, texts like '34, 41', name; None if both are empty."
+    texts = {part: getattr(parameters, f'{part}_cases', '') for part in ('val', 'test')}
+    return {part: text.replace(',', ' ').split() for part, text in texts.items()} if any(texts.values()) else None
 
-    Raises ValueError where the names do not tell cases from slices: neighbours in one head would come into two parts.
+# %% ../nbs/09_runs.ipynb #a5500e50
+def sides(cases, chosen: dict, folder) -> dict[str, list[str]]:
+    """The cases of each part: those `chosen` for 'val' and 'test', all others to train on.
+
+    Raises ValueError for a case that `folder` does not hold or that is on two sides, and for a side without a case.
+    """
+    named = [*chosen['val'], *chosen['test']]
+    unknown, twice = [case for case in named if case not in cases], [case for case in named if named.count(case) > 1]
+    if unknown:
+        raise ValueError(f'val_cases or test_cases name case {unknown[0]}; {folder} holds {", ".join(sort_cases(cases))}.')
+    if twice:
+        raise ValueError(f'Case {twice[0]} is named twice in val_cases and test_cases; a case has one side.')
+    if not chosen['test'] or len(named) == len(cases):
+        side = 'test' if not chosen['test'] else 'train'
+        raise ValueError(f'No case of {folder} is left to {side} on; name the sides by val_cases and test_cases.')
+    return {'train': [case for case in sort_cases(cases) if case not in named], **chosen}
+
+# %% ../nbs/09_runs.ipynb #895479bf
+def divide(folders, seed: int, training: dict | None = None, value_range=None, chosen=None) -> tuple[CTMRIDataset | None, ...]:
+    """The three parts of a flat folder (CT, MRI), split by case; prints the split.
+
+    One case is drawn to validate on and one to test on, unless they are `chosen`, {'val': cases, 'test': cases}: with
+    none to validate on, that part is None. Raises ValueError where the names do not tell cases from slices (neighbours
+    in one head would come into two parts), and what `sides` raises.
     """
     whole = CTMRIDataset(*folders, value_range=value_range)
     check_names(whole.names, whole.case_of, folders[0])
-    split = split_by_case(sorted(set(whole.cases)), seed=seed)
-    print(f'{folders[0].parent} has no parts; its cases are split with seed {seed}: '
-          + '; '.join(f'{part} {", ".join(cases)}' for part, cases in split.items()))
+    cases = sorted(set(whole.cases))
+    split = split_by_case(cases, seed=seed) if chosen is None else sides(cases, chosen, folders[0].parent)
+    how = f'split with seed {seed}' if chosen is None else 'split as named'
+    print(f'{folders[0].parent} has no parts; its cases are {how}: '
+          + '; '.join(f'{part} {", ".join(cases) or "none"}' for part, cases in split.items()))
     return tuple(CTMRIDataset(*folders, cases=split[part], value_range=value_range, **(training or {} if part == 'train' else {}))
-                 for part in ('train', 'val', 'test'))
+                 if split[part] else None for part in ('train', 'val', 'test'))
 
 # %% ../nbs/09_runs.ipynb #1a2d0bbd
 def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tuple[CTMRIDataset, ...]:
     """The data sets to train on, to validate on and to test on, with no case in two of them.
 
     `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have the
-    value_range 'LOW,HIGH' of all slices. Raises ValueError
-    where a case is in two parts, and what `check_folders`, `CTMRIDataset` and `check_split` raise.
+    value_range 'LOW,HIGH' of all slices and, for a flat folder, val_cases and test_cases. Raises ValueError where a
+    case is in two parts, and what `check_folders`, `CTMRIDataset` and `check_split` raise.
     """
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
     drawn = range_of(getattr(parameters, 'value_range', ''))
     training = dict(augment=augment, crop=crop, seed=parameters.seed)
     if val is None and test is None:
-        return divide(train, parameters.seed, training, drawn)
+        return divide(train, parameters.seed, training, drawn, named_cases(parameters))
+    if named_cases(parameters):
+        raise ValueError(f'val_cases and test_cases divide a flat folder, but {train[0].parent} has its parts beside it; '
+                         'leave them empty, or name a folder with all slices in ct_dir and mri_dir.')
     if val is None or test is None:
         part = 'val' if val is None else 'test'
         raise ValueError(f'{train[0].parent.parent} has no folder {part}; give ct_{part}_dir and mri_{part}_dir.')

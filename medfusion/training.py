@@ -217,7 +217,7 @@ def advance(scheduler, row: dict) -> None:
 def remember(state: TrainingState, row: dict) -> bool:
     """Whether the epoch with this row of history is the best so far; adds the row and moves the learning rate.
 
-    Raises FloatingPointError if a weight is not finite.
+    Where nothing is validated the newest counts: the training loss of averaged weights is not known. Raises FloatingPointError if a weight is not finite.
     """
     broken = [name for name, value in state.model.state_dict().items() if not value.isfinite().all()]
     if broken:
@@ -225,7 +225,7 @@ def remember(state: TrainingState, row: dict) -> bool:
                                  'lower the learning rate or clip the gradients.')
     state.history.append(row)
     advance(state.scheduler, row)
-    best = state.best is None or watched(row) < state.best['value']
+    best = 'val_loss' not in row or state.best is None or row['val_loss'] < state.best['value']
     if best:
         with state.average.applied():
             state.best = {'epoch': row['epoch'], 'value': watched(row), 'metrics': row,
@@ -536,7 +536,7 @@ def close_training(loop: Loop, files: CheckpointFiles, run: Run | None) -> Histo
         print(f'last: epoch {len(state.history)}, {short(path)}')
         if run is not None:
             run.checkpoints[files.last_name] = sha256_of(path)
-    judge = 'val_loss' if 'val_loss' in state.history[0] else 'train_loss (nothing was validated)'
+    judge = 'val_loss' if 'val_loss' in state.history[0] else 'being the last (nothing was validated), train_loss'
     print(f'best: epoch {state.best["epoch"]} by {judge} = {state.best["value"]:.4f}, {short(files.best())}')
     history = History(state.history)
     history.best = best_checkpoint(state)
@@ -575,7 +575,7 @@ def fit(model, step, train_set, val_set, files: CheckpointFiles | Run, *, epochs
     """The history of a training: a dict of epoch, lr, train_<name> and val_<name> for each epoch, and the `best` one.
 
     `step(model, batch)` returns a dict of scalar tensors, one of them 'loss'. `files` is an open run, or says where
-    checkpoints go: the best (lowest val_loss; train_loss if `val_set` is None), and after every `every` epochs one
+    checkpoints go: the best (lowest val_loss; the last if `val_set` is None), and after every `every` epochs one
     from which `resume` goes on; `settings` is what else such runs must share. `clip` bounds the gradient's norm; with
     `ema` averaged weights are validated and kept; `companion` is a part of the step that learns too, and whose state is
     kept with a checkpoint (`state_dict`, `load_state_dict`). The model is left in eval mode with the last weights. Raises

@@ -160,7 +160,7 @@ def training_step(model, batch, weights, gradient_gain=1.0, lesions=None, detect
     ct, mri = batch['ct'], batch['mri']
     fused = model(ct, mri)
     return weighted_loss(fused, ct, mri, weights, gradient_gain, lesion=lesions and partial(lesions, model),
-                         detection=detection and partial(detection, model, ct, mri, fused))
+                         detection=detection and partial(detection, model))
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #cb51ec6e
 def warm_cosine(epoch, epochs):

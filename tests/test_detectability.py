@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from medfusion.data import CTMRIDataset
-from medfusion.detectability import DetectionTerm, draw_spot, fused_detectability, random_places, soft_tissue, spot_sizes
+from medfusion.detectability import DetectionTerm, brain_region, draw_spot, fused_detectability, mean_covariance, random_places, spot_sizes
 from medfusion.phantom import write_phantom
 from medfusion.runs import load_checkpoint
 from medfusion.training import Average, TrainingState, restore_state, save_state
@@ -29,60 +29,51 @@ def data_set(tmp_path_factory):
     return CTMRIDataset(part / 'CT', part / 'MRI')
 
 
-@pytest.fixture(scope='module')
-def batch(data_set):
-    return [torch.stack([data_set[index][kind] for index in (1, 4)]) for kind in ('ct', 'mri')]
-
-
-def pay(term, model, batch):
-    return term(model, *batch, model(*batch))
-
-
-def test_validation_draws_the_same_spots_and_learns_nothing(data_set, batch):
+def test_validation_draws_the_same_spots_and_learns_nothing(data_set):
     term, model = DetectionTerm(data_set), Mixture().eval()
     with torch.no_grad():
         torch.manual_seed(1)
-        first = pay(term, model, batch)
+        first = term(model)
         torch.manual_seed(2)
         state = torch.get_rng_state()
-        again = pay(term, model, batch)
+        again = term(model)
     assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())    # the same call, the same shapes
     assert term.state_dict() == {}
-    pay(term, model.train(), batch)
+    term(model.train())
     assert len(term.state_dict()) == 1
 
 
-def test_a_copy_pays_for_what_it_lost(data_set, batch):
+def test_a_copy_pays_for_what_it_lost(data_set):
     "A copy of the MRI loses what is painted into the CT alone, a copy of the CT the other half."
     paid = {}
     for share in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
         term, model = DetectionTerm(data_set), Mixture(share)
-        paid[share] = np.mean([pay(term, model, batch).item() for _ in range(40)])
+        paid[share] = np.mean([term(model).item() for _ in range(40)])
     assert paid[0.5] < paid[0.0] and paid[0.5] < paid[1.0]
 
 
 def test_the_gradient_is_that_of_the_hotelling_observer():
     "Where the running covariance is the batch's own, equation 1 has value and gradient of mean' K^-1 mean."
     generator = torch.Generator().manual_seed(0)
-    response, change, background, other = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(4))
+    absent, present, first, second = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(4))
 
     def parts(t):
-        return response + 1 + t * change, background + t * other
+        return absent + t * first, present + 1 + t * second
 
     def exact(t):
-        moved, behind = parts(t)
-        return (moved.mean(0) @ torch.linalg.solve(torch.cov(behind.T), moved.mean(0))).item()
+        without, found = parts(t)
+        mean = (found - without).mean(0)
+        return (mean @ torch.linalg.solve(mean_covariance(without, found), mean)).item()
 
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    moved, behind = parts(t)
-    value = fused_detectability(moved, behind, torch.cov(behind.T).detach())
+    value = fused_detectability(*parts(t), mean_covariance(*parts(0.)))
     value.backward()
     assert value.item() == pytest.approx(exact(0.), rel=1e-4)    # the ridge of 1e-6 is all that differs
     assert t.grad.item() == pytest.approx((exact(1e-5) - exact(-1e-5)) / 2e-5, rel=1e-3)
 
 
-def test_a_training_goes_on_with_the_running_covariances(data_set, batch, tmp_path):
+def test_a_training_goes_on_with_the_running_covariances(data_set, tmp_path):
     def state(term):
         model = Mixture()
         optimizer = torch.optim.Adam(model.parameters())
@@ -91,7 +82,7 @@ def test_a_training_goes_on_with_the_running_covariances(data_set, batch, tmp_pa
                              history=[{'epoch': 1, 'train_loss': 1.}])
     term = DetectionTerm(data_set)
     for _ in range(5):
-        pay(term, Mixture().train(), batch)
+        term(Mixture().train())
     checkpoint = load_checkpoint(save_state(tmp_path / 'epoch_1.pt', state(term)))
     other = DetectionTerm(data_set)
     restore_state(state(other), checkpoint, 'epoch_1.pt')
@@ -110,11 +101,15 @@ def test_places_keep_their_distance_on_every_shape():
     assert random_places(torch.ones(1, 1, 40, 40, dtype=torch.bool)) == []    # no patch of 49 pixels fits
 
 
-def test_soft_tissue_keeps_off_bone_and_air():
-    ct = torch.full((1, 1, 64, 64), 0.3)
-    ct[..., 30, 30], ct[..., 5, 5] = 1.0, 0.0
-    allowed = soft_tissue(ct, reach=4)
-    assert not allowed[..., 26:35, 26:35].any() and not allowed[..., 1:10, 1:10].any() and allowed[..., 20, 20]
+def test_the_brain_is_what_bone_encloses():
+    ct = np.zeros((128, 128), np.float32)
+    rows, columns = np.mgrid[:128, :128]
+    radius = np.hypot(rows - 64, columns - 64)
+    ct[radius < 50], ct[(radius > 44) & (radius < 50)] = 0.3, 1.0
+    ct[60:64, :30] = 0.3                                   # a gap in the bone
+    region = brain_region(ct, margin=6)
+    assert region[64, 64] and not region[radius > 41].any() and region[radius < 34].all()
+    assert not brain_region(np.zeros((64, 64))).any()
 
 
 def test_size_goes_with_modality_in_half_of_the_draws():
@@ -128,5 +123,5 @@ def test_size_goes_with_modality_in_half_of_the_draws():
 
 def test_too_little_brain_gets_a_sentence(tmp_path):
     part = write_phantom(tmp_path / 'Dataset', cases=3, slices=1, size=64) / 'train'
-    with pytest.raises(ValueError, match='places in soft tissue were found in'):
+    with pytest.raises(ValueError, match='No slice in'):
         DetectionTerm(CTMRIDataset(part / 'CT', part / 'MRI'))
