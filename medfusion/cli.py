@@ -323,7 +323,7 @@ def read_value(text: str, kind):
         return text
     if kind is float:
         with suppress(ValueError):
-            return float(text)
+            return float(re.sub(r'^([+-]?)\.(?=inf$|nan$)', r'\1', text.lower()))     # YAML writes .inf
     if kind == list[str]:  # YAML needs no quotes inside; its base loader makes a text of everything in the list
         with suppress(yaml.YAMLError, RecursionError):
             return yaml.load(text, yaml.BaseLoader)
