@@ -198,6 +198,8 @@ def test_what_fuse_refuses(pairs):
         assert_sentence(medfusion('fuse', one, other, '-o', out, '-m', 'maximum'), 'is what is read')
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.txt'), 'x.txt')
     assert_sentence(medfusion('fuse', one, other, '-o', '/dev/null'), '/dev/null')
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', f'{one}/x'), one, 'is a file where a folder should be')
+    assert medfusion('fuse', one, other, '-o', 'x\0.png').exit_code == 2
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--model', 'wavlet'), 'wavlet')
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--device', 'meta'), "'meta'")
     assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'CT'), 'the slices themselves')
@@ -299,7 +301,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
     before = sorted(Path().rglob('*'))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for words, name in ((['fuse', *one, '-o', 'x.png', '-m', 'maximum'], 'x.png'), (['evaluate', *one, one[0], '--csv', 'x.csv'], 'x.csv'),
-                        (['data', 'import', 'mine', 'new'], 'png'), (['data', 'phantom', 'drawn', '--cases', 3, '--slices', 1, '--size', 64], 'png')):
+                        (['data', 'import', 'mine', 'new'], 'new'), (['data', 'phantom', 'drawn', '--cases', 3, '--slices', 1, '--size', 64], 'drawn')):
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
         try:
             result = medfusion(*words)
@@ -508,6 +510,7 @@ def test_a_kernel_does_not_outlive_its_command(clone):
     (['-p', 'num_epoch=5'], ['num_epoch', 'num_epochs']),
     (['-p', 'num_epochs=many'], ['num_epochs', 'int']),
     (['-p', 'lr'], ['lr=VALUE']),
+    (['-p', '=3'], ['names no parameter']),
     (['-p', 'lr=1' + 400 * '0'], ['lr', 'must be a finite number, not inf']),
     (['-p', 'run='], ["named ''"]),
     (['--run', ''], ["named ''"]),
