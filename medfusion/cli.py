@@ -131,6 +131,8 @@ def typed_path(text: str) -> Path:
     "The path that was typed; an empty one is an error of the command line, for Python would take it for the current folder."
     if not str(text).strip():
         raise typer.BadParameter('an empty path was given; write . for the current folder')
+    if '\0' in str(text):
+        raise typer.BadParameter('the path holds a character that no path can hold (NUL)')
     if long := [part for part in Path(text).parts if len(os.fsencode(part)) > 255]:
         raise typer.BadParameter(f'the name {long[0][:20]}... has {len(os.fsencode(long[0]))} bytes, and a file system takes 255; shorten it')
     return Path(text)
@@ -323,7 +325,7 @@ def read_value(text: str, kind):
         return text
     if kind is float:
         with suppress(ValueError):
-            return float(text)
+            return float(re.sub(r'^([+-]?)\.(?=inf$|nan$)', r'\1', text.lower()))     # YAML writes .inf
     if kind == list[str]:  # YAML needs no quotes inside; its base loader makes a text of everything in the list
         with suppress(yaml.YAMLError, RecursionError):
             return yaml.load(text, yaml.BaseLoader)
@@ -371,7 +373,7 @@ def read_parameter_file(path: Path) -> dict:
         check_yaml(text)
         node, content = yaml.compose(text, yaml.BaseLoader), yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f'{path} is no YAML with lines `name: value`: it {" ".join(str(error).split())}.') from None
+        raise ValueError(f'{path} is no YAML with lines `name: value` ({" ".join(str(error).split())}).') from None
     if not isinstance(node, yaml.MappingNode) and node is not None:
         raise ValueError(f'{path} must hold lines `name: value`.')
     lines = [(key.value, value) for key, value in node.value] if node else []
@@ -398,6 +400,8 @@ def given_parameters(notebook: str, files: list[Path], typed: list[str]) -> dict
         given |= {own(name): value_of(own(name), text) for name, text in read_parameter_file(path).items()}
     for text in typed:
         name, equals, value = text.partition('=')
+        if not name:
+            raise ValueError(f'-p {text} names no parameter; write -p NAME=VALUE.')
         if not equals:
             raise ValueError(f'-p {text} gives no value; write -p {text}=VALUE.')
         given[own(name)] = absolute_path(name, value_of(own(name), value))

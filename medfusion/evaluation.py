@@ -19,8 +19,8 @@ from scipy.stats import wilcoxon
 from torch.utils.data import ConcatDataset
 
 from .data import case_of
-from .files import (list_images, match_images, name_key, read_image, read_json, stem_of, to_depth, to_float, unused_range,
-                             write_atomically, write_image)
+from .files import (format_of, list_images, match_images, name_key, read_image, read_json, stem_of, to_depth, to_float,
+                             unused_range, write_atomically, write_image)
 from .inference import fuse
 from .metrics import evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
 
@@ -77,6 +77,9 @@ def find_fused(folder, data_set) -> dict[str, Path]:
     if missing:
         raise ValueError(f'{folder} has no fused image for {", ".join(missing[:3])}{" ..." * (len(missing) > 3)}; '
                          f'add {"it" if len(missing) == 1 else f"all {len(missing)}"}, or remove the folder.')
+    if lossy := [path.name for path in files.values() if format_of(path).lossy]:
+        warnings.warn(f'{folder} holds {len(lossy)} JPEG files, such as {lossy[0]}: their compression alone changes the metrics; '
+                      'compare a method by PNG or TIFF files.', stacklevel=2)
     return files
 
 # %% ../nbs/21_evaluation.ipynb #eb624f08

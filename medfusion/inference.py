@@ -676,6 +676,8 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
     out, kind = Path(out), 'file' if suffixes else 'folder'
     if suffixes and not out.name.lower().endswith(suffixes):
         raise ValueError(f'{out} does not end in {", ".join(suffixes)}; give it one of these endings.')
+    if above := next((place for place in Path(out).parents if place.is_file()), None):
+        raise FileExistsError(f'{above} is a file where a folder should be; name another place to write.')
     if os.path.lexists(out) and not (out.is_file() if suffixes else out.is_dir()):
         raise FileExistsError(f'{out} is there and is no {kind}; name another place to write.')
     if out.exists():

@@ -596,7 +596,7 @@ def part_folders(parameters, part: str) -> tuple[Path, Path] | None:
     if all(given):
         return resolve_path(given[0]), resolve_path(given[1])
     if any(given) or part == 'train':
-        raise ValueError(f'{" and ".join(names)} must be given together' + ', or both left empty.' * (part != 'train'))
+        raise ValueError(f'{" and ".join(names)} must be given together' + (', or both left empty.' if part != 'train' else '; neither may be empty.'))
     train = resolve_path(parameters.ct_dir).parent
     root = train.parent / part
     return (root / 'CT', root / 'MRI') if train.name == 'train' and (root / 'CT').is_dir() else None

@@ -3,11 +3,13 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 from typer.testing import CliRunner
 
 from medfusion import cli
@@ -196,6 +199,8 @@ def test_what_fuse_refuses(pairs):
         assert_sentence(medfusion('fuse', one, other, '-o', out, '-m', 'maximum'), 'is what is read')
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.txt'), 'x.txt')
     assert_sentence(medfusion('fuse', one, other, '-o', '/dev/null'), '/dev/null')
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', f'{one}/x'), one, 'is a file where a folder should be')
+    assert medfusion('fuse', one, other, '-o', 'x\0.png').exit_code == 2
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--model', 'wavlet'), 'wavlet')
     assert_sentence(medfusion('fuse', one, other, '-o', 'x.png', '--device', 'meta'), "'meta'")
     assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'CT'), 'the slices themselves')
@@ -249,6 +254,64 @@ def test_a_name_that_no_disk_takes(pairs):
     result = medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 300 * 'a' + '.png')
     assert result.exit_code == 2 and 'has 304 bytes' in result.stderr and 60 * 'a' not in result.stderr
     assert_sentence(medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 'x.png', '-m', '~nosuchuser/x'), '~nosuchuser/x names a home folder')
+
+
+def test_damage_is_said_for_each_file(pairs):
+    "Cut files of every format, and a flipped byte where there is a checksum; the others are fused."
+    grey = Image.fromarray(read_image(f'CT/{pairs[0]}'))
+    formats = {'lzw.tif': {'compression': 'tiff_lzw'}, 'bits.tif': {'compression': 'packbits'}, 'deflate.tif': {'compression': 'tiff_adobe_deflate'},
+               'raw.tif': {}, 'cut.jpg': {'quality': 95}, 'cut.bmp': {}, 'cut.png': {}, 'flip.png': {}}
+    for name, options in formats.items():
+        grey.save(Path('MRI', name), **options)
+        data = bytearray(Path('MRI', name).read_bytes())
+        Path('CT', name).write_bytes(data)
+        if name == 'flip.png':
+            data[len(data) // 2] ^= 1
+        else:
+            del data[-len(data) // 3:]
+        Path('MRI', name).write_bytes(data)
+    Path('CT/cut.jpg').rename('CT/photo.jpg'), Path('MRI/cut.jpg').rename('MRI/photo.jpg')      # cut.png is there already
+    Path('CT/cut.bmp').rename('CT/old.bmp'), Path('MRI/cut.bmp').rename('MRI/old.bmp')
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
+    assert result.exit_code == 1 and '3 fused, 0 already there, 8 failed' in result.stderr and 'Traceback' not in result.stderr, result.stderr
+    for line in result.stderr.strip().splitlines()[1:]:
+        assert 'MRI/' in line and ('truncated' in line or 'damaged' in line), line
+
+
+def test_slices_lie_as_their_notes_say(pairs):
+    "EXIF's orientation 6: the camera was turned, the rows of the file are columns of the picture."
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = np.zeros((20, 40), np.uint8)
+    wide[0, :] = 200
+    for name in ('a.png', 'a.jpg', 'a.tif'):
+        for side in ('CT', 'MRI'):
+            Image.fromarray(wide).save(Path(side, name), exif=exif)
+        assert medfusion('fuse', f'CT/{name}', f'MRI/{name}', '-o', f'{name}.png', '-m', 'maximum').exit_code == 0
+        fused = read_image(f'{name}.png')
+        assert fused.shape == (40, 20) and fused[:, -1].min() > 150 and fused[:, :10].max() < 50, name
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
+    "A limit on the size of files stands for it."
+    for i, name in enumerate(pairs):
+        for side in ('CT', 'MRI'):
+            Path('mine', side).mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(side, name), Path('mine', side, f'{i}001.png'))
+    one = [f'CT/{pairs[0]}', f'MRI/{pairs[0]}']
+    before = sorted(Path().rglob('*'))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for words, name in ((['fuse', *one, '-o', 'x.png', '-m', 'maximum'], 'x.png'), (['evaluate', *one, one[0], '--csv', 'x.csv'], 'x.csv'),
+                        (['data', 'import', 'mine', 'new'], 'new'), (['data', 'phantom', 'drawn', '--cases', 3, '--slices', 1, '--size', 64], 'drawn')):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
+        try:
+            result = medfusion(*words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert result.exit_code == 1 and 'Traceback' not in result.stderr, (words, result.output)
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith('medfusion: ') and name in last, (words, last)
+        assert [path for path in sorted(Path().rglob('*')) if path not in before] == [], words
 
 
 # Evaluate
@@ -434,10 +497,25 @@ def test_stopped_while_a_notebook_runs(clone, stop, code):
     assert len(nbformat.read(folder / 'executed.ipynb', 4).cells) >= 4
 
 
+@pytest.mark.long
+def test_a_kernel_does_not_outlive_its_command(clone):
+    "SIGKILL leaves nobody who could end it; it notices."
+    import psutil
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'medfusion', 'train', 'wavelet', '-p', 'num_epochs=16', '--run', 'k'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'TMPDIR': str(clone)})
+    while not (clone / 'results/trainable_wavelet_fusion/k/seen.json').exists() and process.poll() is None:
+        time.sleep(0.02)
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert kernels and not psutil.wait_procs(kernels, timeout=15)[1]
+
+
 @pytest.mark.parametrize('arguments, words', [
     (['-p', 'num_epoch=5'], ['num_epoch', 'num_epochs']),
     (['-p', 'num_epochs=many'], ['num_epochs', 'int']),
     (['-p', 'lr'], ['lr=VALUE']),
+    (['-p', '=3'], ['names no parameter']),
     (['-p', 'lr=1' + 400 * '0'], ['lr', 'must be a finite number, not inf']),
     (['-p', 'run='], ["named ''"]),
     (['--run', ''], ["named ''"]),
@@ -516,19 +594,18 @@ def test_what_a_method_cannot_do_is_noticed_at_once(pairs, no_kernel):
 
 @pytest.mark.parametrize('method, epoch', [('wavelet', 'trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_3.pt'),
                                            ('resnet', 'resnet_fusion/resnet_fusion_epoch_010.pt')])
-def test_checkpoints_of_another_run_are_noticed_at_once(pairs, no_kernel, method, epoch):
+def test_checkpoints_of_another_run_are_noticed_at_once(pairs, no_kernel, monkeypatch, method, epoch):
     "And another run that is at work there."
+    from medfusion.runs import claim_folder
     arguments = ['train', method, '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results', '-p', 'checkpoint_dir=kept']
     place = Path('kept/intermediate', epoch)
     place.parent.mkdir(parents=True)
     place.write_bytes(b'')
     assert_sentence(medfusion(*arguments), 'holds 1 checkpoints', '-p resume=true', '-p replace=true')
     place.unlink()
-    code = f'import sys, time; from medfusion.runs import claim_folder\nwith claim_folder({str(place.parent.absolute())!r}): print(1, flush=True); time.sleep(60)'
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    monkeypatch.setattr('medfusion.runs.claim_folder', partial(claim_folder, patience=0))
+    with claim_folder(place.parent.absolute()):
         assert_sentence(medfusion(*arguments), 'Another run is writing to')
-        other.kill()
     assert not Path('results').exists()
 
 

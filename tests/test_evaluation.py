@@ -74,6 +74,15 @@ def test_twelve_bits_in_sixteen_have_a_range_and_one_warning_a_folder(tmp_path):
     assert (given.SSIM2 != without.SSIM2).all()
 
 
+def test_jpegs_of_another_method_are_said(tmp_path):
+    "Their compression alone changes EN and SSIM2."
+    data_set = slices(tmp_path, np.uint8)
+    (tmp_path / 'fused').mkdir()
+    write_image(tmp_path / 'fused' / '7001.jpg', np.zeros((48, 40), np.uint8))
+    with pytest.warns(UserWarning, match='fused holds 1 JPEG files, such as 7001.jpg: their compression alone changes the metrics'):
+        E.find_fused(tmp_path / 'fused', data_set)
+
+
 def damaged(path):
     "A JPEG that stops half-way."
     data = cv2.imencode('.jpg', np.random.default_rng(0).integers(0, 255, (48, 40), np.uint8))[1].tobytes()
