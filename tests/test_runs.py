@@ -268,11 +268,11 @@ def places(folder, **given):
 def test_missing_data_is_said_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     slices(tmp_path / 'mine', '1001.png')
-    for given, words in [({'ct_dir': '/nonexistent'}, '/nonexistent'), ({'ct_dir': '/CT', 'mri_dir': '/MRI'}, '/CT'),
+    for parameters, words in [({'ct_dir': '/nonexistent'}, '/nonexistent'), ({'ct_dir': '/CT', 'mri_dir': '/MRI'}, '/CT'),
                          ({'ct_dir': 'mine/CT'}, "relative to nbs/: from there it is '" + os.path.relpath(tmp_path / 'mine/CT', nbs_dir())),
                          ({'ct_val_dir': '/no/CT', 'mri_val_dir': '/no/MRI'}, "ct_val_dir is '/no/CT'")]:
         with pytest.raises(FileNotFoundError) as complaint:
-            open_parts(places(tmp_path / 'mine', **given))
+            open_parts(places(tmp_path / 'mine', **parameters))
         assert all(word in str(complaint.value) for word in (words, 'medfusion data harvard', 'medfusion data phantom'))
 
 
