@@ -182,7 +182,7 @@ class Spot(NamedTuple):
     heights: tuple[float, float]
     detectability: float
 
-
+# %% ../nbs/13_detectability.ipynb #1e2f06f5
 def spot_to_find(covariances, generator=None, least=1.5, most=3.0):
     "A random `Spot` with a detectability between two values, given the `source_covariances`."
     index, strengths = draw_spot(generator)
