@@ -142,9 +142,11 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     "The two numbers of LOW,HIGH; an error of the command line where it is not that."
     if text is None:
         return None
+    if not text.strip():
+        raise typer.BadParameter('an empty range was given; write two numbers, the smaller one first, as in 0,4095')
     from medfusion.files import range_of
     try:
-        return range_of(text or ' ')
+        return range_of(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -466,7 +466,7 @@ def fill_dataset(root, replace=False):
     """A temporary folder for train, val, test and split_info.json; their files move to `root` when the block ends well.
 
     If the block fails or is interrupted, `root` stays as it was. Raises what `check_fillable` raises, and `OSError` with
-    the path of `root` if there is no space left.
+    the path of `root` if there is no space left or no folder can be made.
     """
     root = absolute_path(root)
     check_fillable(root, replace)
@@ -474,15 +474,16 @@ def fill_dataset(root, replace=False):
     clear_scratch(ancestor, root.name)
     scratch = ancestor / temporary_name(root.name)
     try:
+        scratch.mkdir()
         for name in ('new', 'old'):
-            (scratch / name).mkdir(parents=True)
+            (scratch / name).mkdir()
         yield scratch / 'new'
         root.mkdir(parents=True, exist_ok=True)
         with locked_folder(root):
             check_held_cases(root, replace)  # somebody else may have been quicker
             exchange_files(root, scratch / 'new', scratch / 'old')
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and Path(error.filename or '') != scratch:
             raise
         reason = f'Cannot fill the data set ({os.strerror(error.errno)}), and nothing was left half-written'
         raise OSError(error.errno, reason, str(root)) from error
@@ -575,13 +576,15 @@ def download_harvard(root, cache=None, base_url=None, replace=False, progress=Tr
     """Fetches and verifies the 184 public CT–MRI pairs, arranges them in `root` by `harvard_split()`; returns `root`.
 
     Files go to `cache` (default: the user's cache folder) first and count only if their SHA-256 is right, so a second
-    call goes on where the first stopped. `base_url` is another address of the same tree.
+    call goes on where the first stopped. `base_url` is another address of the same tree; `ValueError` for what is none.
     Raises `FileExistsError` like `fill_dataset`, and `OSError` naming the file that could not be had.
     """
     root = absolute_path(root)
     check_fillable(root, replace)  # before the download, not after it
     registry = harvard_registry()
     base_url = base_url or f'https://raw.githubusercontent.com/{registry["repository"]}/{registry["commit"]}'
+    if not re.match(r'(https?|s?ftp)://.', base_url):
+        raise ValueError(f'{base_url!r} is no address to download from; write one that begins with https://.')
     shop = pooch.create(cache or pooch.os_cache('medfusion'), base_url.rstrip('/') + '/', retry_if_failed=1,
                         registry={name: f'sha256:{digest}' for name, digest in registry['sha256'].items()})
     fetch_all(shop, progress)

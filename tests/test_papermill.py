@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
 from papermill.inspection import display_notebook_help, inspect_notebook
 
+from medfusion.files import read_image, write_image
 from medfusion.inference import methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters
@@ -129,6 +131,24 @@ def test_a_recipe_may_ask_for_lesions(notebook, dataset, tmp_path):
     finished(run(notebook, dataset, tmp_path, w_lesion=1., precision='bf16'), tmp_path)
     columns = (tmp_path / 'results/mine/history.csv').read_text().split('\n')[0].split(',')
     assert {'train_lesion', 'val_lesion'} <= set(columns)
+
+
+@pytest.mark.long
+def test_a_range_makes_12_bits_in_16_what_the_8_bits_are(dataset, tmp_path):
+    "`train --range` from the shell: the network is that of the same slices in 8 bits."
+    for path in dataset.rglob('*.png'):
+        twelve = tmp_path / 'twelve' / path.relative_to(dataset)
+        twelve.parent.mkdir(parents=True, exist_ok=True)
+        write_image(twelve, read_image(path).astype(np.uint16) * 16)
+    for place, value_range in ((dataset, []), (tmp_path / 'twelve', ['--range', '0,4080'])):
+        (tmp_path / place.name).mkdir(exist_ok=True)
+        options = {'ct_dir': place / 'train/CT', 'mri_dir': place / 'train/MRI', 'save_dir': tmp_path / place.name / 'results', **SMALL[WAVELET]}
+        done = subprocess.run([sys.executable, '-m', 'medfusion', 'train', 'wavelet', '--run', 'mine', *value_range,
+                               *(text for name, value in options.items() for text in ('-p', f'{name}={value}'))],
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and 'nearly black' not in done.stderr, done.stderr
+    one, other = (weights(tmp_path / name) for name in (dataset.name, 'twelve'))
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)    # the division rounds once or twice
 
 
 def kill(process):
