@@ -189,7 +189,7 @@ def save_and_show_differences(page, shots, stem):
     assert 'show_view(explorer' in explorer.get_by_text('Saved as').inner_text()
 
 
-@pytest.mark.parametrize('name', NOTEBOOKS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.long] * (name != '40_explorer.ipynb')) for name in NOTEBOOKS])
 def test_explorer_in_jupyterlab(lab, browser, name):
     url, token, folder = lab
     if not (folder / name).exists():

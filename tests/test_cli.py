@@ -307,7 +307,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
     for i, name in enumerate(pairs):
         for side in ('CT', 'MRI'):
             Path('mine', side).mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(side, name), Path('mine', side, f'{i}001.png'))
+            shutil.copy(Path(side, name), Path('mine', side, f'{i + 1}001.png'))
     one = [f'CT/{pairs[0]}', f'MRI/{pairs[0]}']
     before = sorted(Path().rglob('*'))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
