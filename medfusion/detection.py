@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['PaintedLesion', 'painted_lesions', 'chosen_lesions', 'brain_region', 'lesion_region', 'lesion_places',
            'paint_lesions', 'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for',
-           'fuse_pairs_rounded', 'fused_slice', 'LesionOutputs', 'detection_outputs', 'in_two_halves', 'judge',
+           'fuse_pairs_rounded', 'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge',
            'leave_one_head_out', 'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note',
-           'summarise_detection', 'efficiency_table']
+           'summarise_detection', 'efficiency_table', 'lesion_pictures', 'roc_curve', 'write_task', 'read_task',
+           'task_slices', 'check_fused', 'score_task', 'PhantomLesion', 'phantom_lesions', 'PhantomHead',
+           'phantom_heads', 'scan_head', 'PhantomTask', 'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast',
+           'bootstrap_heads', 'phantom_numbers', 'phantom_table']
 
-# %% ../nbs/23_detection.ipynb #b08f9ec0
-from collections.abc import Iterator, Mapping
+# %% ../nbs/23_detection.ipynb #7c995d93
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,29 +22,22 @@ import pandas as pd
 import torch
 from scipy import ndimage
 
+from .anatomy import case_sequence, draw_head
 from .baselines import baselines
-from .files import to_depth
+from .files import read_image, read_json, stem_of, to_depth, to_float, write_image, write_json
 from .inference import fuse
-from medfusion.observer import (
-    area_under_curve,
-    channel_outputs,
-    detectability,
-    detectability_of_area,
-    efficiency,
-    interval,
-    laguerre_gauss,
-    observe,
-    search_channels,
-    search_statistic,
-)
+from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
+                                interval, laguerre_gauss, search_channels, search_statistic)
+from .phantom import Spot, painted_plane, phantom_seeds, scan_plane, slice_level, with_spots
 
-# %% ../nbs/23_detection.ipynb #d13ac928
+# %% ../nbs/23_detection.ipynb #9909d61c
 class PaintedLesion(NamedTuple):
-    """A kind of painted lesion: sigma of its spot in pixels, from and to; its strength in CT and in MRI.
+    """A kind of painted lesion: its name; sigma of its spot in pixels, from and to; its strength in CT and in MRI.
 
     `crossed`: its size is unusual for the modality that shows it. `beside_bone`: painted there, not all over the brain.
     `noise`: standard deviation, in grey levels of 255, of the noise that both slices get before.
     """
+    name: str
     sigma: tuple[float, float]
     ct: float
     mri: float
@@ -49,21 +45,22 @@ class PaintedLesion(NamedTuple):
     beside_bone: bool = False
     noise: float = 0.0
 
-# %% ../nbs/23_detection.ipynb #c502b058
+# %% ../nbs/23_detection.ipynb #8864c4b1
 def painted_lesions() -> dict[str, PaintedLesion]:
     "The kinds of painted lesions by name; strengths are relative, the amplitude is calibrated for each kind."
-    return {'calcification': PaintedLesion((1.0, 1.8), 1.0, 0.0),
-            'haemorrhage': PaintedLesion((2.0, 3.5), 1.0, -0.3),
-            'oedema': PaintedLesion((4.0, 6.0), -0.35, 1.0),
-            'tumour': PaintedLesion((3.0, 6.0), 0.15, 1.0),
-            'plaque': PaintedLesion((1.5, 1.5), 0.0, 1.0, crossed=True),
-            'lacune': PaintedLesion((2.5, 2.5), -0.5, 1.0, crossed=True),
-            'haematoma': PaintedLesion((6.0, 6.0), 1.0, 0.0, crossed=True),
-            'dark in CT': PaintedLesion((3.0, 3.0), -1.0, 0.0, crossed=True),
-            'beside bone': PaintedLesion((1.5, 3.0), 1.0, 0.0, beside_bone=True),
-            'in noise': PaintedLesion((2.0, 5.0), 0.5, 1.0, noise=8.0)}
+    table = (PaintedLesion('calcification', (1.0, 1.8), 1.0, 0.0),
+             PaintedLesion('haemorrhage', (2.0, 3.5), 1.0, -0.3),
+             PaintedLesion('oedema', (4.0, 6.0), -0.35, 1.0),
+             PaintedLesion('tumour', (3.0, 6.0), 0.15, 1.0),
+             PaintedLesion('plaque', (1.5, 1.5), 0.0, 1.0, crossed=True),
+             PaintedLesion('lacune', (2.5, 2.5), -0.5, 1.0, crossed=True),
+             PaintedLesion('haematoma', (6.0, 6.0), 1.0, 0.0, crossed=True),
+             PaintedLesion('dark in CT', (3.0, 3.0), -1.0, 0.0, crossed=True),
+             PaintedLesion('beside bone', (1.5, 3.0), 1.0, 0.0, beside_bone=True),
+             PaintedLesion('in noise', (2.0, 5.0), 0.5, 1.0, noise=8.0))
+    return {lesion.name: lesion for lesion in table}
 
-# %% ../nbs/23_detection.ipynb #fabe25cc
+# %% ../nbs/23_detection.ipynb #f32ad440
 def chosen_lesions(kinds=None) -> dict[str, PaintedLesion]:
     "The kinds of these names, or all (None). Raises ValueError for a name that is none."
     known = painted_lesions()
@@ -72,7 +69,7 @@ def chosen_lesions(kinds=None) -> dict[str, PaintedLesion]:
             raise ValueError(f'{kind!r} is not a kind of painted lesion; there are {", ".join(known)}.')
     return {kind: known[kind] for kind in kinds or known}
 
-# %% ../nbs/23_detection.ipynb #7506c46c
+# %% ../nbs/23_detection.ipynb #3770dd86
 def brain_region(ct, bone: float = 0.9, gap: int = 6, margin: int = 6) -> np.ndarray:
     """The mask (H, W) of the largest region that bone encloses in a CT slice (H, W) in [0, 1], `margin` pixels within it.
 
@@ -88,14 +85,14 @@ def brain_region(ct, bone: float = 0.9, gap: int = 6, margin: int = 6) -> np.nda
     filled = ndimage.binary_fill_holes(largest)
     return ndimage.binary_erosion(filled, iterations=margin)[2 * gap:-2 * gap, 2 * gap:-2 * gap]
 
-# %% ../nbs/23_detection.ipynb #b04bf915
+# %% ../nbs/23_detection.ipynb #b757dc83
 def lesion_region(ct, lesion: PaintedLesion) -> np.ndarray:
     "The mask (H, W) of the places for a kind in a CT slice (H, W): the brain, or what lies 3 to 8 pixels off its outline."
     if lesion.beside_bone:
         return brain_region(ct, margin=3) & ~brain_region(ct, margin=8)
     return brain_region(ct)
 
-# %% ../nbs/23_detection.ipynb #cb2f4068
+# %% ../nbs/23_detection.ipynb #8d7fd78c
 def lesion_places(region: np.ndarray, rng: np.random.Generator, step: int = 12, border: int = 28) -> list[np.ndarray]:
     """Up to nine arrays (places, 2) of rows and columns in the region; the places of an array are 3 · `step` apart or more.
 
@@ -109,7 +106,7 @@ def lesion_places(region: np.ndarray, rng: np.random.Generator, step: int = 12, 
     groups = list(dict.fromkeys(group.tolist()))
     return [grid[group == g] * step + origin for g in groups]
 
-# %% ../nbs/23_detection.ipynb #87a59ba7
+# %% ../nbs/23_detection.ipynb #d31040ab
 def paint_lesions(ct, mri, places, lesion: PaintedLesion, amplitude: float, rng: np.random.Generator) -> np.ndarray:
     """CT and MRI, uint8 (H, W) each, with a spot at every place, of a size drawn between the kind's two: uint8 (2, H, W).
 
@@ -124,17 +121,20 @@ def paint_lesions(ct, mri, places, lesion: PaintedLesion, amplitude: float, rng:
             image[row - 24:row + 25, column - 24:column + 25] += strength * spot
     return np.rint(painted).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/23_detection.ipynb #54d25798
+# %% ../nbs/23_detection.ipynb #58d06611
 class PaintedSlice(NamedTuple):
-    "A slice of a case as a pair `clean` (2, H, W) and its paintings (P, 2, H, W), all uint8, CT first; `places` of each painting."
+    """A slice of a case as a pair `clean` (2, H, W) and its paintings (P, 2, H, W), all uint8, CT first; `places` of each painting.
+
+    `names` are those of all 1 + P pairs: that of the clean one, and of the paintings.
+    """
     case: str
-    name: str
+    names: list
     clean: np.ndarray
     painted: np.ndarray
     places: list
 
-# %% ../nbs/23_detection.ipynb #5bae5bb1
-def painted_slices(data_set, lesion: PaintedLesion, amplitude: float, paintings: int = 9, seed: int = 0) -> Iterator[PaintedSlice]:
+# %% ../nbs/23_detection.ipynb #d9dfb13c
+def painted_slices(data_set, lesion: PaintedLesion, amplitude: float, paintings: int = 3, seed: int = 0) -> Iterator[PaintedSlice]:
     """The slices of a data set, painted with a kind of lesion; those without room for one are passed over.
 
     At most `paintings` paintings of each slice. Items hold `ct`, `mri` (1, H, W) in [0, 1], `name` and `case`.
@@ -145,19 +145,20 @@ def painted_slices(data_set, lesion: PaintedLesion, amplitude: float, paintings:
         number = numbers[item['case']] = numbers.get(item['case'], -1) + 1
         rng, grain = np.random.default_rng((seed, number)), np.random.default_rng((seed, number, 1))
         clean = np.stack([to_depth(item[kind][0].numpy(), np.uint8) for kind in ('ct', 'mri')])
-        places = lesion_places(lesion_region(item['ct'][0], lesion), rng)[:paintings]
+        places, stem, kind = lesion_places(lesion_region(item['ct'][0], lesion), rng)[:paintings], stem_of(item['name']), lesion.name.replace(' ', '-')
         if lesion.noise:
             clean = np.rint(clean + lesion.noise * grain.standard_normal(clean.shape)).clip(0, 255).astype(np.uint8)
         if places:
             painted = [paint_lesions(*clean, group, lesion, amplitude, rng) for group in places]
-            yield PaintedSlice(item['case'], item['name'], clean, np.stack(painted), places)
+            names = [f'{stem}_{kind}' if lesion.noise else stem, *(f'{stem}_{kind}_{number}' for number in range(len(places)))]
+            yield PaintedSlice(item['case'], names, clean, np.stack(painted), places)
 
-# %% ../nbs/23_detection.ipynb #f95dff11
+# %% ../nbs/23_detection.ipynb #b1bbcf39
 def lesion_channels(lesion: PaintedLesion, size: int = 49) -> np.ndarray:
     "The six Laguerre–Gauss channels (6, size, size) for a kind of lesion, of width 1.5 · max(2.5 σ, 5) pixels."
     return laguerre_gauss(size, 1.5 * max(2.5 * np.mean(lesion.sigma), 5.0))
 
-# %% ../nbs/23_detection.ipynb #c54db6fa
+# %% ../nbs/23_detection.ipynb #9d016642
 def outputs_at(image, places, bank: np.ndarray, channels: int) -> np.ndarray:
     """The outputs (places, positions, channels), float32, at rows and columns of an image (H, W).
 
@@ -167,7 +168,7 @@ def outputs_at(image, places, bank: np.ndarray, channels: int) -> np.ndarray:
     patches = np.stack([np.asarray(image)[row - half:row + half + 1, column - half:column + half + 1] for row, column in places])
     return channel_outputs(patches, bank).reshape(len(patches), -1, channels).astype(np.float32)
 
-# %% ../nbs/23_detection.ipynb #c5869436
+# %% ../nbs/23_detection.ipynb #1826b55a
 def method_for(method, case: str):
     "The function that fuses the slices of a case: `method` itself, or `method[case]`; ValueError where there is none."
     if not isinstance(method, Mapping):
@@ -176,17 +177,23 @@ def method_for(method, case: str):
         raise ValueError(f'There is no method for case {case}, only for {", ".join(map(str, method))}; give one for each case.')
     return method[case]
 
-# %% ../nbs/23_detection.ipynb #8bee9ef9
-def fuse_pairs_rounded(pairs: np.ndarray, method, batch: int = 10) -> np.ndarray:
+# %% ../nbs/23_detection.ipynb #893258fa
+def fuse_pairs_rounded(pairs: np.ndarray, method, batch: int = 5) -> np.ndarray:
     "The fused images (N, H, W), uint8, that a function makes of pairs (N, 2, H, W), uint8, `batch` at a time."
     fused = [fuse(ct, mri, method)[:, 0] for ct, mri in (torch.from_numpy(pairs[start:start + batch]).split(1, 1)
                                                          for start in range(0, len(pairs), batch))]
     return torch.cat(fused).numpy()
 
-# %% ../nbs/23_detection.ipynb #e6b4182a
-def fused_slice(slice_: PaintedSlice, name: str, method, noise: float, kept: dict) -> tuple[np.ndarray, np.ndarray]:
-    "What a method makes of a slice: `clean` (H, W) and `painted` (P, H, W), uint8. The former is kept in `kept`, and read there."
-    pairs, key = slice_.painted, (name, slice_.name, noise)
+# %% ../nbs/23_detection.ipynb #5f895732
+def fused_slice(slice_: PaintedSlice, name: str, method, kept: dict) -> tuple[np.ndarray, np.ndarray]:
+    """What a method makes of a slice: `clean` (H, W) and `painted` (P, H, W), uint8. The former is kept in `kept`, and read there.
+
+    `method` may also be a folder of finished images, a PNG by the name of each pair.
+    """
+    if isinstance(method, Path):
+        images = [to_depth(to_float(read_image(method / f'{pair}.png')), np.uint8) for pair in slice_.names]
+        return images[0], np.stack(images[1:])
+    pairs, key = slice_.painted, (name, slice_.names[0])
     if key not in kept:
         pairs = np.concatenate([slice_.clean[None], pairs])
     fused = fuse_pairs_rounded(pairs, method_for(method, slice_.case))
@@ -194,14 +201,14 @@ def fused_slice(slice_: PaintedSlice, name: str, method, noise: float, kept: dic
         kept[key], fused = fused[0].copy(), fused[1:]
     return kept[key], fused
 
-# %% ../nbs/23_detection.ipynb #aea12ab9
+# %% ../nbs/23_detection.ipynb #c7a284a5
 class LesionOutputs:
     """Channel outputs {method: {case: [(absent, present), ...]}}, each (places, positions, channels); `joint` is both sources.
 
-    `channels` are (C, size, size); `reach` is that of the search, in pixels, 0 for none.
+    `channels` are (C, size, size); `reach` and `step` are those of the search, in pixels, 0 for none.
     """
-    def __init__(self, channels: np.ndarray, reach: int = 3):
-        self.channels, self.bank, self.found = len(channels), search_channels(channels, reach), {}
+    def __init__(self, channels: np.ndarray, reach: int = 3, step: int = 1):
+        self.channels, self.bank, self.found = len(channels), search_channels(channels, reach, step), {}
 
     def look(self, images, places) -> np.ndarray:
         "The outputs at the places of each painting; `images` holds one image for all (H, W), or one for each (P, H, W)."
@@ -221,24 +228,23 @@ class LesionOutputs:
         "{method: {case: (absent, present)}}, each (lesions, positions, channels)."
         return {method: {case: tuple(map(np.concatenate, zip(*parts))) for case, parts in cases.items()} for method, cases in self.found.items()}
 
-# %% ../nbs/23_detection.ipynb #6cd1d2cb
-def detection_outputs(data_set, methods: dict, lesion: PaintedLesion, amplitude: float, paintings: int = 9, seed: int = 0,
-                      channels=lesion_channels, reach: int = 3, kept: dict | None = None) -> dict:
-    """The outputs {method: {case: (absent, present)}} for a kind of lesion in {name: method}, and in both sources as 'joint'.
+# %% ../nbs/23_detection.ipynb #1bbbceb6
+def outputs_of(slices: Iterable, methods: dict, channels: np.ndarray, reach: int = 3, kept: dict | None = None) -> dict:
+    """The outputs {method: {case: (absent, present)}} of painted slices in {name: method}, and in both sources as 'joint'.
 
-    `channels` is a function of the lesion; `reach` that of the search, 0 to 4; `kept` holds fused slices without lesions from
-    call to call. Raises ValueError where no slice has room for a lesion.
+    `reach` is that of the search, 0 to 4; `kept` holds fused slices without lesions from call to call. Raises ValueError where
+    there is no slice.
     """
-    outputs, kept = LesionOutputs(channels(lesion), reach), {} if kept is None else kept
-    for painted in painted_slices(data_set, lesion, amplitude, paintings, seed):
+    outputs, kept = LesionOutputs(channels, reach), {} if kept is None else kept
+    for painted in slices:
         outputs.add('joint', painted.case, painted.clean, painted.painted, painted.places)
         for name, method in methods.items():
-            outputs.add(name, painted.case, *fused_slice(painted, name, method, lesion.noise, kept), painted.places)
+            outputs.add(name, painted.case, *fused_slice(painted, name, method, kept), painted.places)
     if not outputs.found:
         raise ValueError('No slice has room for a painted lesion: bone (0.9 or brighter in the CT) must enclose a brain of some 60 pixels.')
     return outputs.by_case()
 
-# %% ../nbs/23_detection.ipynb #2e28acc8
+# %% ../nbs/23_detection.ipynb #6be8a793
 def in_two_halves(outputs: dict) -> dict:
     "The outputs on one head as if it were two: the first half of its lesions, and the second, which lies higher up."
     (case,) = outputs['joint']
@@ -246,69 +252,81 @@ def in_two_halves(outputs: dict) -> dict:
     halves = {f'{case}, first half': slice(middle), f'{case}, second half': slice(middle, None)}
     return {method: {name: tuple(part[half] for part in cases[case]) for name, half in halves.items()} for method, cases in outputs.items()}
 
-# %% ../nbs/23_detection.ipynb #5e89d65c
-def judge(learnt: tuple, tested: tuple) -> dict:
-    """What an observer that learnt from outputs finds in others: `d` and `area`; `d_search` and `area_search` of the best position.
+# %% ../nbs/23_detection.ipynb #7e376ca8
+class Verdict(NamedTuple):
+    "The statistics t of an observer for tested lesions, (absent, present): with the location known, and the best of a search."
+    known: tuple
+    searched: tuple
 
-    Both are (absent, present), each (lesions, positions, channels); it learns from the middle position.
+    def numbers(self) -> dict:
+        "Detectability and area: `d`, `area`, and `d_search`, `area_search`; and the number of lesions."
+        return {'d': detectability(*self.known), 'area': area_under_curve(*self.known), 'd_search': detectability(*self.searched),
+                'area_search': area_under_curve(*self.searched), 'lesions': len(self.known[1])}
+
+# %% ../nbs/23_detection.ipynb #62db6cc1
+def judge(learnt: tuple, tested: tuple, searched: tuple | None = None) -> Verdict:
+    """The Verdict of an observer that learns from outputs and looks at others, all (absent, present) of (lesions, positions, channels).
+
+    It learns from the middle position. It searches all positions of `searched`, by default of `tested`.
     """
-    middle = learnt[0].shape[1] // 2
-    found = observe([part[:, middle] for part in learnt], [part[:, middle] for part in tested])
-    searched = [search_statistic(part, found.weights) for part in tested]
-    return {'d': found.detectability, 'area': found.area, 'd_search': detectability(*searched),
-            'area_search': area_under_curve(*searched), 'lesions': len(tested[1])}
+    learnt, known = ([part[:, part.shape[1] // 2].astype(np.float64) for part in both] for both in (learnt, tested))
+    weights = hotelling_template(*learnt)
+    return Verdict(tuple(part @ weights for part in known), tuple(search_statistic(part, weights) for part in searched or tested))
 
-# %% ../nbs/23_detection.ipynb #421e1539
+# %% ../nbs/23_detection.ipynb #aea24264
 def leave_one_head_out(outputs: dict) -> pd.DataFrame:
     """For each method and tested head: what `judge` finds, learnt on the other heads, and the efficiencies η.
 
-    `outputs` are of `detection_outputs`. `efficiency` is of the location known, `efficiency_search` of the location uncertain.
+    `outputs` are of `outputs_of`. `efficiency` is of the location known, `efficiency_search` of the location uncertain.
     """
     outputs = outputs if len(outputs['joint']) > 1 else in_two_halves(outputs)
     rows = []
     for method, cases in outputs.items():
         for head in cases:
             learnt = tuple(np.concatenate([cases[other][part] for other in cases if other != head]) for part in (0, 1))
-            rows.append({'method': method, 'case': head, **judge(learnt, cases[head])})
+            rows.append({'method': method, 'case': head, **judge(learnt, cases[head]).numbers()})
     table = pd.DataFrame(rows)
     joint = table[table.method == 'joint'].set_index('case')
     for column, of in (('efficiency', 'd'), ('efficiency_search', 'd_search')):
         table[column] = [efficiency(d, joint[of][case]) for d, case in zip(table[of], table.case)]
     return table
 
-# %% ../nbs/23_detection.ipynb #75f15e99
-def calibrate_amplitude(data_set, lesion: PaintedLesion, area: float = 0.9, paintings: int = 9, seed: int = 0,
+# %% ../nbs/23_detection.ipynb #e94c0b10
+def calibrate_amplitude(data_set, lesion: PaintedLesion, area: float = 0.9, paintings: int = 3, seed: int = 0,
                         channels=lesion_channels, steps: int = 4) -> float:
     "The amplitude in grey levels at which the joint observer has this mean area over the heads of a data set; at most 200."
     amplitude, wanted = 20.0, detectability_of_area(area)
     for _ in range(steps):
-        table = leave_one_head_out(detection_outputs(data_set, {}, lesion, amplitude, paintings, seed, channels, reach=0))
+        slices = painted_slices(data_set, lesion, amplitude, paintings, seed)
+        table = leave_one_head_out(outputs_of(slices, {}, channels(lesion), reach=0))
         amplitude = float(np.clip(amplitude * wanted / max(table['d'].mean(), 0.1), 1, 200))
     return amplitude
 
-# %% ../nbs/23_detection.ipynb #8778d490
+# %% ../nbs/23_detection.ipynb #0fcfa909
 def with_controls(methods: dict) -> dict:
     "The methods, and after them those of the five controls, by the names of their functions, that are not among them."
     controls = [baselines()[name] for name in ('average', 'maximum', 'laplacian', 'copy_ct', 'copy_mri')]
     return methods | {rule.__name__: rule for rule in controls if rule.__name__ not in methods}
 
-# %% ../nbs/23_detection.ipynb #6b9fa3f6
-def detection_table(data_set, methods: dict, kinds=None, area: float = 0.9, paintings: int = 9, seed: int = 0,
+# %% ../nbs/23_detection.ipynb #b8e4e856
+def detection_table(data_set, methods: dict, kinds=None, area: float = 0.9, paintings: int = 3, seed: int = 0,
                     channels=lesion_channels, amplitudes: dict | None = None) -> pd.DataFrame:
     """For every kind of painted lesion, method and head: detectability, area, number of lesions, and efficiency η.
 
     {name: method}: functions (ct, mri) -> fused on (B, 1, H, W), or {case: function} each; the controls come along. `kinds` are
-    names of `painted_lesions` (None: all). `amplitudes` {kind: grey levels} are not calibrated again. `channels`: see `detection_outputs`.
+    names of `painted_lesions` (None: all). `amplitudes` {kind: grey levels} are not calibrated again. `channels` are a function of
+    the kind.
     """
     tables, kept, methods, amplitudes = [], {}, with_controls(methods), amplitudes or {}
     for name, lesion in chosen_lesions(kinds).items():
         amplitude = amplitudes.get(name) or calibrate_amplitude(data_set, lesion, area, paintings, seed, channels)
-        found = leave_one_head_out(detection_outputs(data_set, methods, lesion, amplitude, paintings, seed, channels, kept=kept))
+        slices = painted_slices(data_set, lesion, amplitude, paintings, seed)
+        found = leave_one_head_out(outputs_of(slices, methods, channels(lesion), kept=kept))
         found.insert(0, 'lesion', name)
         tables.append(found.assign(amplitude=amplitude))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/23_detection.ipynb #a520d17f
+# %% ../nbs/23_detection.ipynb #69085aee
 def heads_note(table: pd.DataFrame) -> str:
     "A sentence that says how many heads a table of `detection_table` stands on, and what that is good for."
     heads = list(dict.fromkeys(case.split(',')[0] for case in table['case']))
@@ -318,7 +336,7 @@ def heads_note(table: pd.DataFrame) -> str:
         return f'A quick look: two heads ({" and ".join(heads)}), learnt on one and tested on the other; no interval.'
     return f'{len(heads)} heads, each tested by an observer that learnt from the others; 95 % intervals from a bootstrap over heads.'
 
-# %% ../nbs/23_detection.ipynb #03ec16e8
+# %% ../nbs/23_detection.ipynb #740f77bd
 def summarise_detection(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each kind and method: mean area, and η = (mean d' / mean d' of the joint observer)², with 95 % bootstrap intervals.
 
@@ -343,9 +361,263 @@ def _eta(both, axis=0):
     "η of mean detectabilities, of rows (of the method, of the joint observer)."
     return efficiency(*both.mean(axis))
 
-# %% ../nbs/23_detection.ipynb #74a5113e
+# %% ../nbs/23_detection.ipynb #37105492
 def efficiency_table(table: pd.DataFrame, search: bool = False) -> pd.DataFrame:
     "η of every method (rows) for every kind of lesion (columns), and `mean` and `least` of them; `search`: location uncertain."
     column = 'efficiency_search' if search else 'efficiency'
     wide = summarise_detection(table)[column].unstack('lesion', sort=False).drop('joint')
     return wide.assign(mean=wide.mean(axis=1), least=wide.min(axis=1))
+
+# %% ../nbs/23_detection.ipynb #7381091b
+def lesion_pictures(slices: Iterable, methods: dict, size: int = 65) -> dict[str, np.ndarray]:
+    """{title: image (size, size)}: one lesion, in CT, in MRI and in what each method makes of them, at one contrast and grey scale.
+
+    Of the first of `slices` (see `painted_slices`), the place nearest to the middle of the picture.
+    """
+    painted = next(iter(slices))
+    places = painted.places[0]
+    row, column = places[np.argmin(np.linalg.norm(places - np.array(painted.clean.shape[1:]) / 2, axis=1))]
+    top, left = (int(np.clip(place - size // 2, 0, side - size)) for place, side in zip((row, column), painted.clean.shape[1:]))
+    images = dict(zip(('CT', 'MRI'), painted.painted[0]))
+    images |= {name: fused_slice(painted, name, method, {})[1][0] for name, method in methods.items()}
+    return {title: image[top:top + size, left:left + size] for title, image in images.items()}
+
+# %% ../nbs/23_detection.ipynb #45a2e7ac
+def roc_curve(absent, present) -> tuple[np.ndarray, np.ndarray]:
+    "The shares of false alarms and of lesions found, from 0 to 1, over falling thresholds of the statistic."
+    thresholds = np.unique(np.concatenate([absent, present]))
+    above = [1 - np.searchsorted(np.sort(values), thresholds) / len(values) for values in (absent, present)]
+    return tuple(np.concatenate([[0], share[::-1]]) for share in above)
+
+# %% ../nbs/23_detection.ipynb #2732e59d
+def write_task(data_set, folder, kinds=None, area: float = 0.9, paintings: int = 3, seed: int = 0) -> Path:
+    """The folder, with CT/ and MRI/ that hold the painted pairs of a data set, and task.json, which `score_task` reads.
+
+    Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none.
+    """
+    folder, lesions, trials = Path(folder), chosen_lesions(kinds), []
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f'{folder} is not empty; name another folder for the task.')
+    amplitudes = {name: calibrate_amplitude(data_set, lesion, area, paintings, seed) for name, lesion in lesions.items()}
+    for kind in ('CT', 'MRI'):
+        (folder / kind).mkdir(parents=True)
+    for name, lesion in lesions.items():
+        for painted in painted_slices(data_set, lesion, amplitudes[name], paintings, seed):
+            for pair, images in zip(painted.names, [painted.clean, *painted.painted]):
+                for kind, image in zip(('CT', 'MRI'), images):
+                    write_image(folder / kind / f'{pair}.png', image)
+            trials.append({'lesion': name, 'case': painted.case, 'names': painted.names, 'places': [p.tolist() for p in painted.places]})
+    write_json(folder / 'task.json', {'format': 'medfusion task 1', 'amplitudes': amplitudes, 'trials': trials})
+    return folder
+
+# %% ../nbs/23_detection.ipynb #1ac38ff8
+def read_task(task) -> tuple[dict, list]:
+    "The amplitudes of a task {kind: grey levels}, and its trials as task.json has them. Raises FileNotFoundError or ValueError."
+    file = Path(task) / 'task.json'
+    if not file.is_file():
+        raise FileNotFoundError(f'{task} holds no task.json; name a folder that was written as a task.')
+    record = read_json(file)
+    if record.get('format') != 'medfusion task 1':
+        raise ValueError(f'{file} is not of the format "medfusion task 1"; write the task anew.')
+    chosen_lesions(record['amplitudes'])
+    return record['amplitudes'], record['trials']
+
+# %% ../nbs/23_detection.ipynb #950ee296
+def task_slices(task, trials: list) -> Iterator[PaintedSlice]:
+    "The painted slices of trials, read from the folder of the task."
+    for trial in trials:
+        pairs = np.stack([[read_image(Path(task) / kind / f'{name}.png', quiet=True) for kind in ('CT', 'MRI')] for name in trial['names']])
+        yield PaintedSlice(trial['case'], trial['names'], pairs[0], pairs[1:], [np.array(places) for places in trial['places']])
+
+# %% ../nbs/23_detection.ipynb #d69becbe
+def check_fused(task, fused, trials: list) -> Path:
+    """The folder of fused images, once it holds one PNG of the right size for each pair of the trials.
+
+    Raises FileNotFoundError or ValueError that names the image that is missing or of another size.
+    """
+    fused, names = Path(fused), sorted({name for trial in trials for name in trial['names']})
+    missing = [name for name in names if not (fused / f'{name}.png').is_file()]
+    if missing:
+        more = f' ({len(missing)} of {len(names)} are missing)' if len(missing) > 1 else ''
+        raise FileNotFoundError(f'{fused} has no image {missing[0]}.png{more}; fuse every pair of {task} into it, under its name.')
+    for name in names:
+        shape, wanted = (read_image(place / f'{name}.png', quiet=True).shape for place in (fused, Path(task) / 'CT'))
+        if shape != wanted:
+            raise ValueError(f'{fused / name}.png has {shape[0]} × {shape[1]} pixels, its sources {wanted[0]} × {wanted[1]}; '
+                             'fuse it at the size of the sources.')
+    return fused
+
+# %% ../nbs/23_detection.ipynb #5395b19c
+def score_task(task, fused) -> pd.DataFrame:
+    """The table of `detection_table` for a folder of fused PNGs that any program made of the pairs of a task, as method 'fused'.
+
+    The joint observer and the controls stand beside it. Raises FileNotFoundError or ValueError, see `check_fused`.
+    """
+    amplitudes, trials = read_task(task)
+    methods, kept, tables = with_controls({'fused': check_fused(task, fused, trials)}), {}, []
+    for name, lesion in chosen_lesions(amplitudes).items():
+        own = [trial for trial in trials if trial['lesion'] == name]
+        found = leave_one_head_out(outputs_of(task_slices(task, own), methods, lesion_channels(lesion), kept=kept))
+        found.insert(0, 'lesion', name)
+        tables.append(found.assign(amplitude=amplitudes[name]))
+    return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/23_detection.ipynb #2ba7ba65
+class PhantomLesion(NamedTuple):
+    "A kind of lesion of the phantom: its name, its tissue, its diameter in mm."
+    name: str
+    tissue: str
+    diameter: float
+
+    @property
+    def sigma(self) -> tuple[float]:
+        "The sigma of a Gaussian about as wide, in pixels of .9 mm."
+        return (self.diameter / 3 / 0.9,)
+
+# %% ../nbs/23_detection.ipynb #f9ac8c0f
+def phantom_lesions() -> dict[str, PhantomLesion]:
+    "The kinds of lesions of the phantom's task by name, 3 to 12 mm wide."
+    table = (('calcification, 3 mm', 'calcification', 3.), ('haemorrhage, 6 mm', 'haemorrhage', 6.), ('tumour, 9 mm', 'tumour', 9.),
+             ('oedema, 12 mm', 'oedema', 12.), ('haemorrhage, 12 mm', 'haemorrhage', 12.), ('tumour, 4 mm', 'tumour', 4.))
+    return {name: PhantomLesion(name, *values) for name, *values in table}
+
+# %% ../nbs/23_detection.ipynb #431b9b4b
+class PhantomHead(NamedTuple):
+    "A slice of a head before it is scanned: the arguments of its noise, its plane, the shares in head and bone, places and centres."
+    key: tuple
+    plane: object
+    shares: list
+    places: np.ndarray
+    centres: np.ndarray
+
+# %% ../nbs/23_detection.ipynb #918c5e4a
+def phantom_heads(seed: int, heads: int = 16, slices: tuple = (4, 5), reach: int = 6) -> dict[int, list[PhantomHead]]:
+    """{case: PhantomHead of its slices} for the first `heads` T2-weighted heads of a seed, of 256 × 256 pixels.
+
+    `places` are those of lesions, rows and columns; each is up to `reach` pixels off the centre of its search region, by even numbers.
+    """
+    found, cases = {}, (case for case in range(1, 10 * heads) if case_sequence(case, seed) == 0)
+    for case, index in ((case, index) for case, _ in zip(cases, range(heads)) for index in slices):
+        rng, key = np.random.default_rng((seed, case, index)), (seed, case, index, 8)
+        plane, *shares = painted_plane(draw_head(case, seed), slice_level(index, 8), (256, 256))
+        centres = lesion_places(brain_region(scan_plane(plane, shares, *key)[0]), rng, border=28 + 2 * reach)
+        if centres:
+            off = 2 * rng.integers(-(reach // 2), reach // 2 + 1, centres[0].shape)
+            found.setdefault(case, []).append(PhantomHead(key, plane, shares, centres[0] + off, centres[0]))
+    return found
+
+# %% ../nbs/23_detection.ipynb #34a2b051
+def scan_head(head: PhantomHead, lesion: PhantomLesion | None = None, contrast: float = 0.0) -> np.ndarray:
+    "CT and MRI of a slice, uint8 (2, H, W), with a lesion at each of its places (None: without)."
+    spots = [Spot(lesion.tissue, row, column, lesion.diameter, contrast) for row, column in head.places] if lesion else []
+    return to_depth(np.stack(scan_plane(with_spots(head.plane, spots), head.shares, *head.key)), np.uint8)
+
+# %% ../nbs/23_detection.ipynb #531f11f8
+class PhantomTask:
+    """The heads of the task: {(purpose, present): {case: slices}}, purpose 'observer' or 'judged'; and what was fused without lesions.
+
+    Present and absent come from different heads. `heads` of each, `slices` of each head.
+    """
+    def __init__(self, heads: int = 16, slices: tuple = (4, 5)):
+        seeds, self.kept, self.scanned = phantom_seeds(), {}, {}
+        self.heads = {(purpose, present): phantom_heads(seeds[purpose][present], heads, slices)
+                      for purpose in ('observer', 'judged') for present in (0, 1)}
+
+    def scans(self, purpose, present, lesion, contrast) -> dict:
+        "{case: pairs (slices, 2, H, W)}, with lesions where `present`; the last ones are kept."
+        key, what = (purpose, present), (lesion, contrast) if present else None
+        if self.scanned.get(key, (0,))[0] != what:
+            pairs = {case: np.stack([scan_head(head, lesion if present else None, contrast) for head in slices])
+                     for case, slices in self.heads[key].items()}
+            self.scanned[key] = what, pairs
+        return self.scanned[key][1]
+
+    def images(self, name, method, purpose, present, lesion, contrast) -> dict:
+        "{case: fused slices (slices, H, W)}; where `method` is None both sources, as `scans`."
+        if not present and (name, purpose) in self.kept:
+            return self.kept[name, purpose]
+        scans = self.scans(purpose, present, lesion, contrast)
+        images = {case: pairs if method is None else fuse_pairs_rounded(pairs, method) for case, pairs in scans.items()}
+        if not present:
+            self.kept[name, purpose] = images
+        return images
+
+# %% ../nbs/23_detection.ipynb #5130551a
+def phantom_outputs(task: PhantomTask, name, method, purpose, present, lesion, contrast, reach: int = 6) -> list:
+    "For each head (known, searched): the outputs (lesions, 1, channels) at the places, and (lesions, positions, channels) in the regions."
+    looks = [LesionOutputs(lesion_channels(lesion), *search) for search in ((0, 1), (reach, 2))]
+    found = []
+    for case, images in task.images(name, method, purpose, present, lesion, contrast).items():
+        slices = task.heads[purpose, present][case]
+        parts = images[:, None] if images.ndim == 3 else images
+        found.append(tuple(np.concatenate([look.look(part, [getattr(head, where) for head in slices]) for part in np.moveaxis(parts, 1, 0)], axis=2)
+                           for look, where in zip(looks, ('places', 'centres'))))
+    return found
+
+# %% ../nbs/23_detection.ipynb #25309481
+def phantom_verdicts(task: PhantomTask, name: str, method, lesion: PhantomLesion, contrast: float) -> tuple[list, list]:
+    """The statistics (absent, present) of an observer who learns on its own heads, for each judged head (lesions, 2).
+
+    The first column is of the location known, the second the best of the search. `method` None is the joint observer.
+    """
+    outputs = {(purpose, present): phantom_outputs(task, name, method, purpose, present, lesion, contrast)
+               for purpose in ('observer', 'judged') for present in (0, 1)}
+    learnt = [np.concatenate([known for known, _ in outputs['observer', present]])[:, 0].astype(np.float64) for present in (0, 1)]
+    weights = hotelling_template(*learnt)
+    return tuple([np.stack([known[:, 0] @ weights, search_statistic(searched, weights)], axis=1) for known, searched in outputs['judged', present]]
+                 for present in (0, 1))
+
+# %% ../nbs/23_detection.ipynb #4a9dd94a
+def calibrate_contrast(task: PhantomTask, lesion: PhantomLesion, area: float = 0.9, steps: int = 4) -> float:
+    "The contrast, at most 1, at which the joint observer has this area on the judged heads."
+    contrast, wanted = 0.3, detectability_of_area(area)
+    for _ in range(steps):
+        absent, present = (np.concatenate(heads)[:, 0] for heads in phantom_verdicts(task, 'joint', None, lesion, contrast))
+        if abs(area_under_curve(absent, present) - area) < 0.02:
+            break
+        contrast = float(np.clip(contrast * wanted / max(detectability(absent, present), 0.1), 0.01, 1))
+    return contrast
+
+# %% ../nbs/23_detection.ipynb #98650108
+def bootstrap_heads(absent: list, present: list, statistic, draws: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval (low, high) of `statistic(absent, present)`, an array, over heads drawn with replacement.
+
+    `absent` and `present` are arrays (lesions, K), one for each head; heads without and with lesions are drawn independently.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = [[heads[i] for i in rng.integers(len(heads), size=len(heads))] for heads in (absent, present)]
+        found.append(statistic(*map(np.concatenate, drawn)))
+    return tuple(np.nanquantile(found, [0.025, 0.975], axis=0))
+
+# %% ../nbs/23_detection.ipynb #1f370482
+def phantom_numbers(absent: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Area and η with the location known, then both with it uncertain, and d' with it known.
+
+    The columns of both arrays (lesions, 4) are the method's statistics, known and searched, and then the joint observer's.
+    """
+    d = [max(detectability(absent[:, k], present[:, k]), 1e-9) for k in range(4)]
+    areas = [area_under_curve(absent[:, k], present[:, k]) for k in range(2)]
+    return np.array([areas[0], efficiency(d[0], d[2]), areas[1], efficiency(d[1], d[3]), d[0]])
+
+# %% ../nbs/23_detection.ipynb #2c35b37a
+def phantom_table(methods: dict, kinds=None, area: float = 0.9, task: PhantomTask | None = None, grades: tuple = (1.0,)) -> pd.DataFrame:
+    """A row for each kind, grade and method, in the columns of `summarise_detection`; the controls come along.
+
+    `kinds` are names of `phantom_lesions` (None: all); `grades` are factors of the calibrated contrast, which is `amplitude`.
+    """
+    task, rows, methods = task or PhantomTask(), [], {'joint': None} | with_controls(methods)
+    names = [f'{name}{end}' for name in ('area', 'efficiency', 'area_search', 'efficiency_search', 'd') for end in ('', '_low', '_high')]
+    for lesion in (phantom_lesions()[kind] for kind in kinds or phantom_lesions()):
+        calibrated = calibrate_contrast(task, lesion, area)
+        for grade in grades:
+            contrast = min(1.0, grade * calibrated)
+            for name, method in methods.items():
+                own = phantom_verdicts(task, name, method, lesion, contrast)
+                if name == 'joint':
+                    joint = own
+                both = [[np.hstack(pair) for pair in zip(*heads)] for heads in zip(own, joint)]
+                numbers = np.stack([phantom_numbers(*map(np.concatenate, both)), *bootstrap_heads(*both, phantom_numbers)], axis=1)
+                row = dict(zip(names, numbers.ravel()))
+                rows.append({'lesion': lesion.name, 'method': name, **row, 'contrast': detectability_of_area(0.85) / row['d'], 'amplitude': contrast})
+    return pd.DataFrame(rows).set_index(['lesion', 'method'])
