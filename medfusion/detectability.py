@@ -7,7 +7,7 @@ __all__ = ['brain_region', 'BrainCrops', 'random_places', 'spot_sizes', 'spot', 
            'source_covariances', 'draw_spot', 'response_per_height', 'height_for', 'mean_covariance',
            'fused_detectability', 'efficiency_loss', 'Spot', 'spot_to_find', 'RunningCovariance', 'DetectionTerm']
 
-# %% ../nbs/13_detectability.ipynb #fbec14cf
+# %% ../nbs/13_detectability.ipynb #fd0e7b66
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,20 +19,20 @@ from scipy import ndimage
 from .files import read_pair, to_float
 from .observer import laguerre_gauss
 
-# %% ../nbs/13_detectability.ipynb #3e5803d0
+# %% ../nbs/13_detectability.ipynb #1d5f4054
 def brain_region(ct, bone=0.9, gap=6, margin=6):
     """The mask (H, W) of the largest region that bone encloses in a CT slice (H, W) in [0, 1], `margin` pixels within it.
 
     `bone` is the brightness from which on the CT counts as bone, `gap` the half width of a gap in it that is closed."""
     ct = np.pad(np.asarray(ct, dtype=np.float32), 2 * gap)
     skull = ndimage.binary_closing(ct >= bone, iterations=gap)
-    inside = ndimage.binary_opening(ndimage.binary_fill_holes(skull) & ~skull, iterations=2)
+    inside = ndimage.binary_opening(ndimage.binary_fill_holes(skull) & ~skull & (ct > 8 / 255), iterations=2)
     regions, count = ndimage.label(inside)
     if count:
         inside = regions == 1 + np.argmax(ndimage.sum_labels(inside, regions, range(1, count + 1)))
     return ndimage.binary_erosion(ndimage.binary_fill_holes(inside), iterations=margin)[2 * gap:-2 * gap, 2 * gap:-2 * gap]
 
-# %% ../nbs/13_detectability.ipynb #96e2a713
+# %% ../nbs/13_detectability.ipynb #27f711d9
 class BrainCrops:
     """Square crops, `size` pixels a side, from the brain in the pairs of a data set; they are mirrored and turned at random.
 
@@ -63,7 +63,7 @@ class BrainCrops:
             crops.append(torch.rot90(crop.flip(-1) if below(2) else crop, below(4), (1, 2)))
         return torch.stack(crops).split(1, 1)
 
-# %% ../nbs/13_detectability.ipynb #91bb21f5
+# %% ../nbs/13_detectability.ipynb #af591e91
 def random_places(allowed, most=5, apart=34, border=24, generator=None):
     """Up to `most` random places in each of the images where `allowed` (B, 1, H, W) is True: [(image, row, column), ...].
 
@@ -82,19 +82,19 @@ def random_places(allowed, most=5, apart=34, border=24, generator=None):
             lots[image, max(row - apart + 1, 0):row + apart, max(column - apart + 1, 0):column + apart] = 0
     return sorted(places)
 
-# %% ../nbs/13_detectability.ipynb #4a1aa89e
+# %% ../nbs/13_detectability.ipynb #5dd02c2a
 def spot_sizes():
     "The standard deviations of the spots that are trained with, in pixels."
     return (1.0, 1.5, 2.0, 3.0, 4.5, 6.0)
 
-# %% ../nbs/13_detectability.ipynb #b66b2b9a
+# %% ../nbs/13_detectability.ipynb #ec94cdfb
 @lru_cache
 def spot(sigma, size=49):
     "A Gaussian of height 1 in a square patch: float32 (size, size)."
     axis = torch.arange(size) - size // 2
     return torch.exp(-(axis[:, None] ** 2 + axis ** 2) / (2 * sigma ** 2))
 
-# %% ../nbs/13_detectability.ipynb #46e6b7f4
+# %% ../nbs/13_detectability.ipynb #a5e8b729
 def paint_spots(images, places, height, sigma, size=49):
     "The images (B, 1, H, W) in [0, 1], with a spot of this height (of 1, may be negative) at each place, clipped to [0, 1]."
     painted, half = images.clone(), size // 2
@@ -103,13 +103,13 @@ def paint_spots(images, places, height, sigma, size=49):
         patch += height * spot(sigma, size).to(patch)
     return painted.clamp(0, 1)
 
-# %% ../nbs/13_detectability.ipynb #ff04fd1a
+# %% ../nbs/13_detectability.ipynb #483f30d7
 @lru_cache
 def spot_channels(sigma, size=49):
     "The six channels through which a spot is looked for, each a row: float32 (6, size · size)."
     return torch.from_numpy(laguerre_gauss(size, 1.5 * max(2.5 * sigma, 5.0))).float().flatten(1)
 
-# %% ../nbs/13_detectability.ipynb #201edb03
+# %% ../nbs/13_detectability.ipynb #ebce49ab
 def channel_values(images, places, channels):
     "What the channels (6, size · size) answer at each of the places in images (B, 1, H, W): (places, 6)."
     half = math.isqrt(channels.shape[1]) // 2
@@ -117,7 +117,7 @@ def channel_values(images, places, channels):
                for image, row, column in places]
     return torch.stack(patches) @ channels.to(images).T
 
-# %% ../nbs/13_detectability.ipynb #41b1871e
+# %% ../nbs/13_detectability.ipynb #f8d27719
 def source_covariances(crops, draws=400):
     """The covariance of the channels' answers to CT and MRI at places in the brain, of many draws of `BrainCrops`: one
     (12, 12) float64 for each of `spot_sizes`."""
@@ -129,7 +129,7 @@ def source_covariances(crops, draws=400):
             values[sigma].append(torch.cat([channel_values(x, places, spot_channels(sigma)) for x in (ct, mri)], 1))
     return [torch.cov(torch.cat(parts).double().T) for parts in values.values()]
 
-# %% ../nbs/13_detectability.ipynb #4d408cee
+# %% ../nbs/13_detectability.ipynb #d04ad7fa
 def draw_spot(generator=None, shares=(0.52, 0.36, 0.1, 0.02), by_size=0.85, spread=22):
     """A random spot: the index of its size, and its strengths (CT, MRI), a direction of length 1.
 
@@ -143,24 +143,24 @@ def draw_spot(generator=None, shares=(0.52, 0.36, 0.1, 0.02), by_size=0.85, spre
     angle = math.radians(90 * axis + spread * (2 * turn - 1))
     return sizes[int(size * len(sizes))], (math.cos(angle), math.sin(angle))
 
-# %% ../nbs/13_detectability.ipynb #efec7ba2
+# %% ../nbs/13_detectability.ipynb #5a76df50
 def response_per_height(index, strengths):
     "What a spot of height 1 answers in the twelve channels of CT and MRI: (12,) float64."
     alone = (spot_channels(spot_sizes()[index]) @ spot(spot_sizes()[index]).flatten()).double()
     return torch.cat([strength * alone for strength in strengths])
 
-# %% ../nbs/13_detectability.ipynb #811b6fb3
+# %% ../nbs/13_detectability.ipynb #380f02d8
 def height_for(detectability, index, strengths, covariance):
     "The height, of 1, at which a spot has this detectability d' for the observer of both sources, whose covariance is (12, 12)."
     signal = response_per_height(index, strengths)
     return detectability / math.sqrt(signal @ torch.linalg.solve(covariance, signal))
 
-# %% ../nbs/13_detectability.ipynb #dd1989c3
+# %% ../nbs/13_detectability.ipynb #65a04256
 def mean_covariance(absent, present):
     "The mean of the covariances of two sets of answers (n, 6), without spots and with them: (6, 6) float64."
     return (torch.cov(absent.double().T) + torch.cov(present.double().T)) / 2
 
-# %% ../nbs/13_detectability.ipynb #85fc20bd
+# %% ../nbs/13_detectability.ipynb #01a8601a
 def fused_detectability(absent, present, running):
     """Equation 1: the squared detectability, a float64 scalar, of spots in fused images.
 
@@ -171,19 +171,19 @@ def fused_detectability(absent, present, running):
     weights = torch.linalg.solve(steady, mean).detach()
     return 2 * weights @ mean - weights @ (steady + covariance - covariance.detach()) @ weights
 
-# %% ../nbs/13_detectability.ipynb #a70331a0
+# %% ../nbs/13_detectability.ipynb #a6ad49ca
 def efficiency_loss(efficiency):
     "The loss for an efficiency, a scalar tensor: from 0 (1 and above) to 3.04 (0 and below)."
     return -((efficiency.clamp(0, 1) + 0.05) / 1.05).log()
 
-# %% ../nbs/13_detectability.ipynb #c67bb7eb
+# %% ../nbs/13_detectability.ipynb #d111e5bb
 class Spot(NamedTuple):
     "A spot to be painted: the index of its size, its heights (CT, MRI) of 1, and d' of the observer of both sources."
     index: int
     heights: tuple[float, float]
     detectability: float
 
-# %% ../nbs/13_detectability.ipynb #7fbed66b
+# %% ../nbs/13_detectability.ipynb #87f2a515
 def spot_to_find(covariances, generator=None, least=1.5, most=3.0):
     "A random `Spot` with a detectability between two values, given the `source_covariances`."
     index, strengths = draw_spot(generator)
@@ -191,7 +191,7 @@ def spot_to_find(covariances, generator=None, least=1.5, most=3.0):
     height = height_for(wanted, index, strengths, covariances[index])
     return Spot(index, tuple(height * strength for strength in strengths), wanted)
 
-# %% ../nbs/13_detectability.ipynb #f4eaf675
+# %% ../nbs/13_detectability.ipynb #0e42ea17
 class RunningCovariance:
     "The `mean_covariance` of the channels' answers in fused images, for each size of spots a running mean over the steps."
 
@@ -206,7 +206,7 @@ class RunningCovariance:
             running = self.matrices[index] = torch.lerp(running, new, 1 - self.decay)
         return running
 
-# %% ../nbs/13_detectability.ipynb #a55e6bce
+# %% ../nbs/13_detectability.ipynb #d99defeb
 class DetectionTerm:
     """The detectability term of a training loss: called with the model, it draws crops, paints, fuses and judges.
 

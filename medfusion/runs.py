@@ -664,9 +664,8 @@ def divide(folders, seed: int, training: dict | None = None, value_range=None, c
 def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tuple[CTMRIDataset, ...]:
     """The data sets to train on, to validate on and to test on, with no case in two of them.
 
-    `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have the
-    value_range 'LOW,HIGH' of all slices and, for a flat folder, val_cases and test_cases. Raises ValueError where a
-    case is in two parts, and what `check_folders`, `CTMRIDataset` and `check_split` raise.
+    `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have
+    value_range, val_cases and test_cases. ValueError for a case in two parts; else that of what checks the folders.
     """
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
@@ -677,13 +676,13 @@ def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tu
     if named_cases(parameters):
         raise ValueError(f'val_cases and test_cases divide a flat folder, but {train[0].parent} has its parts beside it; '
                          'leave them empty, or name a folder with all slices in ct_dir and mri_dir.')
-    if val is None or test is None:
-        part = 'val' if val is None else 'test'
+    for part in [part for part, place in (('val', val), ('test', test)) if place is None]:
         raise ValueError(f'{train[0].parent.parent} has no folder {part}; give ct_{part}_dir and mri_{part}_dir.')
-    if (train[0].parent.parent / 'split_info.json').is_file():
+    recorded = (train[0].parent.parent / 'split_info.json').is_file()
+    if recorded:
         check_split(train[0].parent.parent)
     parts = [CTMRIDataset(*place, value_range=drawn, **more) for place, more in ((train, training), (val, {}), (test, {}))]
-    if not (train[0].parent.parent / 'split_info.json').is_file():      # nobody else has looked at the names
+    if not recorded:    # nobody else has looked at the names
         check_names([name for part in parts for name in part.names], parts[0].case_of, train[0].parent.parent)
     for one, other in itertools.combinations(parts, 2):
         shared = sorted(set(one.cases) & set(other.cases))

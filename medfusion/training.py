@@ -8,7 +8,7 @@ __all__ = ['random_states', 'restore_random_states', 'EpochSampler', 'seed_worke
            'remember', 'save_state', 'first_difference', 'check_same_run', 'replay_schedule', 'restore_state',
            'continue_run', 'best_checkpoint', 'write_epoch', 'progress_mode', 'Progress', 'check_request',
            'check_optimizer', 'short', 'what_is_kept', 'interruptible', 'History', 'Loop', 'claim_for_fit',
-           'settings_of', 'prepare', 'close_training', 'begin_training', 'finish_epoch', 'fit']
+           'settings_of', 'prepare', 'close_training', 'settings_before', 'begin_training', 'finish_epoch', 'fit']
 
 # %% ../nbs/10_training.ipynb #28c466ad
 import contextlib
@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from .files import plain, sha256_of, write_atomically
-from .runs import (CheckpointFiles, Run, claim_places, command_again, copied, data_sha256, in_test,
-                            load_checkpoint, load_weights, nbs_dir, resume_settings, run_folder, save_checkpoint,
+from .runs import (CheckpointFiles, Run, check_parameters, claim_places, command_again, copied, data_sha256,
+                            in_test, load_checkpoint, load_weights, nbs_dir, resume_settings, run_folder, save_checkpoint,
                             saved_epochs, seed_everything, versions, write_history, write_metadata)
 
 # %% ../nbs/10_training.ipynb #e8be697f
@@ -255,12 +255,15 @@ def first_difference(old, new, name: str = '') -> str | None:
     return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
 
 # %% ../nbs/10_training.ipynb #fa4946a9
-def check_same_run(checkpoint: dict, state: TrainingState, name: str) -> None:
-    "Raises ValueError with what differs, and both values, if a run cannot go on from the checkpoint of this name."
+def check_same_run(checkpoint: dict, state: TrainingState, name: str, defaults: dict | None = None) -> None:
+    """Raises ValueError with what differs, and both values, if a run cannot go on from the checkpoint of this name.
+
+    `defaults` are the values of settings that did not exist when the run was begun.
+    """
     if 'planned' not in checkpoint:
         raise ValueError(f'{name} was written by medfusion {checkpoint["versions"].get("medfusion")}, whose unfinished '
                          'runs this version cannot go on with; finish it with that version, or begin a new run.')
-    old, new, planned = checkpoint['settings'], state.settings, checkpoint['planned']
+    old, new, planned = (defaults or {}) | checkpoint['settings'], state.settings, checkpoint['planned']
     if state.planned < planned:
         raise ValueError(f'{name} is of a run of {planned} epochs, and {state.planned} are asked for; '
                          'their number may only grow.')
@@ -307,10 +310,11 @@ def restore_state(state: TrainingState, checkpoint: dict, path: str | Path) -> N
     restore_random_states(checkpoint['random'])
 
 # %% ../nbs/10_training.ipynb #01199362
-def continue_run(files: CheckpointFiles, state: TrainingState) -> int:
+def continue_run(files: CheckpointFiles, state: TrainingState, defaults: dict | None = None) -> int:
     """The epochs that are done after the newest whole checkpoint was restored; 0 if there is none.
 
-    Prints why a damaged one was passed over. Raises ValueError where a whole one is of a run with other settings.
+    Prints why a damaged one was passed over. ValueError where a whole one is of a run with other settings, of which
+    `defaults` are those that it may lack.
     """
     for epoch in saved_epochs(files):
         path = files.epoch(epoch)
@@ -321,7 +325,7 @@ def continue_run(files: CheckpointFiles, state: TrainingState) -> int:
         except ValueError as error:
             print(f'{path.name} is not continued: {str(error).replace(str(path), "it")}')
             continue
-        check_same_run(checkpoint, state, path.name)
+        check_same_run(checkpoint, state, path.name, defaults)
         restore_state(state, checkpoint, path)
         print(f'The run continues after epoch {epoch}.')
         return epoch
@@ -543,6 +547,11 @@ def close_training(loop: Loop, files: CheckpointFiles, run: Run | None) -> Histo
     state.model.eval()
     return history
 
+# %% ../nbs/10_training.ipynb #0bbf7121
+def settings_before(run: Run | None) -> dict:
+    "What those parameters of a run's notebook were that a checkpoint does not name: their defaults."
+    return resume_settings(check_parameters(run.notebook, {})) if run is not None and run.notebook else {}
+
 # %% ../nbs/10_training.ipynb #b5c6c409
 def begin_training(loop: Loop, locks: contextlib.ExitStack, files: CheckpointFiles, run: Run | None, resume: bool,
                    mode: str) -> None:
@@ -550,7 +559,7 @@ def begin_training(loop: Loop, locks: contextlib.ExitStack, files: CheckpointFil
     main = loop.accelerator.is_main_process    # the one of several processes that writes
     if main and run is None:
         claim_for_fit(locks, files, resume)
-    done = continue_run(files, loop.state) if resume else 0
+    done = continue_run(files, loop.state, settings_before(run)) if resume else 0
     if main and run is not None:
         run.data_sha256 = loop.state.facts['data_sha256']
         run.record('running')

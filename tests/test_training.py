@@ -80,13 +80,13 @@ def plateau(optimizer, epochs):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
 
 
-def run(folder, epochs=4, lr=0.1, width=4, step=step, schedule=cosine, val_set=Numbers(), resume=False, given={}, finish=True, **more):
+def run(folder, epochs=4, lr=0.1, width=4, step=step, schedule=cosine, val_set=Numbers(), resume=False, given={}, finish=True, notebook='', **more):
     "A run into `folder` with everything made anew: the network and the history."
     torch.manual_seed(0)
     net = Net(width)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     p = parameters(folder, num_epochs=epochs, resume=resume, **given)
-    at_work = open_run('toy', p, toy_files(folder, **given), {'train': ['7'], 'val': ['8'], 'test': []})
+    at_work = open_run('toy', p, toy_files(folder, **given), {'train': ['7'], 'val': ['8'], 'test': []}, notebook)
     settings = dict(epochs=epochs, batch_size=3, optimizer=optimizer, scheduler=schedule and schedule(optimizer, epochs), method='toy',
                     config={'width': width}, progress='none', ema=0.9, clip=1.0, resume=resume) | more
     history = fit(net, step, Numbers(), val_set, at_work, **settings)
@@ -286,6 +286,15 @@ def test_other_settings_are_not_continued(tmp_path, changed, words):
         run(tmp_path, **{'epochs': 2, 'resume': True} | changed)
     assert words in str(complaint.value) and 'begin a new run' in str(complaint.value)
     assert written(tmp_path) == before and (tmp_path / 'a' / 'run.json').read_bytes() == record
+
+
+def test_a_run_that_was_begun_before_there_was_a_parameter_goes_on_with_its_default(tmp_path):
+    run(tmp_path, epochs=2)
+    with_it = str(notebook(tmp_path, "save_dir: str = ''\nw_ssim: float = 1.0\nw_new: float = 0.5", ''))
+    with pytest.raises(ValueError, match='its w_new is 0.5, and 0.7 is asked for'):
+        run(tmp_path, epochs=2, resume=True, given={'w_new': 0.7}, notebook=with_it)
+    _, history = run(tmp_path, epochs=3, resume=True, given={'w_new': 0.5}, notebook=with_it)
+    assert [row['epoch'] for row in history] == [1, 2, 3]
 
 
 def test_what_a_run_was_trained_on_is_recorded_and_compared(tmp_path):
