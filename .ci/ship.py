@@ -15,13 +15,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 from medfusion.data import sort_cases
 from medfusion.evaluation import cases_trained_on
-from medfusion.files import plain
+from medfusion.files import plain, sha256_of
 from medfusion.inference import find_model, methods
 from medfusion.runs import (check_parameters, data_sha256, find_run, open_parts, read_run, resume_settings, run_checkpoint, split_of,
                             write_metadata)
 
 ROOT = Path(__file__).resolve().parents[1]
-FREE = {'seed', 'val_cases', 'test_cases'}    # what a run by a recipe may choose, beside places and what `resume_settings` leaves out
+FREE = {'seed', 'start', 'val_cases', 'test_cases'}    # what a run by a recipe may choose, beside places and what `resume_settings` leaves out
 
 
 def check_recipe(record, method, recipe):
@@ -65,6 +65,8 @@ def facts_of(folder, record, recipe):
              'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
              'pairs': {name: len(part) if part else 0 for name, part in names.items()},
              'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
+    if start := record['parameters'].get('start'):
+        facts['start'] = {'name': start, 'sha256': sha256_of(find_model(start).path)}
     if val:
         facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)
     return facts | {'intended_use': 'research on image fusion; not for diagnosis'}

@@ -27,7 +27,7 @@ MEANS = {'VIF': 0.54321987, 'invented': 0.00012345678}
 def made_run(folder, data, state='finished', **parameters):
     "A run's folder, as a training by the recipe leaves it, with made-up numbers and weights."
     recipe = yaml.safe_load((ROOT / 'params/wavelet_shipped.yaml').read_text())
-    places = {'ct_dir': str(data / 'train/CT'), 'mri_dir': str(data / 'train/MRI'), 'save_dir': str(folder.parent), 'run': folder.name}
+    places = {'start': '', 'ct_dir': str(data / 'train/CT'), 'mri_dir': str(data / 'train/MRI'), 'save_dir': str(folder.parent), 'run': folder.name}
     values = check_parameters(WAVELET.notebook, recipe | places | parameters)
     parts = open_parts(SimpleNamespace(**values))
     final, known = folder / 'checkpoints/final' / WAVELET.directory, data_sha256(*parts[:2])
@@ -66,7 +66,7 @@ def test_what_may_not_ship_says_why(phantom, tmp_path):
     made_run(results / WAVELET.directory / 'faster', phantom, lr=0.5)
     with pytest.raises(ValueError, match='only a finished one can ship'):
         ship.ship('wavelet', 'broken-off', results, tmp_path / 'shipped')
-    with pytest.raises(ValueError, match='lr = 0.5, and wavelet_shipped.yaml says 0.002'):
+    with pytest.raises(ValueError, match='lr = 0.5, and wavelet_shipped.yaml says 0.0015'):
         ship.ship('wavelet', 'faster', results, tmp_path / 'shipped')
     with pytest.raises(FileNotFoundError, match='no run .*nobody'):
         ship.ship('wavelet', 'nobody', results, tmp_path / 'shipped')
