@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test long fuzz any-cpu count lab export notebooks tables benchmark browser lock record
+.PHONY: help demo test long fuzz any-cpu count lab export notebooks tables benchmark browser lock record ship
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
@@ -55,6 +55,9 @@ notebooks: $(READY)  ## execute all notebooks on the phantom for the outputs tha
 
 tables: $(READY) ## write the tables of README.md and MODEL_CARD.md from recorded results
 	$(BIN)/python .ci/tables.py
+
+ship: $(READY)   ## put the network of a finished run into the package: METHOD=wavelet RUN=NAME
+	$(BIN)/python .ci/ship.py "$(METHOD)" "$(RUN)"
 
 record: $(READY) ## make the records of results/recorded anew at this commit, and the tables; HARVARD=folder spares the download
 	.ci/record $(BIN)/python $(HARVARD)

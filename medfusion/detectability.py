@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['brain_region', 'BrainCrops', 'random_places', 'spot_sizes', 'spot', 'paint_spots', 'spot_channels', 'channel_values',
            'source_covariances', 'draw_spot', 'response_per_height', 'height_for', 'mean_covariance',
-           'fused_detectability', 'efficiency_loss', 'Spot', 'spot_to_find', 'RunningCovariance', 'DetectionTerm']
+           'fused_detectability', 'efficiency_loss', 'Spot', 'spot_to_find', 'answers_of', 'RunningCovariance',
+           'DetectionTerm']
 
-# %% ../nbs/13_detectability.ipynb #8eae5466
+# %% ../nbs/13_detectability.ipynb #14872bcf
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,20 +20,20 @@ from scipy import ndimage
 from .files import read_pair, to_float
 from .observer import laguerre_gauss
 
-# %% ../nbs/13_detectability.ipynb #345eadfd
+# %% ../nbs/13_detectability.ipynb #4ebe1716
 def brain_region(ct, bone=0.9, gap=6, margin=6):
     """The mask (H, W) of the largest region that bone encloses in a CT slice (H, W) in [0, 1], `margin` pixels within it.
 
     `bone` is the brightness from which on the CT counts as bone, `gap` the half width of a gap in it that is closed."""
     ct = np.pad(np.asarray(ct, dtype=np.float32), 2 * gap)
     skull = ndimage.binary_closing(ct >= bone, iterations=gap)
-    inside = ndimage.binary_opening(ndimage.binary_fill_holes(skull) & ~skull, iterations=2)
+    inside = ndimage.binary_opening(ndimage.binary_fill_holes(skull) & ~skull & (ct > 8 / 255), iterations=2)
     regions, count = ndimage.label(inside)
     if count:
         inside = regions == 1 + np.argmax(ndimage.sum_labels(inside, regions, range(1, count + 1)))
     return ndimage.binary_erosion(ndimage.binary_fill_holes(inside), iterations=margin)[2 * gap:-2 * gap, 2 * gap:-2 * gap]
 
-# %% ../nbs/13_detectability.ipynb #88f4d3fc
+# %% ../nbs/13_detectability.ipynb #b9db53cf
 class BrainCrops:
     """Square crops, `size` pixels a side, from the brain in the pairs of a data set; they are mirrored and turned at random.
 
@@ -63,7 +64,7 @@ class BrainCrops:
             crops.append(torch.rot90(crop.flip(-1) if below(2) else crop, below(4), (1, 2)))
         return torch.stack(crops).split(1, 1)
 
-# %% ../nbs/13_detectability.ipynb #fdd08dcd
+# %% ../nbs/13_detectability.ipynb #aceaeeeb
 def random_places(allowed, most=5, apart=34, border=24, generator=None):
     """Up to `most` random places in each of the images where `allowed` (B, 1, H, W) is True: [(image, row, column), ...].
 
@@ -82,19 +83,19 @@ def random_places(allowed, most=5, apart=34, border=24, generator=None):
             lots[image, max(row - apart + 1, 0):row + apart, max(column - apart + 1, 0):column + apart] = 0
     return sorted(places)
 
-# %% ../nbs/13_detectability.ipynb #4d1705ff
+# %% ../nbs/13_detectability.ipynb #79b0fb3d
 def spot_sizes():
     "The standard deviations of the spots that are trained with, in pixels."
     return (1.0, 1.5, 2.0, 3.0, 4.5, 6.0)
 
-# %% ../nbs/13_detectability.ipynb #5372c1c7
+# %% ../nbs/13_detectability.ipynb #96475ecd
 @lru_cache
 def spot(sigma, size=49):
     "A Gaussian of height 1 in a square patch: float32 (size, size)."
     axis = torch.arange(size) - size // 2
     return torch.exp(-(axis[:, None] ** 2 + axis ** 2) / (2 * sigma ** 2))
 
-# %% ../nbs/13_detectability.ipynb #c64b648d
+# %% ../nbs/13_detectability.ipynb #b0de2efa
 def paint_spots(images, places, height, sigma, size=49):
     "The images (B, 1, H, W) in [0, 1], with a spot of this height (of 1, may be negative) at each place, clipped to [0, 1]."
     painted, half = images.clone(), size // 2
@@ -103,13 +104,13 @@ def paint_spots(images, places, height, sigma, size=49):
         patch += height * spot(sigma, size).to(patch)
     return painted.clamp(0, 1)
 
-# %% ../nbs/13_detectability.ipynb #e5492331
+# %% ../nbs/13_detectability.ipynb #cabe94b6
 @lru_cache
 def spot_channels(sigma, size=49):
     "The six channels through which a spot is looked for, each a row: float32 (6, size · size)."
     return torch.from_numpy(laguerre_gauss(size, 1.5 * max(2.5 * sigma, 5.0))).float().flatten(1)
 
-# %% ../nbs/13_detectability.ipynb #3674b837
+# %% ../nbs/13_detectability.ipynb #32a7bb43
 def channel_values(images, places, channels):
     "What the channels (6, size · size) answer at each of the places in images (B, 1, H, W): (places, 6)."
     half = math.isqrt(channels.shape[1]) // 2
@@ -117,8 +118,8 @@ def channel_values(images, places, channels):
                for image, row, column in places]
     return torch.stack(patches) @ channels.to(images).T
 
-# %% ../nbs/13_detectability.ipynb #9bfae3bd
-def source_covariances(crops, draws=400):
+# %% ../nbs/13_detectability.ipynb #96268c68
+def source_covariances(crops, draws=200):
     """The covariance of the channels' answers to CT and MRI at places in the brain, of many draws of `BrainCrops`: one
     (12, 12) float64 for each of `spot_sizes`."""
     values, generator = {sigma: [] for sigma in spot_sizes()}, torch.Generator().manual_seed(0)
@@ -129,37 +130,38 @@ def source_covariances(crops, draws=400):
             values[sigma].append(torch.cat([channel_values(x, places, spot_channels(sigma)) for x in (ct, mri)], 1))
     return [torch.cov(torch.cat(parts).double().T) for parts in values.values()]
 
-# %% ../nbs/13_detectability.ipynb #31208d73
-def draw_spot(generator=None, shares=(0.5, 0.3, 0.15, 0.05), by_size=0.5, spread=22):
+# %% ../nbs/13_detectability.ipynb #cb6430f0
+def draw_spot(generator=None, shares=(0.52, 0.36, 0.1, 0.02), by_size=0.85, spread=22):
     """A random spot: the index of its size, and its strengths (CT, MRI), a direction of length 1.
 
     shares: of spots bright in CT, bright in MRI, dark in CT, dark in MRI; by_size: the share of draws in which size goes
     with modality; spread: degrees by which the direction may turn to either side."""
     share, free, size, turn = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     axis = int((torch.tensor(shares, dtype=torch.float64).cumsum(0) <= share).sum().clamp(max=3))
-    small, sizes = axis in (0, 3), len(spot_sizes())
-    index = int(size * sizes) if free > by_size else int(size * sizes / 2) + (0 if small else sizes // 2)
+    sizes = range(len(spot_sizes()))
+    if free < by_size:  # up to 3 pixels, or from 3 pixels on
+        sizes = sizes[:4] if axis in (0, 3) else sizes[3:]
     angle = math.radians(90 * axis + spread * (2 * turn - 1))
-    return index, (math.cos(angle), math.sin(angle))
+    return sizes[int(size * len(sizes))], (math.cos(angle), math.sin(angle))
 
-# %% ../nbs/13_detectability.ipynb #df4ef8bf
+# %% ../nbs/13_detectability.ipynb #dd209610
 def response_per_height(index, strengths):
     "What a spot of height 1 answers in the twelve channels of CT and MRI: (12,) float64."
     alone = (spot_channels(spot_sizes()[index]) @ spot(spot_sizes()[index]).flatten()).double()
     return torch.cat([strength * alone for strength in strengths])
 
-# %% ../nbs/13_detectability.ipynb #60bb0c12
+# %% ../nbs/13_detectability.ipynb #7f04eaa1
 def height_for(detectability, index, strengths, covariance):
     "The height, of 1, at which a spot has this detectability d' for the observer of both sources, whose covariance is (12, 12)."
     signal = response_per_height(index, strengths)
     return detectability / math.sqrt(signal @ torch.linalg.solve(covariance, signal))
 
-# %% ../nbs/13_detectability.ipynb #c218dc8c
+# %% ../nbs/13_detectability.ipynb #1080e64f
 def mean_covariance(absent, present):
     "The mean of the covariances of two sets of answers (n, 6), without spots and with them: (6, 6) float64."
     return (torch.cov(absent.double().T) + torch.cov(present.double().T)) / 2
 
-# %% ../nbs/13_detectability.ipynb #532af77f
+# %% ../nbs/13_detectability.ipynb #179c1649
 def fused_detectability(absent, present, running):
     """Equation 1: the squared detectability, a float64 scalar, of spots in fused images.
 
@@ -170,19 +172,19 @@ def fused_detectability(absent, present, running):
     weights = torch.linalg.solve(steady, mean).detach()
     return 2 * weights @ mean - weights @ (steady + covariance - covariance.detach()) @ weights
 
-# %% ../nbs/13_detectability.ipynb #e9c068bf
+# %% ../nbs/13_detectability.ipynb #36275833
 def efficiency_loss(efficiency):
     "The loss for an efficiency, a scalar tensor: from 0 (1 and above) to 3.04 (0 and below)."
     return -((efficiency.clamp(0, 1) + 0.05) / 1.05).log()
 
-# %% ../nbs/13_detectability.ipynb #4ab533fb
+# %% ../nbs/13_detectability.ipynb #41699bee
 class Spot(NamedTuple):
     "A spot to be painted: the index of its size, its heights (CT, MRI) of 1, and d' of the observer of both sources."
     index: int
     heights: tuple[float, float]
     detectability: float
 
-# %% ../nbs/13_detectability.ipynb #1e2f06f5
+# %% ../nbs/13_detectability.ipynb #250407b9
 def spot_to_find(covariances, generator=None, least=1.5, most=3.0):
     "A random `Spot` with a detectability between two values, given the `source_covariances`."
     index, strengths = draw_spot(generator)
@@ -190,7 +192,15 @@ def spot_to_find(covariances, generator=None, least=1.5, most=3.0):
     height = height_for(wanted, index, strengths, covariances[index])
     return Spot(index, tuple(height * strength for strength in strengths), wanted)
 
-# %% ../nbs/13_detectability.ipynb #b20e7705
+# %% ../nbs/13_detectability.ipynb #df696c15
+def answers_of(model, ct, mri, places, spot):
+    "The channels' answers at places in the slices that a model fuses, without and with a `Spot` there: two (places, 6)."
+    sigma = spot_sizes()[spot.index]
+    painted = [paint_spots(source, places, height, sigma) for source, height in zip((ct, mri), spot.heights)]
+    clean, found = model(torch.cat([ct, painted[0]]), torch.cat([mri, painted[1]])).chunk(2)  # one call for both
+    return [channel_values(fused, places, spot_channels(sigma)) for fused in (clean, found)]
+
+# %% ../nbs/13_detectability.ipynb #5ff0000a
 class RunningCovariance:
     "The `mean_covariance` of the channels' answers in fused images, for each size of spots a running mean over the steps."
 
@@ -205,12 +215,12 @@ class RunningCovariance:
             running = self.matrices[index] = torch.lerp(running, new, 1 - self.decay)
         return running
 
-# %% ../nbs/13_detectability.ipynb #af6bea07
+# %% ../nbs/13_detectability.ipynb #b0f30d85
 class DetectionTerm:
     """The detectability term of a training loss: called with the model, it draws crops, paints, fuses and judges.
 
     data_set: the pairs that are trained on, a `CTMRIDataset`. In training each call paints one kind of spot, and the
-    running covariances, which are the term's state, move; in validation the crops and spots are always the same."""
+    running covariances, which are the term's state, move; in validation crops and spots are always the same few."""
 
     def __init__(self, data_set, count=2):
         self.crops, self.count = BrainCrops(data_set), count
@@ -224,14 +234,15 @@ class DetectionTerm:
 
     def __call__(self, model):
         "The loss, a scalar, of a model (ct, mri) -> fused."
-        generator = None if model.training else torch.Generator().manual_seed(0)
-        device = next(model.parameters()).device
+        if model.training:
+            return self.of_one_spot(model)
+        generator = torch.Generator().manual_seed(0)
+        return sum(self.of_one_spot(model, generator) for _ in range(4)) / 4
+
+    def of_one_spot(self, model, generator=None):
+        spot, device = spot_to_find(self.sources, generator), next(model.parameters()).device
         ct, mri, brain = (part.to(device) for part in self.crops.draw(self.count, generator))
-        places, spot = random_places(brain > 0, generator=generator), spot_to_find(self.sources, generator)
-        sigma = spot_sizes()[spot.index]
-        painted = [paint_spots(source, places, height, sigma) for source, height in zip((ct, mri), spot.heights)]
-        clean, found = model(torch.cat([ct, painted[0]]), torch.cat([mri, painted[1]])).chunk(2)
-        absent, present = (channel_values(fused, places, spot_channels(sigma)) for fused in (clean, found))
+        absent, present = answers_of(model, ct, mri, random_places(brain > 0, generator=generator), spot)
         running = self.running.follow(spot.index, absent, present, model.training)
         efficiency = fused_detectability(absent, present, running) / spot.detectability ** 2
-        return efficiency_loss(efficiency).to(clean.dtype)
+        return efficiency_loss(efficiency).float()

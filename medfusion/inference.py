@@ -210,10 +210,10 @@ def _warn_if_another(path):
 def start_from(model, spec):
     "The model, now with the weights of the network that `spec` means (as of `load_model`). ValueError for another kind of network."
     other = load_model(spec, device='cpu')
-    if type(other) is not type(model) or other.config != model.config:
-        config = getattr(other, 'config', 'none')
-        raise ValueError(f'{spec} is a {type(other).__name__} with the config {config}, and cannot be the start of a '
-                         f'{type(model).__name__} with {model.config}; ask for a network of the same parameters.')
+    kinds = [(type(one).__name__, getattr(one, 'config', None)) for one in (other, model)]  # by name: a notebook has its own class
+    if kinds[0] != kinds[1]:
+        raise ValueError(f'{spec} is a {kinds[0][0]} with the config {kinds[0][1]}, and cannot be the start of a '
+                         f'{kinds[1][0]} with {kinds[1][1]}; ask for a network of the same parameters.')
     model.load_state_dict(other.state_dict())
     return model
 

@@ -19,7 +19,7 @@ from .anatomy import lesion_kinds
 from .files import to_depth
 from .metrics import (check_images, cnr, invented_edges, lesion_regions, qabf, scd, sobel, ssim_of_pair,
                                standard_deviation, vif_of_pair)
-from .phantom import phantom_slices
+from .phantom import check_training_seed, phantom_slices
 
 # %% ../nbs/07_losses.ipynb #a5495e2e
 def mse_loss(fused, ct, mri, target='max'):
@@ -185,11 +185,12 @@ class LesionCrops:
     """Square crops around the lesions of phantom heads, with their masks.
 
     size: side of a crop in pixels, of slices of 256; cases, slices, seed: as of `phantom_slices`. Raises `ValueError`
-    for a size that does not fit, and for slices none of which shows a lesion.
+    for a size that does not fit, slices none of which shows a lesion, and a seed that is reserved.
     """
     def __init__(self, size=80, cases=24, slices=6, seed=1):
         if not 16 <= size <= 256:
             raise ValueError(f'Crops of {size} pixels cannot be cut from slices of 256; give 16 to 256.')
+        check_training_seed(seed)
         self.size = size
         self.stacks = [stack for cut in phantom_slices(cases, slices, seed=seed) for stack in lesion_layers(cut)]
         if not self.stacks:

@@ -112,11 +112,11 @@ def test_the_brain_is_what_bone_encloses():
     assert not brain_region(np.zeros((64, 64))).any()
 
 
-def test_size_goes_with_modality_in_half_of_the_draws():
+def test_size_goes_with_modality():
     drawn = [draw_spot(torch.Generator().manual_seed(seed), by_size=1.0) for seed in range(300)]
     for index, (ct, mri) in drawn:
         if ct > .9:
-            assert spot_sizes()[index] <= 2
+            assert spot_sizes()[index] <= 3
         if mri > .9:
             assert spot_sizes()[index] >= 3
 

@@ -1,0 +1,98 @@
+"""Make a finished run's network the one that ships: python .ci/ship.py METHOD RUN, or make ship METHOD=wavelet RUN=NAME.
+
+The run must have ended, by the recipe params/METHOD_shipped.yaml, and its slices must lie where they lay, unchanged: the cases of each
+part stand in the metadata. What a network has seen that the run started from counts as seen.
+"""
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+from medfusion.data import sort_cases
+from medfusion.evaluation import cases_trained_on
+from medfusion.files import plain, sha256_of
+from medfusion.inference import find_model, methods
+from medfusion.runs import (check_parameters, data_sha256, find_run, open_parts, read_run, resume_settings, run_checkpoint, split_of,
+                            write_metadata)
+
+ROOT = Path(__file__).resolve().parents[1]
+FREE = {'seed', 'start', 'val_cases', 'test_cases'}    # what a run by a recipe may choose, beside places and what `resume_settings` leaves out
+
+
+def check_recipe(record, method, recipe):
+    "Raises ValueError where a run was not made with the values of a recipe; what neither names is the notebook's default."
+    declared = check_parameters(method.notebook, yaml.safe_load(recipe.read_text(encoding='utf-8')))
+    epochs = {name for name in declared if name in ('epochs', 'num_epochs')}
+    for name in sorted(epochs | resume_settings(declared).keys() - FREE):
+        value = record['parameters'].get(name, declared[name])
+        if value != plain(declared[name]):
+            raise ValueError(f'The run {record["run"]} had {name} = {value!r}, and {recipe.name} says {declared[name]!r}: a network that '
+                             'ships is made by its recipe. Train it again, or put what the run had into the recipe.')
+
+
+def cases_seen(record):
+    "The cases that a run's network was trained on, those of the network that it started from among them."
+    seen, split, start = set(record['split']['train']), record['split'], record['parameters'].get('start')
+    before = cases_trained_on(find_model(start).path) if start else set()
+    if before is None:
+        raise ValueError(f'Nothing says on which cases {start} was trained, from which the run {record["run"]} started; it cannot ship.')
+    if judged := before & {*split['val'], *split['test']}:
+        raise ValueError(f'{start}, from which the run {record["run"]} started, was trained on case {sort_cases(judged)[0]}, which this '
+                         'run is judged by; start from a network that never saw it.')
+    return sort_cases(seen | before)
+
+
+def numbers_of(means, cases, convention):
+    "The means of a network on some cases, as metadata.json tells them."
+    return {'cases': ', '.join(sort_cases(cases)), 'convention': convention,
+            'means': {name: round(value, 6 if name == 'invented' else 4) for name, value in means.items()}}
+
+
+def facts_of(folder, record, recipe):
+    "What metadata.json says of the network of a run, beside what the checkpoint says itself."
+    train, val, test = parts = open_parts(SimpleNamespace(**record['parameters']))
+    if data_sha256(train, val) != record['data_sha256'] or split_of(*parts) != record['split']:
+        raise ValueError(f'The slices in {train.pairs[0].ct.parents[1]} are not those that the run {record["run"]} was trained on.')
+    names = {'train': train, 'validation': val, 'test': test}
+    convention = (folder / 'metrics.csv').read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+    facts = {'shipped': True, 'recipe': recipe.relative_to(ROOT).as_posix(),
+             'data': 'CT-MRI slices of the Whole Brain Atlas (Harvard Medical School), 256x256, 8 bit; split by case',
+             'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
+             'pairs': {name: len(part) if part else 0 for name, part in names.items()},
+             'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
+    if start := record['parameters'].get('start'):
+        facts['start'] = {'name': start, 'sha256': sha256_of(find_model(start).path)}
+    if val:
+        facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)
+    return facts | {'intended_use': 'research on image fusion; not for diagnosis'}
+
+
+def ship(name, run, results=ROOT / 'results', shipped=ROOT / 'medfusion' / 'shipped'):
+    "The metadata.json of a network that ships from now on; ValueError or FileNotFoundError for a run that may not."
+    if name not in methods():
+        raise ValueError(f'{name!r} is no method; the methods are {", ".join(methods())}.')
+    method, recipe = methods()[name], ROOT / 'params' / f'{name}_shipped.yaml'
+    folder = find_run(f'{method.directory}/{run}', results)
+    record = read_run(folder)
+    if record['state'] != 'finished':
+        raise ValueError(f'The run {run} is {record["state"]}; only a finished one can ship. resume=true goes on with it.')
+    check_recipe(record, method, recipe)
+    facts, place = facts_of(folder, record, recipe), Path(shipped) / method.directory / method.best_name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run_checkpoint(folder), place.with_suffix('.tmp'))
+    os.replace(place.with_suffix('.tmp'), place)
+    return write_metadata(place, **facts)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3:
+        sys.exit('ship.py METHOD RUN, such as wavelet final')
+    try:
+        print(f'written: {ship(*sys.argv[1:]).relative_to(ROOT)}; next: make record, and the pages that tell of the network')
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))

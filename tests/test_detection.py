@@ -1,0 +1,203 @@
+"""The tasks of detection against known answers: painted lesions, observers, the task as folders, the phantom's seeds."""
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from medfusion import detection
+from medfusion.baselines import average, copy_ct
+from medfusion.cli import app
+from medfusion.detection import (PaintedLesion, PaintedSlice, brain_region, check_fused, detection_table, efficiency_table, heads_note, lesion_channels,
+                                 leave_one_head_out, outputs_of, paint_lesions, painted_lesions, painted_slices, phantom_heads, read_task, score_task,
+                                 summarise_detection, with_controls, write_task)
+from medfusion.files import list_images, read_image, write_image
+from medfusion.losses import LesionCrops, LesionTerm
+from medfusion.phantom import PhantomSlice, Spot, check_training_seed, phantom_seeds, phantom_slice, write_phantom
+
+GRID = np.argwhere(np.ones((3, 3))) * 64 + 64     # nine places, 64 pixels apart
+
+
+class Heads:
+    "A data set of four heads: a ring of bone around independent noise in both modalities."
+
+    def __init__(self, slices=2, heads=4):
+        rng, y, x = np.random.default_rng(0), *np.mgrid[:256, :256] - 127.5
+        radius, self.items = np.hypot(x, y), []
+        for number in range(slices * heads):
+            ct, mri = .4 + .05 * rng.standard_normal((2, 256, 256))
+            ct = np.where(radius < 110, ct, np.where(radius < 120, 1, 0))
+            images = {kind: torch.from_numpy(np.float32(image)[None].clip(0, 1)) for kind, image in (('ct', ct), ('mri', mri))}
+            self.items.append({**images, 'name': f'{number // slices + 1}{number % slices:03d}.png', 'case': str(number // slices + 1)})
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+@pytest.fixture(scope='module')
+def heads():
+    return Heads()
+
+
+@pytest.fixture(scope='module')
+def slices():
+    "Painted slices of six heads with a lesion that only the CT shows, on independent noise of the same strength in both modalities."
+    rng, dot, found = np.random.default_rng(1), PaintedLesion('dot', (3., 3.), 1., 0.), []
+    for case in range(6):
+        for _ in range(4):
+            clean = np.rint(120 + 15 * rng.standard_normal((2, 256, 256))).clip(0, 255).astype(np.uint8)
+            painted = paint_lesions(*clean, GRID, dot, 7, rng)
+            found.append(PaintedSlice(str(case), [str(len(found)), ''], clean, painted[None], [GRID]))
+    return found
+
+
+def test_known_efficiencies(slices):
+    "A copy of the CT loses nothing; the average of both sees the noise of both: η = 1/2; a function for each case is taken for it."
+    methods = {'copy_ct': copy_ct, 'average': average, 'either': {str(case): average if case else copy_ct for case in range(6)}}
+    table = leave_one_head_out(outputs_of(slices, methods, lesion_channels(PaintedLesion('dot', (3., 3.), 1., 0.)), reach=1))
+    d = table.groupby('method')['d'].mean()
+    # 36 lesions a head, 216 in all: d' of about 1.5 has a standard error of 7 %; both see the same images
+    assert (d['copy_ct'] / d['joint']) ** 2 == pytest.approx(1, abs=.15)
+    assert (d['average'] / d['joint']) ** 2 == pytest.approx(.5, abs=.15)
+    # rounding to 8 bits moves an average by half a grey level at most
+    of = table.set_index(['method', 'case'])['area_search']
+    assert (of['joint'] > .5).all() and of['either', '0'] != of['average', '0']
+
+
+def test_a_method_for_each_case_needs_each(slices):
+    with pytest.raises(ValueError, match='no method for case 1'):
+        outputs_of(slices, {'folds': {'0': average}}, lesion_channels(painted_lesions()['tumour']))
+
+
+def test_painted_slices(heads):
+    lesion = painted_lesions()['haemorrhage']
+    one = list(painted_slices(heads, lesion, 40, paintings=2))
+    alone = Heads()
+    alone.items = alone.items[4:6]                # case 3 by itself is painted as in company
+    again = list(painted_slices(alone, lesion, 40, paintings=2))
+    assert np.array_equal(one[4].painted, again[0].painted) and one[4].names == again[0].names
+    region = brain_region(heads[0]['ct'][0])
+    assert all(region[tuple(place)] for group in one[0].places for place in group)
+    difference = one[0].painted[0].astype(int) - one[0].clean
+    row, column = one[0].places[0][0]
+    assert difference[0, row, column] == pytest.approx(40, abs=1) and difference[1, row, column] == pytest.approx(-12, abs=1)
+
+
+def test_beside_bone_and_in_noise(heads):
+    beside = next(painted_slices(heads, painted_lesions()['beside bone'], 40))
+    radii = [np.hypot(*(place - 127.5)) for group in beside.places for place in group]
+    assert 95 < min(radii) and max(radii) < 110
+    noisy, plain = (next(painted_slices(heads, painted_lesions()[kind], 40)) for kind in ('in noise', 'tumour'))
+    assert (noisy.clean[1].astype(float) - plain.clean[1]).std() == pytest.approx(8, rel=.05)
+    assert noisy.names[0] != plain.names[0]
+
+
+@pytest.fixture(scope='module')
+def task(heads, tmp_path_factory):
+    "A written task, and the pixelwise maximum of its pairs."
+    folder = write_task(heads, tmp_path_factory.mktemp('task') / 'task', kinds=['haemorrhage', 'in noise'], paintings=2)
+    fused = folder.parent / 'fused'
+    fused.mkdir()
+    for path in list_images(folder / 'CT'):
+        write_image(fused / path.name, np.maximum(read_image(path), read_image(folder / 'MRI' / path.name)))
+    return folder, fused
+
+
+def test_a_scored_task_is_the_table(heads, task):
+    amplitudes, _ = read_task(task[0])
+    there = score_task(*task).set_index(['lesion', 'method', 'case'])
+    here = detection_table(heads, {}, list(amplitudes), paintings=2, amplitudes=amplitudes).set_index(['lesion', 'method', 'case'])
+    for kind in amplitudes:
+        assert there.loc[kind, 'fused'].equals(there.loc[kind, 'maximum'])
+        for method in ('joint', 'maximum', 'copy_mri'):
+            assert np.allclose(there.loc[kind, method], here.loc[kind, method])
+    assert here.xs('joint', level='method').groupby('lesion').area.mean().between(.85, .95).all()
+    assert efficiency_table(there.reset_index()).loc['fused', 'least'] >= 0
+    assert set(with_controls({})) <= set(summarise_detection(there.reset_index()).loc['in noise'].index)
+
+
+def test_the_command_writes_and_scores(heads, task, tmp_path):
+    result = CliRunner().invoke(app, ['evaluate', str(task[1]), '--task', str(task[0]), '--csv', str(tmp_path / 'scores.csv')])
+    assert result.exit_code == 0 and 'efficiency, location known' in result.stdout and '4 heads' in result.stdout
+    assert {'fused', 'joint', 'average', 'copy_ct'} <= set(pd.read_csv(tmp_path / 'scores.csv').method)
+    for kind, folder in (('ct', 'CT'), ('mri', 'MRI')):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / folder / '1000.png', np.zeros((64, 64), np.uint8))
+    refused = CliRunner().invoke(app, ['evaluate', str(tmp_path / 'CT'), str(tmp_path / 'MRI'), '--task', str(tmp_path / 'new')])
+    assert refused.exit_code == 1 and 'room for a painted lesion' in refused.stderr and not (tmp_path / 'new').exists()
+    assert CliRunner().invoke(app, ['evaluate', 'a', 'b', 'c', '--task', 'd']).exit_code == 2
+    assert CliRunner().invoke(app, ['evaluate', str(task[1])]).exit_code == 2
+
+
+def test_bad_folders_are_sentences(heads, task, tmp_path):
+    folder = task[0]
+    _, trials = read_task(folder)
+    with pytest.raises(FileExistsError, match='not empty'):
+        write_task(heads, folder)
+    with pytest.raises(FileNotFoundError, match='no image 1000.png .*are missing'):
+        check_fused(folder, tmp_path, trials)
+    for name in sorted({name for trial in trials for name in trial['names']}):
+        write_image(tmp_path / f'{name}.png', np.zeros((32, 32), np.uint8))
+    with pytest.raises(ValueError, match='32 × 32 pixels, its sources 256 × 256'):
+        check_fused(folder, tmp_path, trials)
+    (tmp_path / 'task.json').write_text(json.dumps({'format': 'other'}))
+    with pytest.raises(ValueError, match='write the task anew'):
+        read_task(tmp_path)
+    with pytest.raises(ValueError, match="'cyst' is not a kind"):
+        detection_table(heads, {}, ['cyst'])
+
+
+def test_few_heads_are_a_quick_look():
+    table = detection_table(Heads(3, 1), {}, ['oedema'], paintings=2, amplitudes={'oedema': 60})
+    assert table['case'].nunique() == 2 and heads_note(table).startswith('A quick look: one head (1)')
+    assert summarise_detection(table)['efficiency_low'].isna().all()
+
+
+# The phantom's task
+
+def test_seeds_that_are_judged_on_are_never_trained_on(tmp_path):
+    seeds = phantom_seeds()
+    assert sum(map(len, seeds.values())) == len({seed for reserved in seeds.values() for seed in reserved})
+    used = [inspect.signature(maker).parameters['seed'].default for maker in (phantom_slice, write_phantom, LesionCrops, LesionTerm)]
+    assert all(seed in seeds['training'] and seed + 1 in seeds['training'] for seed in used)     # LesionTerm validates on the next one
+    for seed in (seeds['observer'][0], seeds['judged'][1]):
+        for refuse in (lambda: LesionCrops(seed=seed), lambda: write_phantom(tmp_path / 'Dataset', seed=seed), lambda: check_training_seed(seed)):
+            with pytest.raises(ValueError, match='never trained on'):
+                refuse()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spot_changes_its_place_alone():
+    plain, spotted = phantom_slice(2, 4), phantom_slice(2, 4, spots=[Spot('calcification', 120, 90, 6.)])
+    assert isinstance(spotted, PhantomSlice)
+    changed = np.argwhere(np.abs(plain.ct - spotted.ct) > .05)
+    assert len(changed) and np.abs(changed - (120, 90)).max() <= 6
+    assert spotted.ct[120, 90] == 1 > plain.ct[120, 90]
+
+
+def test_heads_of_the_task_are_t2_and_places_are_in_their_regions():
+    found = phantom_heads(phantom_seeds()['judged'][0], heads=2, slices=(4,))
+    for slices in found.values():
+        assert slices[0].plane.head.sequence == 0
+        assert np.abs(slices[0].places - slices[0].centres).max() <= 6
+
+
+def test_detection_imports_from_below():
+    "Only from notebooks of lower numbers, and from none that trains."
+    numbers = {}
+    for path in sorted((Path(detection.__file__).parents[1] / 'nbs').glob('*.ipynb')):
+        text = path.read_text(encoding='utf-8')
+        if '#| default_exp ' in text:
+            numbers[text.split('#| default_exp ')[1].split('"')[0].split('\\n')[0]] = path.name
+    tree = ast.parse(Path(detection.__file__).read_text(encoding='utf-8'))
+    used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert used and all(numbers[module] < numbers['detection'] for module in used), used
+    assert not used & {'training', 'wavelet_fusion', 'resnet_fusion'}
