@@ -22,7 +22,7 @@ COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
                 "medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[wavelet, resnet, run:defaults]'"],
     'cases_34_41': ["medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
-                    '-p published=results/published/peers_cases_34_41.csv'],
+                    '-p published=results/published/peers_cases_34_41.csv -p detection=true'],
     'phantom': ['medfusion data phantom results/phantom',
                 'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
                 '-p mri_dir=results/phantom/test/MRI'],
@@ -87,6 +87,14 @@ def lesions():
     return as_markdown(kept.rename(index=TITLES).map('{:.2f}'.format), 'phantom')
 
 
+def painted():
+    "What can still be found of every kind of painted lesion: the efficiency of each method."
+    found = recorded('cases_34_41', 'detection_summary')
+    table = found.pivot(index='method', columns='lesion', values='efficiency')[list(dict.fromkeys(found.lesion))]
+    rows = [TITLES.get(name, name) for name in ('wavelet', 'resnet', 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
+    return as_markdown(table.loc[rows].map('{:.2f}'.format), 'cases_34_41')
+
+
 def networks():
     "The shipped networks: file, size, weights (those that were trained; a frozen backbone has a row of its own), best epoch, recipe."
     rows, shipped, frozen = [], ROOT / 'medfusion' / 'shipped', 0
@@ -129,7 +137,8 @@ def blocks():
     case_41, kept = with_command('case_41', means('case_41')), with_command('phantom', lesions())
     return {'README.md': {'case 41': case_41, 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
-            'MODEL_CARD.md': {'networks': networks(), 'case 41': case_41, 'lesions': kept},
+            'MODEL_CARD.md': {'networks': networks(), 'case 41': case_41, 'lesions': kept,
+                              'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 
 
