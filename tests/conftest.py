@@ -10,11 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
-settings.register_profile('quick', derandomize=True, max_examples=20, deadline=None, database=None)
-settings.register_profile('fuzz', max_examples=1000, deadline=None)
+# How busy the machine is decides nothing: neither a deadline nor the check that examples are drawn fast.
+PATIENT = {'deadline': None, 'suppress_health_check': [HealthCheck.too_slow]}
+settings.register_profile('quick', derandomize=True, max_examples=30, database=None, **PATIENT)
+settings.register_profile('fuzz', max_examples=1000, **PATIENT)
 settings.load_profile('quick')
 
 
