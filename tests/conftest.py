@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class Leftovers:
     def sentences(self):
         "What is still there, as sentences."
         return [f'{name} (first seen after {self.seen.get(name, "the last test")})' for name in sorted(self.names())]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    "Training flushes denormal numbers to zero, in the whole process; the next test begins without, in whatever order they run."
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_flush_denormal(False)
 
 
 def pytest_configure(config):
