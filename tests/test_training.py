@@ -376,6 +376,7 @@ def test_the_same_objects_can_be_trained_on(tmp_path):
 @pytest.mark.parametrize('shell, said', [(False, 'Interrupted; the run is kept up to epoch 1'), (True, '')])
 def test_a_stop_is_said_once(tmp_path, monkeypatch, capsys, shell, said):
     "By the notebook; under the command, which has a sentence of its own, only by that."
+    monkeypatch.delenv('MEDFUSION_COMMAND', raising=False)
     if shell:
         monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy')
     net = nn.Linear(1, 1)
