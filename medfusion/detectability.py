@@ -244,5 +244,4 @@ class DetectionTerm:
         ct, mri, brain = (part.to(device) for part in self.crops.draw(self.count, generator))
         absent, present = answers_of(model, ct, mri, random_places(brain > 0, generator=generator), spot)
         running = self.running.follow(spot.index, absent, present, model.training)
-        efficiency = fused_detectability(absent, present, running) / spot.detectability ** 2
-        return efficiency_loss(efficiency).float()
+        return efficiency_loss(fused_detectability(absent, present, running) / spot.detectability ** 2).float()

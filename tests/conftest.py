@@ -6,15 +6,18 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
-settings.register_profile('quick', derandomize=True, max_examples=20, deadline=None, database=None)
-settings.register_profile('fuzz', max_examples=1000, deadline=None)
+# How busy the machine is decides nothing: neither a deadline nor the check that examples are drawn fast.
+PATIENT = {'deadline': None, 'suppress_health_check': [HealthCheck.too_slow]}
+settings.register_profile('quick', derandomize=True, max_examples=30, database=None, **PATIENT)
+settings.register_profile('fuzz', max_examples=1000, **PATIENT)
 settings.load_profile('quick')
 
 
@@ -37,6 +40,13 @@ class Leftovers:
     def sentences(self):
         "What is still there, as sentences."
         return [f'{name} (first seen after {self.seen.get(name, "the last test")})' for name in sorted(self.names())]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    "Training flushes denormal numbers to zero, in the whole process; the next test begins without, in whatever order they run."
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_flush_denormal(False)
 
 
 def pytest_configure(config):

@@ -28,9 +28,7 @@ from medfusion.files import (absolute_path, append_line, clear_abandoned, list_i
                              to_float, window, write_atomically, write_image, write_json)
 
 tifffile = pytest.importorskip('tifffile')
-FUZZ = int(os.environ.get('MEDFUSION_FUZZ', 1))  # how many times the usual budget; more than one draws new examples
-BUDGET = settings(max_examples=50 * FUZZ, derandomize=FUZZ == 1, deadline=None, database=None,
-                  suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(suppress_health_check=list(HealthCheck))    # how many, and which, conftest.py says
 
 
 def noise(seed=0, shape=(24, 20), dtype=np.uint8):
@@ -355,7 +353,7 @@ def small_files():
             **{name: encoded(slim, 'TIFF', compression=name) for name in ('tiff_lzw', 'tiff_adobe_deflate', 'packbits')}}
 
 
-@BUDGET
+@some
 @given(st.sampled_from(['png', 'jpg', 'bmp', 'tif', '16', 'tiff_lzw', 'tiff_adobe_deflate', 'packbits']), st.data())
 def test_whatever_happens_to_a_file_it_is_read_or_refused_in_a_sentence(tmp_path, kind, draw):
     data = bytearray(small_files()[kind])
@@ -416,7 +414,7 @@ def test_png_that_lies_with_right_checksums(tmp_path, capfd):
     assert capfd.readouterr().err == ''
 
 
-@BUDGET
+@some
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(['.png', '.tif', '.bmp']),
        st.sampled_from([np.uint8, np.uint16]), st.booleans(), st.integers(0, 99))
 def test_what_is_written_is_read(tmp_path, height, width, suffix, dtype, colour, seed):
@@ -798,7 +796,7 @@ def test_records(tmp_path):
         read_json(tmp_path / 'c.json')
 
 
-@BUDGET
+@some
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)))
 def test_whatever_is_recorded_can_be_read(tmp_path, value):

@@ -46,7 +46,7 @@ def clone(tmp_path_factory):
             cell['source'] = '#|' + ''.join(cell['source'])[1:]
     write(root / 'nbs' / 'pixel_weight.ipynb')
     cells, write = sources(root / 'nbs' / '20_inference.ipynb')
-    change(cells, "'WaveletFusion', 'wavelet_fusion_spatial_best.pt'),", f"'WaveletFusion', 'wavelet_fusion_spatial_best.pt'),\n        {LINE}")
+    change(cells, "'ResNetFusion', 'resnet_fusion_best.pt'),", f"'ResNetFusion', 'resnet_fusion_best.pt'),\n        {LINE}")
     write(root / 'nbs' / '20_inference.ipynb')
     export = "from nbdev.export import nb_export; [nb_export(f'nbs/{name}.ipynb', 'medfusion') for name in ('pixel_weight', '20_inference')]"
     done(root, 'python', '-c', export)

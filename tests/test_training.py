@@ -376,6 +376,7 @@ def test_the_same_objects_can_be_trained_on(tmp_path):
 @pytest.mark.parametrize('shell, said', [(False, 'Interrupted; the run is kept up to epoch 1'), (True, '')])
 def test_a_stop_is_said_once(tmp_path, monkeypatch, capsys, shell, said):
     "By the notebook; under the command, which has a sentence of its own, only by that."
+    monkeypatch.delenv('MEDFUSION_COMMAND', raising=False)
     if shell:
         monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy')
     net = nn.Linear(1, 1)
@@ -576,7 +577,8 @@ def test_a_stale_optimiser_with_resume(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(tmp_path, straight, number, monkeypatch):
-    monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy -p width=4')
+    monkeypatch.delenv('MEDFUSION_COMMAND', raising=False)    # under the command its own sentence says it
+    path = notebook(tmp_path, "save_dir: str = ''\nrun: str = 'latest'\nresume: bool = False", '')
 
     def stopped():
         calls = iter(range(99))
@@ -588,7 +590,7 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(tmp_path, straight, nu
             if next(calls) == 8:
                 os.kill(os.getpid(), number)
             return step(model, batch)
-        at = open_run('toy', parameters(tmp_path / 'runs'), toy_files(tmp_path / 'runs'), notebook='toy.ipynb')
+        at = open_run('toy', parameters(tmp_path / 'runs'), toy_files(tmp_path / 'runs'), notebook=str(path))
         torch.manual_seed(0)
         net = Net(4)
         optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -598,7 +600,7 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(tmp_path, straight, nu
     status = in_child(stopped)
     assert os.WTERMSIG(status) == signal.SIGTERM if number == signal.SIGTERM else os.WEXITSTATUS(status) == 1
     said = (tmp_path / 'said').read_text()
-    assert 'kept up to epoch 1' in said and 'medfusion train toy -p width=4 --run a -p resume=true' in said
+    assert 'kept up to epoch 1' in said and 'toy.ipynb a.ipynb ' in said and '-p resume True' in said, said
     assert read_run(tmp_path / 'runs' / 'a')['state'] == 'interrupted'
     run(tmp_path / 'runs', resume=True)
     assert written(tmp_path / 'runs') == straight
