@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import medfusion
+from medfusion.cross_validation import pool_slices
 from medfusion.data import CTMRIDataset, case_of
 from medfusion.files import sha256_of
 from medfusion.inference import load_model, shipped_models
 from medfusion.metrics import measure
-from medfusion.phantom import phantom_slice
+from medfusion.phantom import phantom_slice, write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = Path(medfusion.__file__).resolve().parent / 'shipped'
@@ -88,8 +89,10 @@ def test_the_wavelet_network_is_small(models):
     assert sum(weights.numel() for weights in models['wavelet'].parameters()) <= 300_000
 
 
-def slices_of(cases):
-    "The slices of cases of the Harvard data: from Dataset/, filled by `medfusion data harvard`, or from beside the clone."
+def slices_of(cases, folder):
+    "The slices of cases of the Harvard data: from Dataset/, filled by `medfusion data harvard`, or from beside the clone; or of the phantom."
+    if cases == ['phantom']:
+        return CTMRIDataset(*pool_slices(write_phantom(folder / 'Dataset', cases=3, slices=1, size=64), folder / 'all', phantom=True), cases=cases)
     found = {}
     for root in (ROOT / 'Dataset/test', ROOT / 'Dataset/val', ROOT.parent / 'shared/harvard'):
         there = set(map(case_of, (path.name for path in root.glob('CT/*.png'))))
@@ -100,9 +103,9 @@ def slices_of(cases):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_recorded_numbers_are_those_of_the_files(name, models):
+def test_the_recorded_numbers_are_those_of_the_files(name, models, tmp_path):
     numbers = shipped_models()[name].metadata['numbers']
-    columns, slices = list(numbers['means']), slices_of(numbers['cases'].split(', '))
+    columns, slices = list(numbers['means']), slices_of(numbers['cases'].split(', '), tmp_path)
     with torch.inference_mode():
         rows = [measure(models[name](item['ct'][None], item['mri'][None]), item['ct'][None], item['mri'][None], names=columns)
                 for item in slices]
