@@ -9,7 +9,7 @@ __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', '
            'model_of', 'displaced_in', 'fuse', 'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key',
            'read_record_line', 'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices',
            'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output',
-           'run_job', 'fuse_folder']
+           'run_job', 'oddities', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -719,6 +719,13 @@ def run_job(job: FolderJob, pairs: list[Pair], batch_size: int, workers: int, pr
             raise
         job.report.fused += [pair.name for pair, _ in settled(writing, job.report)]
 
+# %% ../nbs/20_inference.ipynb #d2d26928
+def oddities(job: FolderJob, read: int) -> list[str]:
+    "Sentences about what was odd in the `read` pairs of a job: nearly black folders, pairs out of register."
+    dark = (unused_range(place, largest, dtype) for (place, dtype), largest in job.largest.items())
+    displaced = dict(sorted(job.displaced.items()))
+    return [*filter(None, dark), *([register_sentence(displaced, read)] if displaced else [])]
+
 # %% ../nbs/20_inference.ipynb #af1a75d7
 def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=2, replace=False,
                 progress=True, value_range=None) -> FolderReport:
@@ -740,11 +747,8 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
     claim_record(job.record, sha256, getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'), replace)
     run_job(job, pairs, batch_size, workers, progress)
-    for sentence in filter(None, (unused_range(place, largest, dtype) for (place, dtype), largest in job.largest.items())):
+    for sentence in oddities(job, len(pairs) - len(report.skipped)):
         warnings.warn(sentence, stacklevel=2)
-    if job.displaced:
-        read = len(pairs) - len(report.skipped)
-        warnings.warn(register_sentence(dict(sorted(job.displaced.items())), read), stacklevel=2)
     for name in lost_results(job):
         report.fused.remove(name)
         report.failed[name] = 'its result was replaced or removed by something else meanwhile; fuse it again, into another folder'
