@@ -6,14 +6,14 @@
 __all__ = ['on_grid', 'correlate', 'edge_field', 'level_shares', 'shared_information', 'likeness', 'Displacement', 'vertex',
            'estimate_shift', 'out_of_register', 'register_sentence']
 
-# %% ../nbs/22_alignment.ipynb #6384d135
+# %% ../nbs/22_alignment.ipynb #c3dbc5b6
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from scipy.fft import irfft2, rfft2
 
-# %% ../nbs/22_alignment.ipynb #c4c767b3
+# %% ../nbs/22_alignment.ipynb #d9c791ae
 def on_grid(image, side=128):
     "The slice (H, W) on a grid with `side` pixels on the longer side: float32, 1 at its 99.5th percentile and above."
     scale = side / max(image.shape)
@@ -21,14 +21,14 @@ def on_grid(image, side=128):
     small = cv2.resize(np.asarray(image, np.float32), size, interpolation=cv2.INTER_AREA)
     return np.clip(small / max(np.percentile(small, 99.5), 1e-6), 0, 1)
 
-# %% ../nbs/22_alignment.ipynb #ab356863
+# %% ../nbs/22_alignment.ipynb #36a1e69d
 def correlate(a, b, reach):
     "The sums of a(x)·b(x + d) over x, for all shifts d of up to `reach` pixels: (..., H, W) to (..., 2·reach + 1, 2·reach + 1)."
     size = [length + reach for length in a.shape[-2:]]
     sums = irfft2(rfft2(a, size).conj() * rfft2(b, size), size)
     return np.roll(sums, (reach, reach), (-2, -1))[..., :2 * reach + 1, :2 * reach + 1]
 
-# %% ../nbs/22_alignment.ipynb #3ced3f54
+# %% ../nbs/22_alignment.ipynb #4025e5ec
 def edge_field(image, faint=.02):
     "The edges of a slice (H, W) as (3, H, W): w·cos 2φ, w·sin 2φ, w, with w from 0 to 1 (1/2 for a gradient of `faint`)."
     smooth = cv2.GaussianBlur(image, (0, 0), 1)
@@ -36,13 +36,13 @@ def edge_field(image, faint=.02):
     length = right ** 2 + down ** 2
     return np.stack([right ** 2 - down ** 2, 2 * right * down, length]) / (length + faint ** 2)
 
-# %% ../nbs/22_alignment.ipynb #7170638a
+# %% ../nbs/22_alignment.ipynb #6ab37336
 def level_shares(image, levels):
     "The share of each pixel (H, W) in each of `levels` grey levels from 0 to 1: (levels, H, W), with the sum 1."
     places = np.arange(levels, dtype=np.float32).reshape(-1, 1, 1)
     return np.clip(1 - np.abs(image * (levels - 1) - places), 0, 1).astype(np.float32)
 
-# %% ../nbs/22_alignment.ipynb #3d3c0c20
+# %% ../nbs/22_alignment.ipynb #f7787537
 def shared_information(ct, mri, reach):
     "The normalised mutual information, less 1, of two slices (H, W) in [0, 1] for each shift of the MRI."
     joint = correlate(level_shares(ct, 4)[:, None], level_shares(mri, 8)[None], reach).clip(1e-6)
@@ -50,14 +50,14 @@ def shared_information(ct, mri, reach):
     entropies = [-(counts * np.log(counts)).sum(0) for counts in (joint.sum(1), joint.sum(0), joint.reshape(32, *joint.shape[2:]))]
     return (entropies[0] + entropies[1]) / entropies[2] - 1
 
-# %% ../nbs/22_alignment.ipynb #c46f0ceb
+# %% ../nbs/22_alignment.ipynb #b53fc576
 def likeness(ct, mri, reach):
     "How alike two slices on the grid are (0: not at all), for each shift of the MRI by up to `reach`: (2·reach + 1)²."
     first, second = edge_field(ct), edge_field(mri)
     edges = correlate(first, second, reach).sum(0) / np.sqrt((first ** 2).sum() * (second ** 2).sum() + 1e-12)
     return np.sqrt(edges.clip(0) * shared_information(ct, mri, reach).clip(0))
 
-# %% ../nbs/22_alignment.ipynb #5c083284
+# %% ../nbs/22_alignment.ipynb #43dd6128
 class Displacement(NamedTuple):
     "Where the MRI lies, seen from the CT, in pixels (negative: up, left); `gain`: how much likeness a shift back would bring."
     down: float
@@ -74,16 +74,14 @@ class Displacement(NamedTuple):
                  if round(size)]
         return f'{round(self.length)} pixels' + (f' ({", ".join(parts)})' if parts else '')
 
-# %% ../nbs/22_alignment.ipynb #ebb45de7
-def vertex(values, index):
-    "The place of the maximum of a parabola through values[index] and its neighbours."
-    if not 0 < index < len(values) - 1:
-        return float(index)
-    before, here, after = values[index - 1:index + 2]
+# %% ../nbs/22_alignment.ipynb #a85e4561
+def vertex(before, here, after):
+    "The maximum of the parabola through three values in a row, the middle one the largest: (its place, from -1/2 to 1/2; its height above `here`)."
     bend = before - 2 * here + after
-    return index + (.5 * (before - after) / bend if bend < 0 else 0)
+    place = .5 * (before - after) / bend if bend < 0 else 0.
+    return place, -.5 * bend * place ** 2
 
-# %% ../nbs/22_alignment.ipynb #ea7ce12a
+# %% ../nbs/22_alignment.ipynb #998e48f6
 def estimate_shift(ct, mri, reach=16):
     """The `Displacement` of the MRI, two slices (H, W) of one size; None for less than 128 pixels a side or an empty slice.
 
@@ -93,16 +91,19 @@ def estimate_shift(ct, mri, reach=16):
         return None
     alike, pixel = likeness(on_grid(ct), on_grid(mri), reach), max(ct.shape) / 128
     row, column = np.unravel_index(alike.argmax(), alike.shape)
-    down, right = vertex(alike[:, column], row) - reach, vertex(alike[row], column) - reach
-    return Displacement(float(down * pixel), float(right * pixel), float(alike[row, column] - alike[reach, reach]))
+    near = np.pad(alike, 1, 'edge')
+    down, above = vertex(*near[row:row + 3, column + 1])
+    right, beside = vertex(*near[row + 1, column:column + 3])
+    gain = alike[row, column] + above + beside - alike[reach, reach]
+    return Displacement(float((row + down - reach) * pixel), float((column + right - reach) * pixel), float(gain))
 
-# %% ../nbs/22_alignment.ipynb #241243ff
-def out_of_register(ct, mri, least=3 / 256, gain=.012):
+# %% ../nbs/22_alignment.ipynb #d0e8589a
+def out_of_register(ct, mri, least=2.5 / 256, gain=.0125):
     "The `Displacement` of two slices (H, W) if it is long (share of the longer side) and plain enough to warn of; else None."
     found = estimate_shift(ct, mri)
     return found if found and found.length >= least * max(ct.shape) and found.gain >= gain else None
 
-# %% ../nbs/22_alignment.ipynb #7661a7e9
+# %% ../nbs/22_alignment.ipynb #4b74dab7
 def register_sentence(displaced, of):
     "What to say of {name: Displacement} among `of` pairs, in a sentence."
     remedy = 'register the MRI to the CT first (3D Slicer, elastix and SimpleITK do it), or fuse as it is if this was meant.'
