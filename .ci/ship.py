@@ -13,38 +13,32 @@ import yaml
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+from medfusion.cross_validation import recipe_values, seen_before
 from medfusion.data import sort_cases
-from medfusion.evaluation import cases_trained_on
-from medfusion.files import plain, sha256_of
+from medfusion.files import sha256_of
 from medfusion.inference import find_model, methods
-from medfusion.runs import (check_parameters, data_sha256, find_run, open_parts, read_run, resume_settings, run_checkpoint, split_of,
-                            write_metadata)
+from medfusion.runs import data_sha256, find_run, open_parts, read_run, run_checkpoint, split_of, write_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
-FREE = {'seed', 'start', 'val_cases', 'test_cases'}    # what a run by a recipe may choose, beside places and what `resume_settings` leaves out
 
 
 def check_recipe(record, method, recipe):
-    "Raises ValueError where a run was not made with the values of a recipe; what neither names is the notebook's default."
-    declared = check_parameters(method.notebook, yaml.safe_load(recipe.read_text(encoding='utf-8')))
-    epochs = {name for name in declared if name in ('epochs', 'num_epochs')}
-    for name in sorted(epochs | resume_settings(declared).keys() - FREE):
-        value = record['parameters'].get(name, declared[name])
-        if value != plain(declared[name]):
-            raise ValueError(f'The run {record["run"]} had {name} = {value!r}, and {recipe.name} says {declared[name]!r}: a network that '
-                             'ships is made by its recipe. Train it again, or put what the run had into the recipe.')
+    "Raises ValueError where a run was not made with the values of a recipe; seed and start are free, and told."
+    had, wanted = (recipe_values(method.notebook, one) for one in (record['parameters'], yaml.safe_load(recipe.read_text(encoding='utf-8'))))
+    for name in sorted((had.keys() | wanted.keys()) - {'seed', 'start'}):
+        if had.get(name) != wanted.get(name):
+            told = [f'{one[name]!r}' if name in one else 'the default' for one in (had, wanted)]
+            raise ValueError(f'{name} of the run {record["run"]} is {told[0]}, and of {recipe.name} {told[1]}: a network that ships is made by '
+                             'its recipe. Train it again, or put what the run had into the recipe.')
 
 
 def cases_seen(record):
-    "The cases that a run's network was trained on, those of the network that it started from among them."
-    seen, split, start = set(record['split']['train']), record['split'], record['parameters'].get('start')
-    before = cases_trained_on(find_model(start).path) if start else set()
-    if before is None:
-        raise ValueError(f'Nothing says on which cases {start} was trained, from which the run {record["run"]} started; it cannot ship.')
-    if judged := before & {*split['val'], *split['test']}:
-        raise ValueError(f'{start}, from which the run {record["run"]} started, was trained on case {sort_cases(judged)[0]}, which this '
-                         'run is judged by; start from a network that never saw it.')
-    return sort_cases(seen | before)
+    "The cases that a run's network was trained on, those of what it stands on among them."
+    before = seen_before(record['parameters'])
+    if judged := before & {*record['split']['val'], *record['split']['test']}:
+        raise ValueError(f'What the run {record["run"]} stands on (start, backbone_weights) was trained on case {sort_cases(judged)[0]}, by which '
+                         'the run is judged; take what never saw it.')
+    return sort_cases({*record['split']['train']} | before)
 
 
 def numbers_of(means, cases, convention):

@@ -211,9 +211,22 @@ def harvard(
 
 # %% ../nbs/50_cli.ipynb #3625d514
 @data_app.command()
-def check(root: Root = Path('Dataset')):
-    "Print and check what a data set holds. Fails if a file is missing or changed, or a case is on two sides."
-    from medfusion.data import check_split, inspect_dataset
+def check(
+    root: Root = Path('Dataset'),
+    train: Annotated[Path | None, typer.Option(parser=typed_path, metavar='NAMES', help='audit a split instead: its training slices, '
+                                               'a folder or a list (text, JSON, CSV)')] = None,
+    test: Annotated[Path | None, typer.Option(parser=typed_path, metavar='NAMES', help='its test slices, given likewise')] = None,
+    case_pattern: Annotated[str | None, typer.Option(metavar='REGEX', help='how a name tells (?P<case>...) and (?P<slice>...)')] = None,
+):
+    "Print and check what a data set holds, or whether a split leaks. Fails if a file is missing or changed, or a case is on two sides."
+    from medfusion.data import audit_split, check_split, inspect_dataset, names_in_part
+    if train or test or case_pattern:
+        if not (train and test):
+            raise typer.BadParameter('an audit takes both --train and --test')
+        check_there(train, test)
+        audit = audit_split(names_in_part(train, 'train'), names_in_part(test, 'test'), case_pattern)
+        typer.echo(str(audit))
+        raise typer.Exit(int(audit.leaks))
     typer.echo(str(inspect_dataset(root)))
     check_split(root)
     typer.echo(f'{root} is in order: every file is the recorded one, and no case is on two sides.')

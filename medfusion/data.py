@@ -10,7 +10,8 @@ __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_p
            'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files', 'clear_scratch',
            'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split', 'harvard_registry',
            'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport', 'table_problems',
-           'folder_problems', 'images_in', 'inspect_dataset']
+           'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'names_in_part', 'SplitAudit',
+           'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
 import base64
@@ -697,3 +698,74 @@ def inspect_dataset(root, case_of=case_of, value_range=None):
     table = pd.DataFrame(rows, columns=['path', 'part', 'modality', 'name', 'case', 'size', 'depth', 'black', 'type',
                                         'largest', 'sha256'])
     return DatasetReport(root, table, [*problems, *folder_problems(root, parts, names, case_of), *table_problems(table)])
+
+# %% ../nbs/02_data.ipynb #dd90dbeb
+def place_in_case(name, pattern=None):
+    """(case, number) of a slice's file name by a regular expression for the stem with the groups `case` and `slice`.
+
+    None: what precedes the last three digits, and these. Raises `ValueError` for a name or an expression that does not do.
+    """
+    pattern = pattern or '(?P<case>.+)(?P<slice>[0-9]{3})'
+    try:
+        told = re.fullmatch(pattern, unicodedata.normalize('NFC', stem_of(PurePosixPath(str(name)).name)))
+        if told:
+            return told['case'], int(told['slice'])
+    except (re.error, IndexError, TypeError, ValueError):
+        raise ValueError(f'{pattern!r} is no rule for {name}; give a regular expression with the groups case and slice, the latter '
+                         "of digits, such as '(?P<case>.+)_(?P<slice>[0-9]+)'.") from None
+    raise ValueError(f'The case and the number of {name} cannot be told by {pattern!r}; give another rule (case_pattern).')
+
+# %% ../nbs/02_data.ipynb #25c77928
+def names_in_part(source, part):
+    """The slice names of a part of a split: the files of a folder (of CT/ in it, if there is one), or what a file lists.
+
+    A file: a JSON list, or an object with the list `part`; a CSV with a column `name`; else text, a name a line.
+    Raises `FileNotFoundError` or `ValueError`, also where there is no name.
+    """
+    source = absolute_path(source)
+    if source.is_dir():
+        return [path.name for path in list_images(source / 'CT' if (source / 'CT').is_dir() else source)]
+    if source.suffix.lower() == '.json':
+        names = json.loads(source.read_text(encoding='utf-8'))
+        names = names.get(part) if isinstance(names, dict) else names
+    elif source.suffix.lower() == '.csv':
+        names = pd.read_csv(source, dtype=str).get('name', pd.Series(dtype=str)).tolist()
+    else:
+        names = [line.strip() for line in source.read_text(encoding='utf-8').splitlines() if line.strip()]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f'{source} lists no slices for {part}; give a folder of slices, a text with a name a line, a CSV with a '
+                         f"column 'name', or JSON: a list, or an object with the list {part!r}.")
+    return [str(name) for name in names]
+
+# %% ../nbs/02_data.ipynb #aa3eb498
+@dataclass
+class SplitAudit:
+    "What `audit_split` found: slices on both sides, cases on both sides, and test slices by what of them is in training."
+    train: int
+    test: int
+    cases: list         # those on both sides
+    of_case: list       # test slices whose case is in training
+    near: list          # test slices that are in training themselves, or whose neighbour (±1) is
+    nearly: list        # the same up to ±2
+
+    @property
+    def leaks(self):
+        "Whether a case is on both sides."
+        return bool(self.cases)
+
+    def __str__(self):
+        if not self.leaks:
+            return f'No case is on both sides: the {self.test} test slices are of patients who are not among the {self.train} for training.'
+        return (f'The split leaks: {len(self.of_case)} of {self.test} test slices are of a case that is in training too '
+                f'(case {", ".join(self.cases)}), {len(self.near)} have the same or a neighbouring slice (±1) in training, '
+                f'{len(self.nearly)} one within ±2; split by case.')
+
+# %% ../nbs/02_data.ipynb #35a810cc
+def audit_split(train, test, case_pattern=None):
+    "A `SplitAudit` of two lists of slice names; `case_pattern` as the rule of `place_in_case`, which says what raises `ValueError`."
+    train, test = (dict(zip(names, (place_in_case(name, case_pattern) for name in names))) for names in (train, test))
+    places, cases = set(train.values()), {case for case, _ in train.values()}
+    shared = [name for name, (case, _) in test.items() if case in cases]
+    near, nearly = ([name for name in shared if any((test[name][0], test[name][1] + step) in places for step in range(-reach, reach + 1))]
+                    for reach in (1, 2))
+    return SplitAudit(len(train), len(test), sort_cases(test[name][0] for name in shared), shared, near, nearly)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JoinedPairs', 'fused_image', 'fuse_pairs', 'write_fused', 'find_fused', 'reported_columns', 'evaluate', 'summarise',
            'ranks', 'cases_trained_on', 'lesion_table', 'lesions_kept_table', 'read_three', 'evaluate_files',
-           'evaluate_folders', 'read_published', 'holm', 'compare', 'run_numbers', 'markdown_table', 'replace_blocks',
-           'write_tables']
+           'evaluate_folders', 'read_published', 'holm', 'compare', 'run_numbers', 'number_text', 'markdown_table',
+           'replace_blocks', 'write_tables']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import warnings
@@ -259,18 +259,18 @@ def run_numbers(table, lesions=None, validation=None, best_epoch=None) -> dict:
             'validation': None if validation is None else summarise(validation).iloc[0].to_dict(),
             'lesions_kept': None if kept is None else kept.to_dict('index')}
 
+# %% ../nbs/21_evaluation.ipynb #033450c3
+def number_text(value, column: str) -> str:
+    "A number of a column as it is printed, with the digits that the column deserves; NaN is a dash, and what is no float its text."
+    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5}.get(column.split()[0], 3)
+    return str(value) if not isinstance(value, float) else '–' if np.isnan(value) else f'{value:.{digits}f}'
+
 # %% ../nbs/21_evaluation.ipynb #0aea3312
 def markdown_table(table, bold=()) -> str:
     "A table of numbers as Markdown, its index as the first column, the rows named in `bold` in bold; NaN is a dash."
-    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5}
-
-    def cell(value, column):
-        if isinstance(value, float):
-            return '–' if np.isnan(value) else f'{value:.{digits.get(column.split()[0], 3)}f}'
-        return str(value)
     lines = [[table.index.name or '', *table.columns], ['---'] * (1 + len(table.columns))]
     for name, row in zip(table.index, table.itertuples(index=False)):
-        lines.append([f'**{name}**' if name in bold else str(name), *map(cell, row, table.columns)])
+        lines.append([f'**{name}**' if name in bold else str(name), *map(number_text, row, table.columns)])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 # %% ../nbs/21_evaluation.ipynb #5ff0c7cb

@@ -6,10 +6,10 @@
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'FoundModel', 'find_model', 'method_of',
            'find_device', 'load_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
            'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
-           'model_of', 'fuse', 'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line',
-           'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices',
-           'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job',
-           'fuse_folder']
+           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key',
+           'read_record_line', 'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices',
+           'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output',
+           'run_job', 'oddities', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -34,6 +34,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import medfusion
+from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, stem_of,
                              to_depth, unused_range, window, write_atomically)
@@ -412,6 +413,15 @@ def model_of(model, device='auto'):
 def _loaded(spec, path, device, state):     # path and state notice another file under the same name
     return load_model(spec, device)
 
+# %% ../nbs/20_inference.ipynb #647de019
+def displaced_in(ct: torch.Tensor, mri: torch.Tensor, name: str) -> dict[str, Displacement]:
+    "{name: Displacement} of the pairs out of register in two batches (B, 1 or 3, H, W); with more than one, names have numbers. Colour: none."
+    if mri.shape[1] == 3:
+        return {}
+    pairs = zip(luminance(ct).cpu().numpy()[:, 0], mri.cpu().numpy()[:, 0])
+    found = {f'{name} {number}' if len(ct) > 1 else name: out_of_register(*pair) for number, pair in enumerate(pairs)}
+    return {name: shift for name, shift in found.items() if shift}
+
 # %% ../nbs/20_inference.ipynb #aceb0067
 def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None):
     """The fused image, of the kind and depth of `ct`.
@@ -423,13 +433,15 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None):
     model: whatever `load_model` knows by name or path, or a network or function `model(ct, mri)` (`device` is then
     that of the network). tile: images with a longer side are fused in tiles of this side, a multiple of 64.
     value_range: (low, high), for slices whose values do not fill the range of their type (see `in_unit_range`).
-    Raises ValueError or FileNotFoundError with a sentence.
+    Warns of a grey pair that is out of register. Raises ValueError or FileNotFoundError with a sentence.
     """
     if not isinstance(tile, int) or tile < 64 or tile % 64:
         raise ValueError(f'tile is {tile!r}; it must be a multiple of 64, for tiles begin on the grid of the network.')
     first, second = (read_slice(image, value_range) if isinstance(image, (str, Path)) else image for image in (ct, mri))
     x, y = (as_batch(image, None if image is not given else value_range) for image, given in ((first, ct), (second, mri)))
     check_pair(x, y)
+    if displaced := displaced_in(x, y, Path(mri).name if isinstance(mri, (str, Path)) else 'MRI'):
+        warnings.warn(register_sentence(displaced, len(x)), stacklevel=2)
     fused = fuse_batch(model_of(model, device), luminance(x), luminance(y), tile)
     return as_given(fused if y.shape[1] == 1 else with_luminance(y.cpu(), fused), first)
 
@@ -546,6 +558,7 @@ class FolderJob:
     value_range: tuple | None = None
     made: dict = field(default_factory=dict)        # {pair: SHA-256} of this run's results
     largest: dict = field(default_factory=dict)     # {(folder, type): largest value} of what was read
+    displaced: dict = field(default_factory=dict)   # {name: Displacement} of pairs out of register
 
     def target(self, pair) -> Path:
         "The file that a pair is fused into."
@@ -587,6 +600,7 @@ def read_slices(pair: Pair, job: FolderJob) -> Slices | None:
     arrays = [read_slice(path, job.value_range, quiet=True) for path in (pair.ct, pair.mri)]
     ct, mri = map(as_batch, arrays)
     check_pair(ct, mri)
+    job.displaced.update(displaced_in(ct, mri, pair.name))
     return Slices(pair, luminance(ct), luminance(mri), mri if mri.shape[1] == 3 else None, sources,
                   tuple(array.dtype for array in arrays), tuple(array.max() for array in arrays))
 
@@ -705,6 +719,13 @@ def run_job(job: FolderJob, pairs: list[Pair], batch_size: int, workers: int, pr
             raise
         job.report.fused += [pair.name for pair, _ in settled(writing, job.report)]
 
+# %% ../nbs/20_inference.ipynb #d2d26928
+def oddities(job: FolderJob, read: int) -> list[str]:
+    "Sentences about what was odd in the `read` pairs of a job: nearly black folders, pairs out of register."
+    dark = (unused_range(place, largest, dtype) for (place, dtype), largest in job.largest.items())
+    displaced = dict(sorted(job.displaced.items()))
+    return [*filter(None, dark), *([register_sentence(displaced, read)] if displaced else [])]
+
 # %% ../nbs/20_inference.ipynb #af1a75d7
 def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=2, replace=False,
                 progress=True, value_range=None) -> FolderReport:
@@ -726,7 +747,7 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
     claim_record(job.record, sha256, getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'), replace)
     run_job(job, pairs, batch_size, workers, progress)
-    for sentence in filter(None, (unused_range(place, largest, dtype) for (place, dtype), largest in job.largest.items())):
+    for sentence in oddities(job, len(pairs) - len(report.skipped)):
         warnings.warn(sentence, stacklevel=2)
     for name in lost_results(job):
         report.fused.remove(name)

@@ -156,6 +156,17 @@ def test_what_no_data_set_can_be_made_from(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_split_is_audited(tmp_path):
+    (tmp_path / 'train.txt').write_text('34010.png\n2001.png\n')
+    (tmp_path / 'test.json').write_text('["34011.png", "41001.png"]')
+    audit = ['data', 'check', '--train', tmp_path / 'train.txt', '--test', tmp_path / 'test.json']
+    leak = medfusion(*audit)
+    assert leak.exit_code == 1 and '1 of 2 test slices are of a case' in leak.stdout
+    assert medfusion(*audit, '--case-pattern', '(?P<slice>[0-9]{3})(?P<case>[0-9]+)').exit_code == 0
+    assert_sentence(medfusion(*audit, '--case-pattern', '('), 'is no rule')
+    assert medfusion(*audit[:4]).exit_code == 2
+
+
 def test_data_import(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ('CT', 'MRI'):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from medfusion.files import read_json, sha256_of
+from medfusion.cross_validation import fold_name, fold_record, pool_slices, read_folds
+from medfusion.evaluation import replace_blocks, reported_columns
+from medfusion.files import read_json, sha256_of, write_json
 from medfusion.inference import methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, open_parts, save_checkpoint, split_of, write_metadata, write_run
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / '.ci'))
 
 import ship  # noqa: E402
+import tables  # noqa: E402
 
 WAVELET = methods()['wavelet']
 MEANS = {'VIF': 0.54321987, 'invented': 0.00012345678}
@@ -66,7 +69,7 @@ def test_what_may_not_ship_says_why(phantom, tmp_path):
     made_run(results / WAVELET.directory / 'faster', phantom, lr=0.5)
     with pytest.raises(ValueError, match='only a finished one can ship'):
         ship.ship('wavelet', 'broken-off', results, tmp_path / 'shipped')
-    with pytest.raises(ValueError, match='lr = 0.5, and wavelet_shipped.yaml says 0.0015'):
+    with pytest.raises(ValueError, match='lr of the run faster is 0.5, and of wavelet_shipped.yaml 0.0015'):
         ship.ship('wavelet', 'faster', results, tmp_path / 'shipped')
     with pytest.raises(FileNotFoundError, match='no run .*nobody'):
         ship.ship('wavelet', 'nobody', results, tmp_path / 'shipped')
@@ -77,5 +80,63 @@ def test_what_a_start_has_seen_counts(phantom, tmp_path):
     start = made_run(tmp_path / 'start', phantom)
     record = {'run': 'next', 'split': {'train': ['1'], 'val': [], 'test': ['4']}, 'parameters': {'start': str(start)}}
     assert ship.cases_seen(record) == ['1', '2']
-    with pytest.raises(ValueError, match='was trained on case 2, which this run is judged by'):
+    with pytest.raises(ValueError, match='was trained on case 2, by which'):
         ship.cases_seen(record | {'split': {'train': ['1'], 'val': [], 'test': ['2']}})
+
+
+# Folds
+
+def test_slices_are_pooled_from_parts_and_nothing_else(phantom, tmp_path):
+    folders = pool_slices(phantom, tmp_path / 'slices', phantom=True)
+    assert pool_slices(phantom, tmp_path / 'slices') == folders      # again: nothing changes
+    assert len(list((tmp_path / 'slices/labels').iterdir())) == 8    # of the phantom alone
+    assert [path.name for path in sorted(folders[0].iterdir()) if not path.name.startswith('phantom')] == [f'{case}000.png' for case in (1, 2, 3, 4)]
+    (folders[1] / '9000.png').write_bytes((folders[1] / '1000.png').read_bytes())
+    with pytest.raises(ValueError, match='9000.png is no slice of .* remove'):
+        pool_slices(phantom, tmp_path / 'slices')
+
+
+def test_only_a_finished_run_is_recorded(phantom, tmp_path):
+    made_run(tmp_path / 'results' / 'half', phantom, state='interrupted')
+    with pytest.raises(ValueError, match='is interrupted, so there is nothing to record'):
+        fold_record(tmp_path / 'results' / 'half', 'wavelet_shipped')
+
+
+def write_folds(folder, recipe, cases, better=0.0, sha256='a'):
+    "Made-up records of the folds of some of eight cases."
+    eight = [str(case) for case in range(1, 9)]
+    for case in cases:
+        value = 0.5 + int(case) / 100
+        numbers = {name: dict.fromkeys([*reported_columns(), 'invented_worst', 'invented_max'], value + more)
+                   for name, more in (('network', better + int(case) / 1000), ('maximum', 0.0), ('average', -0.1))}
+        write_json(folder / f'{fold_name(recipe, case)}.json', {
+            'format': 'medfusion fold 1', 'method': recipe.split('_')[0], 'recipe': recipe, 'recipe_sha256': sha256, 'case': case,
+            'trained_on': [other for other in eight if other != case], 'numbers': numbers})
+
+
+def test_records_of_other_values_are_not_mixed(tmp_path):
+    write_folds(tmp_path, 'mine', '123')
+    write_folds(tmp_path, 'mine', '4', sha256='b')
+    write_json(tmp_path / 'mine-without-phantom.json', read_json(tmp_path / 'mine-without-1.json') | {'case': 'phantom'})
+    for sha256, cases, left_out in ((None, '123', '4'), ('a', '123', '4'), ('b', '4', '1, 2, 3')):
+        records, note = read_folds(tmp_path, 'mine', sha256)
+        assert [record['case'] for record in records] == list(cases) and f'the folds of case {left_out} were made with other values' in note
+    (tmp_path / 'mine-without-5.json').write_text('{}')
+    with pytest.raises(ValueError, match='mine-without-5.json is no record of a fold'):
+        read_folds(tmp_path, 'mine')
+
+
+def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, 'RECORDED', tmp_path)
+    monkeypatch.setattr(tables, 'means', lambda record: 'the table of case 41')
+    (tmp_path / 'cross_validation').mkdir()
+    write_folds(tmp_path / 'cross_validation', 'wavelet_shipped', '1234567', better=0.05)
+    assert 'the table of case 41' in tables.headline()
+    write_folds(tmp_path / 'cross_validation', 'wavelet_shipped', '8', better=0.05)
+    write_folds(tmp_path / 'cross_validation', 'resnet_shipped', '12345678', better=-0.05)
+    text = tables.headline()
+    assert 'Means over 8 patients' in text and 'recipes: [wavelet_shipped, resnet_shipped]' in text and 'case 41' not in text
+    assert '| **wavelet** | 0.60 ± 0.02 |' in text and '| maximum | 0.55 ± 0.02 |' in text
+    assert 'wavelet against the maximum, within each patient: ahead in EN (in 8 of 8)' in text and 'behind in invented (in 0 of 8)' in text
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert len(replace_blocks(readme, {'patients': text}).splitlines()) <= 120

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 import medfusion.data as data
-from medfusion.data import (CTMRIDataset, case_of, check_names, check_sides, check_split, crop_pair, data_root,
-                            download_harvard, fill_dataset, harvard_split, inspect_dataset, prepare_dataset,
+from medfusion.data import (CTMRIDataset, audit_split, case_of, check_names, check_sides, check_split, crop_pair, data_root,
+                            download_harvard, fill_dataset, harvard_split, inspect_dataset, names_in_part, prepare_dataset,
                             recorded_files, split_by_case, split_files, write_split_info)
 from medfusion.files import list_pairs, read_image, read_json, sha256_of, to_float, write_image
 
@@ -797,3 +797,38 @@ def test_inspect_nothing(tmp_path):
     for folder in (tmp_path, tmp_path / 'none'):
         with pytest.raises(FileNotFoundError, match='holds no slices'):
             inspect_dataset(folder)
+
+
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+def test_audit_of_a_split():
+    train = ['34010.png', '34012.png', '2005.png', 'CT/2006.png']
+    clean = audit_split(train, ['41010.png', '41011.png'])
+    assert not clean.leaks and (clean.train, clean.test) == (4, 2) and 'No case is on both sides' in str(clean)
+    leaky = audit_split(train, ['34011.png', '34014.png', '34020.png', '2005.tif', '41001.png'])
+    assert leaky.leaks and leaky.cases == ['2', '34']
+    assert leaky.of_case == ['34011.png', '34014.png', '34020.png', '2005.tif']
+    assert leaky.near == ['34011.png', '2005.tif'] and leaky.nearly == ['34011.png', '34014.png', '2005.tif']
+    assert '4 of 5 test slices are of a case that is in training too (case 2, 34), 2 have' in str(leaky)
+
+
+def test_the_rule_of_an_audit_can_be_replaced():
+    rule = r'(?P<slice>\d+)-of-(?P<case>\w+)'
+    assert audit_split(['7-of-ann.png'], ['8-of-ann.png'], rule).near == ['8-of-ann.png']
+    for wrong, sentence in ((None, 'The case and the number of 7-of-ann.png cannot be told'), (r'(\w+', 'is no rule'), (r'(.+)', 'is no rule'),
+                            (r'(?P<case>\d+)-(?P<slice>.+)', 'is no rule')):
+        with pytest.raises(ValueError, match=sentence):
+            audit_split(['7-of-ann.png'], ['8-of-ann.png'], wrong)
+
+
+def test_names_of_a_part(flat, tmp_path):
+    names = ['1000.png', '1001.png']
+    for file, text in (('a.txt', '1000.png\n\n1001.png\n'), ('a.csv', 'name,more\n1000.png,1\n1001.png,2\n'), ('a.json', json.dumps(names)),
+                       ('b.json', json.dumps({'train': ['2000.png'], 'test': names}))):
+        (tmp_path / file).write_text(text)
+        assert names_in_part(tmp_path / file, 'test') == names
+    assert names_in_part(flat, 'test') == names_in_part(flat / 'MRI', 'test')
+    for file, text in (('c.json', '{}'), ('c.csv', 'file\n1000.png\n'), ('c.txt', '')):
+        (tmp_path / file).write_text(text)
+        with pytest.raises(ValueError, match=f'{file} lists no slices for test'):
+            names_in_part(tmp_path / file, 'test')
