@@ -163,7 +163,7 @@ def networks():
 def notebooks():
     "Every notebook with its module and its one line."
     rows, told = [], {method.notebook for method in methods().values()}
-    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: '13' if path.name in told else path.name)
+    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: '14' if path.name in told else path.name)
     for path in order:
         cells = [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
         line = re.search(r'^> (.*(?:\n(?=\S).*)*)', cells[0], re.MULTILINE)
