@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'in_shell_words',
-           'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path', 'read_range', 'phantom',
-           'import_slices', 'harvard', 'check', 'check_there', 'fuse_files', 'fuse', 'Preset', 'metric_summary',
+           'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path', 'read_range', 'check_there',
+           'phantom', 'import_slices', 'harvard', 'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary',
            'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
            'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
            'check_method', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand',
@@ -150,6 +150,14 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
+# %% ../nbs/50_cli.ipynb #cec2d3e2
+def check_there(*paths: Path) -> None:
+    "Raises FileNotFoundError for the first path at which there is nothing."
+    from medfusion.files import absolute_path, missing_sentence
+    for path in map(absolute_path, paths):
+        if not path.exists():
+            raise FileNotFoundError(missing_sentence(path, 'file or folder'))
+
 # %% ../nbs/50_cli.ipynb #39f87213
 ValueRange = Annotated[str | None, typer.Option('--range', metavar='LOW,HIGH', help='the values that are black and white, where they '
                                                 "are not the type's, as for 12 bits in 16: 0,4095")]
@@ -234,14 +242,6 @@ def check(
 # %% ../nbs/50_cli.ipynb #c2d939d2
 ModelName = Annotated[str, typer.Option('--model', '-m', metavar='MODEL', help='wavelet, resnet; a rule (maximum, average, '
                                         'pyramid, ...); a checkpoint or a folder with one; run:NAME')]
-
-# %% ../nbs/50_cli.ipynb #cec2d3e2
-def check_there(*paths: Path) -> None:
-    "Raises FileNotFoundError for the first path at which there is nothing."
-    from medfusion.files import absolute_path, missing_sentence
-    for path in map(absolute_path, paths):
-        if not path.exists():
-            raise FileNotFoundError(missing_sentence(path, 'file or folder'))
 
 # %% ../nbs/50_cli.ipynb #f72722b9
 def fuse_files(ct: Path, mri: Path, out: Path, model='wavelet', device='auto', value_range=None, replace=False) -> Path:
