@@ -281,7 +281,7 @@ def test_what_rules_invent_on_public_pairs(rule, mean, worst, largest):
     assert abs(share.mean() - mean) < 1e-6 and abs(share.max() - worst) < 4e-6 and abs(excess.max() - largest) < 0.1
 
 
-@pytest.mark.parametrize('network, share, largest', [('wavelet', 9.16e-4, 8.6), ('resnet', 3.60e-3, 25.4)])
+@pytest.mark.parametrize('network, share, largest', [('wavelet', 1.98e-4, 2.5), ('resnet', 3.60e-3, 25.4)])
 def test_the_false_level_in_a_shipped_result_is_seen(network, share, largest):
     from medfusion.inference import fuse, load_model
     ct, mri = as_batch(*public_pair('41008'))
