@@ -62,7 +62,7 @@ def tiff_tags(data, place=None):
             if code:
                 tags[tag] = struct.unpack_from(f'{order}{many}{code}', data, where)
         following, = struct.unpack_from(order + word, data, place + first + number * entry)
-    except struct.error:
+    except (struct.error, OverflowError):  # a place beyond what a file can hold
         raise ValueError('is truncated or damaged (in its directory); copy or download it again.') from None
     return tags, following
 

@@ -353,6 +353,13 @@ def small_files():
             **{name: encoded(slim, 'TIFF', compression=name) for name in ('tiff_lzw', 'tiff_adobe_deflate', 'packbits')}}
 
 
+def test_a_directory_beyond_any_file(tmp_path):
+    "The place of a BigTIFF's first directory is eight bytes: more than any file, and more than an index can be."
+    (tmp_path / 'far.tif').write_bytes(b'MM\0+\0\x08\0\0' + b'\x80' + bytes(40))
+    with pytest.raises(ValueError, match='far.tif.*damaged'):
+        read_image(tmp_path / 'far.tif')
+
+
 @some
 @given(st.sampled_from(['png', 'jpg', 'bmp', 'tif', '16', 'tiff_lzw', 'tiff_adobe_deflate', 'packbits']), st.data())
 def test_whatever_happens_to_a_file_it_is_read_or_refused_in_a_sentence(tmp_path, kind, draw):
