@@ -23,7 +23,7 @@ import torch
 
 from .anatomy import case_sequence, draw_head
 from .baselines import baselines
-from .detectability import brain_region
+from .detectability import brain_region, channel_width
 from .files import read_image, read_json, stem_of, to_depth, to_float, write_image, write_json
 from .inference import fuse
 from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
@@ -140,7 +140,7 @@ def painted_slices(data_set, lesion: PaintedLesion, amplitude: float, paintings:
 # %% ../nbs/23_detection.ipynb #b1bbcf39
 def lesion_channels(lesion: PaintedLesion, size: int = 49) -> np.ndarray:
     "The six Laguerre–Gauss channels (6, size, size) for a kind of lesion, of width 1.5 · max(2.5 σ, 5) pixels."
-    return laguerre_gauss(size, 1.5 * max(2.5 * np.mean(lesion.sigma), 5.0))
+    return laguerre_gauss(size, channel_width(np.mean(lesion.sigma)))
 
 # %% ../nbs/23_detection.ipynb #9d016642
 def outputs_at(image, places, bank: np.ndarray, channels: int) -> np.ndarray:

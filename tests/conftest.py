@@ -101,6 +101,19 @@ def notebook(folder, *cells, tags=('parameters',)):
     return path
 
 
+def in_child(function):
+    "The wait status of a child process that runs `function`; forked, because importing torch takes seconds."
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
 def in_little_space(function, *arguments, limit=3000):
     "What a call raises in a process that may not write files of more than `limit` bytes (root neither)."
     reader, writer = os.pipe()

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import notebook
+from conftest import in_child, notebook
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
@@ -32,19 +32,6 @@ from medfusion.runs import (Run, check_parameters, check_run_name, check_values,
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb') if '"parameters"' in path.read_text())
 some = settings(suppress_health_check=list(HealthCheck))    # how many, and which, conftest.py says
-
-
-def in_child(function):
-    "The wait status of a child process that runs `function`."
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import notebook
+from conftest import in_child, notebook
 from torch import nn
 
 from medfusion.files import sha256_of
@@ -99,19 +99,6 @@ def written(folder):
     "The bytes of every file that a run left, by its path in the folder; not the record, which holds times."
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*'))
             if path.is_file() and path.name not in ('.running.lock', 'run.json')}
-
-
-def in_child(function):
-    "The wait status of a child process that runs `function`; forked, because importing torch takes seconds."
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
 
 
 @pytest.fixture(autouse=True, scope='module')
