@@ -1,0 +1,63 @@
+"""The notebooks that train many networks, by papermill at small size: the ablation and the folds."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from medfusion.files import read_json
+from medfusion.inference import load_model
+from medfusion.phantom import write_phantom
+from medfusion.runs import run_checkpoint
+
+NBS = Path(__file__).resolve().parents[1] / 'nbs'
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    return write_phantom(tmp_path_factory.mktemp('data') / 'Dataset', cases=5, slices=2, size=64)
+
+
+def papermill(notebook, folder, **parameters):
+    "Runs a notebook of nbs/ with these parameters; what it executed lies in `folder`."
+    (folder / 'given.yaml').write_text(yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in parameters.items()}))
+    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', NBS / notebook, folder / 'executed.ipynb', '--cwd', NBS,
+                           '-f', folder / 'given.yaml'], capture_output=True, text=True)
+
+
+def recipe(folder, name, **values):
+    (folder / f'{name}.yaml').write_text(yaml.safe_dump({'width': 8} | values))
+    return str(folder / f'{name}.yaml')
+
+
+def test_the_ablation_trains_the_rows_that_its_record_lacks(dataset, tmp_path):
+    record = tmp_path / 'ablation.csv'
+    given = {'recipe': recipe(tmp_path, 'wide'), 'ablation_files': [recipe(tmp_path, 'narrow', width=4)], 'epochs': 1, 'make': 'missing',
+             'record': record, 'save_dir': tmp_path / 'runs', 'data_dir': dataset}
+    done = papermill('91_ablation.ipynb', tmp_path, **given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = pd.read_csv(record, keep_default_na=False)
+    assert list(made.change) == ['', 'narrow'] and (made.VIF.astype(float) > 0).all()
+    assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == ['wide-as_it_is-1-seed0', 'wide-narrow-1-seed0']
+
+
+def test_folds_in_two_stages(dataset, tmp_path):
+    "The second stage goes on from the fold of the first that left out the same case; where that is done, it is not made again."
+    first, second = recipe(tmp_path, 'wavelet_one'), recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)
+    given = {'data': dataset, 'fold_epochs': 1, 'make': 'missing', 'jobs': 2, 'kinds': ['haematoma'], 'records': tmp_path / 'records',
+             'save_dir': tmp_path / 'results'}
+    done = papermill('92_cross_validation.ipynb', tmp_path, recipes=[second, first], cases=['3', '5'], **given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = {name: tmp_path / f'results/trainable_wavelet_fusion/{name}' for name in ('wavelet_one-without-3', 'wavelet_two-without-3')}
+    assert read_json(runs['wavelet_two-without-3'] / 'run.json')['parameters']['start'] == str(runs['wavelet_one-without-3'])
+    records = {path.stem: read_json(path) for path in (tmp_path / 'records').iterdir()}
+    assert sorted(records) == [f'wavelet_{stage}-without-{case}' for stage in ('one', 'two') for case in '35']
+    assert records['wavelet_two-without-5']['trained_on'] == ['1', '2', '3', '4'] and str(tmp_path) not in str(records)
+    networks = {name: load_model(str(run_checkpoint(folder)), device='cpu').state_dict() for name, folder in runs.items()}
+    assert any((a != b).any() for a, b in zip(*(weights.values() for weights in networks.values())))
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())]
+    assert papermill('92_cross_validation.ipynb', tmp_path, recipes=[second, first], cases=['3', '5'], **given).returncode == 0
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())] == before
