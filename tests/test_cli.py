@@ -454,7 +454,8 @@ def test_benchmark_takes_models_as_every_command_does(clone):
     assert_sentence(medfusion('benchmark', '-p', 'checkpoints=[wavelet'), 'checkpoints', 'list[str]')
 
 
-@pytest.mark.parametrize('epochs, words', [(13, ['under the heading "Training": thirteen epochs; see']), (14, ['ZeroDivisionError']), (15, ['died without a word'])])
+@pytest.mark.parametrize('epochs, words', [(13, ['under the heading "Training": thirteen epochs; see']),
+                                           pytest.param(14, ['ZeroDivisionError'], marks=pytest.mark.long), (15, ['died without a word'])])
 def test_a_failing_notebook_is_kept(clone, epochs, words):
     result = medfusion('train', 'wavelet', '-p', f'num_epochs={epochs}', '--run', 'b')
     executed = clone / 'results' / 'trainable_wavelet_fusion' / 'b' / 'executed.ipynb'
@@ -488,7 +489,7 @@ def test_a_refused_run_leaves_the_other_ones_notebook(clone):
     assert (folder / 'executed.ipynb').read_text() == '{}'
 
 
-@pytest.mark.parametrize('more', [[], ['-p', 'resume=true']])
+@pytest.mark.parametrize('more', [[], pytest.param(['-p', 'resume=true'], marks=pytest.mark.long)])
 def test_a_run_that_is_refused_in_its_notebook_leaves_the_other_ones(clone, more, monkeypatch):
     folder = clone / 'results' / 'trainable_wavelet_fusion' / 'd'
     folder.mkdir(parents=True)

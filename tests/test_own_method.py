@@ -61,6 +61,7 @@ def done(root, program, *arguments):
     return process.stdout
 
 
+@pytest.mark.long
 def test_a_notebook_and_a_line_make_a_method(clone):
     done(clone, 'medfusion', 'train', 'pixel', '--run', 'first', '-p', 'epochs=2')
     record = json.loads((clone / 'results/pixel_weight/first/run.json').read_text())

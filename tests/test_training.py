@@ -701,6 +701,7 @@ def papermill(clone, *arguments):
                             env=os.environ | {'TMPDIR': str(clone)})    # a killed one leaves its connection file there
 
 
+@pytest.mark.long
 def test_papermill(tmp_path, straight):
     "A run by papermill is killed during its third epoch and continued."
     (tmp_path / 'nbs').mkdir()
