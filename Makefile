@@ -31,8 +31,8 @@ test: $(READY)   ## pass every check
 	.ci/leaves-nothing $(BIN)/nbdev_test --n_workers 2 --pause 0.2
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long'
 
-long: $(READY)   ## the checks that take long: faults, engines, memory
-	$(BIN)/python -m pytest -q -m long
+long: $(READY)   ## the checks that take long, and all faults, with their table
+	$(BIN)/python -m pytest -q -m 'long or fault'
 
 fuzz: $(READY)   ## search for inputs that break a promise, for FUZZ_SECONDS=600
 	.ci/fuzz $(BIN)/python $(FUZZ_SECONDS)

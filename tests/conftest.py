@@ -51,6 +51,7 @@ def pytest_runtest_teardown():
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long: takes long; `make long` runs it and `make test` does not')
+    config.addinivalue_line('markers', 'fault(door, what, points=1): tries a fault at so many points; `make long` runs these too, and prints their table')
     if hasattr(config, 'workerinput'):   # one of the processes of pytest-xdist, inside the directory of the first
         folder = Path(tempfile.gettempdir()) / f'worker-{config.workerinput["workerid"]}'
         folder.mkdir()
@@ -77,7 +78,30 @@ def pytest_testnodedown(node):
     node.config.left_by_workers += getattr(node, 'workeroutput', {}).get('leftovers', [])
 
 
+def pytest_runtest_setup(item):
+    "A fault that is tried goes into the report, so that processes side by side can be counted together."
+    for mark in item.iter_markers('fault'):
+        item.user_properties += [('fault', mark.args), ('points', mark.kwargs.get('points', 1))]
+
+
+def fault_table(reports):
+    "Lines: what was tried at which door, in how many tests and at how many points, and how many tests failed."
+    rows = {}
+    for report in reports:
+        said = dict(report.user_properties)    # of two 'points' the later, which the test itself found out
+        if report.when == 'call' and 'fault' in said:
+            row = rows.setdefault(tuple(said['fault']), [0, 0, 0])
+            for i, value in enumerate((1, said['points'], report.failed)):
+                row[i] += value
+    lines = [('door', 'fault', 'tests', 'points', 'failed'), *((*key, *row) for key, row in sorted(rows.items()))]
+    return ['{:<22}{:<40}{:>7}{:>8}{:>8}'.format(*line) for line in lines] if rows else []
+
+
 def pytest_terminal_summary(terminalreporter, config):
+    if 'fault' in config.option.markexpr:
+        terminalreporter.section('faults that were tried')
+        for line in fault_table([report for kind in ('passed', 'failed') for report in terminalreporter.stats.get(kind, ())]):
+            terminalreporter.line(line)
     found = config.leftovers.sentences() + config.left_by_workers
     if found:
         terminalreporter.section('left in the temporary directory', red=True)

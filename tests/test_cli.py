@@ -108,6 +108,7 @@ def test_a_console_that_cannot_print_a_character(pairs):
     assert done.returncode == 1 and done.stderr == f'medfusion: There is no file or folder {Path.cwd()}/5?7.png; check the path.\n'
 
 
+@pytest.mark.fault('fuse', 'stopped (Ctrl-C, SIGTERM)')
 @pytest.mark.parametrize('stop, code', [(signal.SIGTERM, 143)])     # Ctrl-C takes the same way
 def test_stopped_while_fusing(pairs, stop, code):
     "One sentence, what was fused is kept, and the command that it names goes on."
@@ -313,6 +314,7 @@ def test_slices_lie_as_their_notes_say(pairs):
         assert fused.shape == (40, 20) and fused[:, -1].min() > 150 and fused[:, :10].max() < 50, name
 
 
+@pytest.mark.fault('fuse, evaluate, data', 'disk full, or failing', points=4)
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
     "A limit on the size of files stands for it."
     for i, name in enumerate(pairs):
@@ -336,6 +338,46 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
 
 
 # Evaluate
+
+def evaluated(pairs, *more):
+    "A process that writes t.csv; the tables of one pair differ by the preset."
+    child = os.fork()
+    if child == 0:
+        os._exit(medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', f'CT/{pairs[0]}', '--csv', 't.csv', *more).exit_code)
+    return child
+
+
+@pytest.mark.long
+@pytest.mark.fault('evaluate', 'killed between two writes', points=2)
+def test_evaluate_killed_at_its_table(pairs, monkeypatch):
+    "The table that was there, or the new one, whole; the next call is not disturbed."
+    def table(*more):
+        os.waitpid(evaluated(pairs, *more), 0)
+        return Path('t.csv').read_bytes()
+    new, old = table(), table('--preset', 'textbook')
+    assert old != new
+    for moment, wanted in (('before', old), ('after', new)):
+        assert table('--preset', 'textbook') == old
+
+        def dies(*given, real=os.replace):
+            if moment == 'after':
+                real(*given)
+            os._exit(9)
+        with monkeypatch.context() as patched:
+            patched.setattr('medfusion.files.os.replace', dies)
+            assert os.waitstatus_to_exitcode(os.waitpid(evaluated(pairs), 0)[1]) == 9
+        assert Path('t.csv').read_bytes() == wanted
+    assert table('--preset', 'textbook') == old and not list(Path().glob('.*'))
+
+
+@pytest.mark.long
+@pytest.mark.fault('evaluate', 'several at once')
+def test_two_tables_into_one_file(pairs):
+    children = [evaluated(pairs), evaluated(pairs, '--preset', 'textbook'), evaluated(pairs)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    first = Path('t.csv').read_text().splitlines()
+    assert len(first) >= 3 and not list(Path().glob('.*'))    # whole, whoever's it is
+
 
 def test_slices_that_are_too_small_are_named(pairs):
     for folder in ('CT', 'MRI', 'F'):
@@ -435,6 +477,7 @@ def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(
     assert json.loads(Path('runs/2/seen.json').read_text())[:4] == ['2', 20, 0.001, str(Path.cwd() / 'my/CT')]
 
 
+@pytest.mark.fault('train', 'several at once')
 def test_two_runs_in_one_second_have_two_folders(clone, monkeypatch):
     monkeypatch.setattr(cli.time, 'strftime', lambda _: '20260101-120000')
     monkeypatch.setattr(cli, 'execute', lambda notebook, executed, given: executed.write('{}'))
@@ -465,6 +508,7 @@ def test_a_failing_notebook_is_kept(clone, epochs, words):
     assert 'TCP' not in result.stderr
 
 
+@pytest.mark.fault('train', 'disk full, or failing')
 def test_the_executed_notebook_is_whole_or_absent(clone, monkeypatch):
     "A disk that fills up during the run: the run is whole, its exit status 0, and a sentence names what is missing."
     def full(path, data):
@@ -501,6 +545,7 @@ def test_a_run_that_is_refused_in_its_notebook_leaves_the_other_ones(clone, more
     assert (folder / 'executed.ipynb').read_text() == 'of the first run'
 
 
+@pytest.mark.fault('train', 'stopped (Ctrl-C, SIGTERM)')
 @pytest.mark.parametrize('stop, code', [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)])
 def test_stopped_while_a_notebook_runs(clone, stop, code):
     "One sentence with the whole command that goes on; the kernel ends too; nothing of ZMQ."
@@ -519,6 +564,7 @@ def test_stopped_while_a_notebook_runs(clone, stop, code):
     assert len(nbformat.read(folder / 'executed.ipynb', 4).cells) >= 4
 
 
+@pytest.mark.fault('train', 'killed from outside')
 @pytest.mark.long
 def test_a_kernel_does_not_outlive_its_command(clone):
     "SIGKILL leaves nobody who could end it; it notices."

@@ -481,6 +481,7 @@ def test_slices_that_our_record_does_not_list_are_not_replaced(flat, dataset, tm
         prepare_dataset(flat, '/', replace=True)
 
 
+@pytest.mark.fault('data', 'disk full, or failing', points=7)
 def test_a_failed_replacement_leaves_the_old_data_set(flat, dataset, tmp_path, monkeypatch):
     before = tree(tmp_path)
     with pytest.raises(RuntimeError), fill_dataset(dataset, replace=True) as folder:
@@ -507,6 +508,7 @@ def test_a_failed_replacement_leaves_the_old_data_set(flat, dataset, tmp_path, m
     assert not [path for path in tree(fresh)]
 
 
+@pytest.mark.fault('data', 'killed between two writes', points=4)
 def test_a_killed_replacement_can_be_done_again(flat, dataset, tmp_path):
     (dataset / 'train/CT/notes.txt').write_text('mine')
     for after in (3, 16, 20, 32):
@@ -531,6 +533,7 @@ def test_a_killed_replacement_can_be_done_again(flat, dataset, tmp_path):
         assert (dataset / 'train/CT/notes.txt').read_text() == 'mine'
 
 
+@pytest.mark.fault('data', 'several at once', points=4)
 def test_two_fillings_of_one_folder(flat, tmp_path):
     children = []
     for seed in range(4):
@@ -548,6 +551,7 @@ def test_two_fillings_of_one_folder(flat, tmp_path):
     assert not list(tmp_path.glob('.*'))
 
 
+@pytest.mark.fault('data', 'disk full, or failing')
 def test_no_space_left_for_a_data_set(tmp_path):
     source, root = make_flat(tmp_path / 'flat', shape=(99, 99)), tmp_path / 'new/Dataset'
     before = tree(tmp_path)
@@ -701,6 +705,7 @@ def test_download(server, tmp_path, capsys):
     assert len(server.requests) == 20 and capsys.readouterr() == ('', '')  # nothing is fetched twice
 
 
+@pytest.mark.fault('data', 'a server that fails')
 @pytest.mark.parametrize('fault', [500, 'cut', 'changed'])
 def test_download_goes_on_where_it_stopped(server, tmp_path, fault):
     server.broken[server.names[7]] = fault

@@ -641,6 +641,7 @@ def test_threads_that_write_one_file(tmp_path):
     assert tree(tmp_path) == ['a.png'] and read_image(tmp_path / 'a.png').shape == (60, 60)
 
 
+@pytest.mark.fault('every file', 'killed, and what it left')
 def test_what_killed_writers_left_is_cleared(tmp_path):
     ended = subprocess.Popen([sys.executable, '-c', ''])
     ended.wait()
@@ -655,6 +656,7 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     assert clear_abandoned(tmp_path) == []
 
 
+@pytest.mark.fault('every file', 'disk full, or failing')
 def test_no_space_left(tmp_path):
     path = tmp_path / 'a.png'
     write_image(path, noise(1, (10, 10)))
@@ -719,7 +721,8 @@ def survives(monkeypatch, action, check):
     raise AssertionError('it never ends')
 
 
-def test_a_crash_between_any_two_system_calls_of_writing(tmp_path, monkeypatch):
+@pytest.mark.fault('every file', 'killed between two system calls')
+def test_a_crash_between_any_two_system_calls_of_writing(tmp_path, monkeypatch, record_property):
     path = tmp_path / 'a.json'
 
     def check(ended):
@@ -729,10 +732,12 @@ def test_a_crash_between_any_two_system_calls_of_writing(tmp_path, monkeypatch):
             left.unlink()
     write_atomically(path, b'old')
     calls = survives(monkeypatch, lambda: write_atomically(path, b'new' * 9), check)
+    record_property('points', 2 * len(calls))
     assert calls == ['open', 'write', 'fsync', 'close', 'replace', 'unlink']
 
 
-def test_a_crash_between_any_two_system_calls_of_appending(tmp_path, monkeypatch):
+@pytest.mark.fault('every log', 'killed between two system calls')
+def test_a_crash_between_any_two_system_calls_of_appending(tmp_path, monkeypatch, record_property):
     path = tmp_path / 'log'
     path.write_bytes(b'first\ntor')
 
@@ -743,9 +748,11 @@ def test_a_crash_between_any_two_system_calls_of_appending(tmp_path, monkeypatch
         assert read_lines(path) == [*lines, 'third']
         path.write_bytes(b'first\ntor')
     calls = survives(monkeypatch, lambda: append_line(path, 'second'), check)
+    record_property('points', 2 * len(calls))
     assert calls.count('write') == 1 and calls.index('fsync') > calls.index('write') and 'ftruncate' in calls
 
 
+@pytest.mark.fault('every file', 'disk full, or failing')
 @pytest.mark.parametrize('fault', [errno.ENOSPC, errno.EIO])
 def test_a_fault_at_any_system_call_is_a_sentence_and_leaves_what_was(tmp_path, monkeypatch, fault):
     path, log = tmp_path / 'a.json', tmp_path / 'log'
@@ -764,6 +771,7 @@ def test_a_fault_at_any_system_call_is_a_sentence_and_leaves_what_was(tmp_path, 
         assert path.read_bytes() == b'old' and read_lines(log) == ['first'] and tree(tmp_path) == ['a.json', 'log']
 
 
+@pytest.mark.fault('every log', 'several at once')
 def test_many_writers_of_one_log(tmp_path):
     script = ('import sys; from medfusion.files import append_line\n'
               'for i in range(50): append_line(sys.argv[1], f"{sys.argv[2]} {i} " + "x" * 300)')

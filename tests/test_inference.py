@@ -641,6 +641,7 @@ class Killed(BaseException):
     "Stands for the end of the process: nothing that catches errors catches it."
 
 
+@pytest.mark.fault('fuse', 'killed between two writes')
 def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, monkeypatch):
     names = names_in(folders / 'CT')
     run(folders)
@@ -660,6 +661,7 @@ def test_replacing_that_was_killed_goes_on_with_the_new_network(folders, monkeyp
     assert_right(folders, names, 'average')
 
 
+@pytest.mark.fault('fuse', 'killed between two writes', points=7)
 @pytest.mark.parametrize('door', ['append_line', 'write_atomically'])
 @pytest.mark.parametrize('moment', ['before', 'after'])
 def test_killed_between_any_two_writes(folders, door, moment, monkeypatch):
@@ -688,6 +690,7 @@ def test_killed_between_any_two_writes(folders, door, moment, monkeypatch):
         shutil.rmtree(folders / 'out')
 
 
+@pytest.mark.fault('fuse', 'killed from outside')
 def test_killed_for_real(folders):
     "SIGKILL while another process writes: whole files, no foreign ones, and the next run ends the work and tidies up."
     code = ('import sys, time; from pathlib import Path; from medfusion import inference; real = inference.write_atomically\n'
@@ -724,6 +727,7 @@ def at_once(*tasks):
     return results
 
 
+@pytest.mark.fault('fuse', 'several at once')
 def test_two_runs_at_once_into_one_folder(folders):
     "The same pairs, or other pairs: both are right, and the record knows every result."
     for side in ('CT', 'MRI'):
@@ -737,6 +741,7 @@ def test_two_runs_at_once_into_one_folder(folders):
     assert len(run(folders).skipped) == len(run(folders, ct='moreCT', mri='moreMRI').skipped) == 6
 
 
+@pytest.mark.fault('fuse', 'several at once')
 def test_two_runs_at_once_with_the_same_names_from_other_slices(folders, monkeypatch):
     "One result stands there in the end; whoever's result does not is told so."
     names = names_in(folders / 'CT')
@@ -751,6 +756,7 @@ def test_two_runs_at_once_with_the_same_names_from_other_slices(folders, monkeyp
     assert len(one.failed) + len(other.failed) > 0
 
 
+@pytest.mark.fault('fuse', 'several at once')
 def test_two_networks_at_once(folders):
     "Only one of them owns the folder; the other is refused before it writes anything."
     results = at_once(lambda: run(folders), lambda: run(folders, minimum))
@@ -879,6 +885,7 @@ def test_colours_in_the_wrong_folder_are_refused(folders):
     assert not (folders / 'out' / name).exists()
 
 
+@pytest.mark.fault('fuse', 'disk full, or failing', points=6)
 def test_a_full_disk_fails_the_pair_and_leaves_nothing(folders):
     "A limit on the size of files stands for the full disk; it holds for root too."
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

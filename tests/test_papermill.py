@@ -170,6 +170,7 @@ def start_and_kill(dataset, folder, moment):
     assert second.exists() and json.loads((folder / 'results/mine/run.json').read_text())['state'] == 'running'
 
 
+@pytest.mark.fault('train', 'killed from outside')
 @pytest.mark.long
 @pytest.mark.parametrize('moment', [0, 0.03], ids=['between epochs', 'during an epoch'])
 def test_a_killed_run_resumes_to_the_same_bits(moment, dataset, tmp_path):
@@ -211,6 +212,7 @@ def test_a_file_where_the_results_folder_should_be(dataset, tmp_path):
     assert not list(tmp_path.rglob('*.pt'))
 
 
+@pytest.mark.fault('train', 'several at once')
 @pytest.mark.long
 def test_two_runs_at_once_in_one_folder(dataset, tmp_path):
     first = subprocess.Popen(command(WAVELET, dataset, tmp_path, num_epochs=10_000), cwd=tmp_path,

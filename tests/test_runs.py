@@ -572,6 +572,7 @@ def test_bad_parameters_touch_nothing(tmp_path):
     assert content(tmp_path) == before
 
 
+@pytest.mark.fault('train', 'killed between two writes', points=6)
 def test_making_room_survives_a_crash_at_any_move(tmp_path, monkeypatch):
     "Whatever was moved when the machine went down, the next call ends it, and no file is lost."
     for at in range(1, 7):
@@ -597,6 +598,7 @@ def test_making_room_survives_a_crash_at_any_move(tmp_path, monkeypatch):
         assert set(whole) <= set(content(folder).values())
 
 
+@pytest.mark.fault('train', 'several at once', points=8)
 def test_two_runs_in_one_second(tmp_path):
     "Array jobs start at the same moment: each makes a folder that no other has."
     made = []
@@ -612,6 +614,7 @@ def test_two_runs_in_one_second(tmp_path):
         os.wait()
 
 
+@pytest.mark.fault('train', 'several at once')
 def test_two_processes_on_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr('medfusion.runs.claim_folder.__wrapped__.__defaults__', (0.2,))
     p = parameters(tmp_path)

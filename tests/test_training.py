@@ -162,8 +162,10 @@ def killed(folder, at, **more):
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def test_a_run_killed_anywhere_continues_to_the_same_files(tmp_path, straight, events):
+@pytest.mark.fault('train', 'killed between two writes')
+def test_a_run_killed_anywhere_continues_to_the_same_files(tmp_path, straight, events, record_property):
     "At files and steps of the second epoch; every file, the best checkpoint too, is then the same, byte for byte."
+    record_property('points', len(events[0][::3]))
     for at in events[0][::3]:    # the others, and those of the other epochs, in `make long`
         assert killed(tmp_path / str(at), at)
         assert read_run(tmp_path / str(at) / 'a')['state'] == 'interrupted'
@@ -171,14 +173,17 @@ def test_a_run_killed_anywhere_continues_to_the_same_files(tmp_path, straight, e
         assert written(tmp_path / str(at)) == straight, f'killed at event {at}'
 
 
+@pytest.mark.fault('train', 'killed between two writes')
 @pytest.mark.long
-def test_a_run_killed_at_each_event_of_all(tmp_path, straight, events):
+def test_a_run_killed_at_each_event_of_all(tmp_path, straight, events, record_property):
+    record_property('points', events[1])
     for at in range(1, events[1] + 1):
         assert killed(tmp_path / str(at), at)
         run(tmp_path / str(at), resume=True)
         assert written(tmp_path / str(at)) == straight, f'killed at event {at}'
 
 
+@pytest.mark.fault('train', 'killed between two writes', points=3)
 def test_killed_again_and_again(tmp_path, straight):
     for at in (7, 33, 24):
         assert killed(tmp_path, at, resume=True)
@@ -562,6 +567,7 @@ def test_a_stale_optimiser_with_resume(tmp_path):
 
 # ---- stopped by hand ----------------------------------------------------------------------------------------------
 
+@pytest.mark.fault('train', 'stopped (Ctrl-C, SIGTERM)')
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(tmp_path, straight, number, monkeypatch):
     monkeypatch.delenv('MEDFUSION_COMMAND', raising=False)    # under the command its own sentence says it
@@ -628,6 +634,7 @@ def with_limit(tmp_path, limit, function):
     return (tmp_path / 'complaint').read_text()
 
 
+@pytest.mark.fault('train', 'disk full, or failing', points=5)
 def test_disk_full_at_each_write(tmp_path, straight):
     "Wherever the disk is full, what is there is whole, the sentence names the file, and the run goes on once there is space."
     said = set()
@@ -648,6 +655,7 @@ def test_disk_full_at_each_write(tmp_path, straight):
     assert len(said) >= 3    # the limits met several files
 
 
+@pytest.mark.fault('train', 'several at once')
 def test_two_runs_at_once(tmp_path, monkeypatch):
     ready, go_on = os.pipe()
 
@@ -701,6 +709,7 @@ def papermill(clone, *arguments):
                             env=os.environ | {'TMPDIR': str(clone)})    # a killed one leaves its connection file there
 
 
+@pytest.mark.fault('train', 'killed from outside')
 @pytest.mark.long
 def test_papermill(tmp_path, straight):
     "A run by papermill is killed during its third epoch and continued."
