@@ -44,6 +44,7 @@ class Config:
     augment: bool = True
     crop: int = 0
     ema: float = 0.0
+    start: str = ''
     seed: int = 0
     precision: str = 'no'
     save_every: int = 10

@@ -17,7 +17,7 @@ import yaml
 from papermill.inspection import display_notebook_help, inspect_notebook
 
 from medfusion.files import read_image, write_image
-from medfusion.inference import methods
+from medfusion.inference import load_model, methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters
 
@@ -91,7 +91,7 @@ def test_papermill_understands_every_parameter(notebook, caplog, capsys):
 def test_both_methods_name_alike():
     "What the specification does not fix has one name in both, in one order."
     wavelet, resnet = (list(notebook_parameters(name)) for name in (WAVELET, RESNET))
-    own = {'num_epochs', 'epochs', 'width', 'shared_mask', 'cycle_spin', 'layer_decay', 'schedule', 'start', 'save_every', 'cache_gb',
+    own = {'num_epochs', 'epochs', 'width', 'shared_mask', 'cycle_spin', 'layer_decay', 'schedule', 'save_every', 'cache_gb',
            'backbone_weights', 'deepest', 'perceptual_stages', 'w_perceptual'}
     assert set(wavelet) ^ set(resnet) == own
 
@@ -131,6 +131,18 @@ def test_a_recipe_may_ask_for_lesions(notebook, dataset, tmp_path):
     finished(run(notebook, dataset, tmp_path, w_lesion=1., precision='bf16'), tmp_path)
     columns = (tmp_path / 'results/mine/history.csv').read_text().split('\n')[0].split(',')
     assert {'train_lesion', 'val_lesion'} <= set(columns)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('notebook', [WAVELET, RESNET])
+def test_a_run_starts_from_the_network_of_another(notebook, dataset, tmp_path):
+    "At a rate of nearly 0, what comes out is what it began with."
+    for name in ('first', 'second'):
+        (tmp_path / name).mkdir()
+    finished(run(notebook, dataset, tmp_path / 'first'), tmp_path / 'first')
+    finished(run(notebook, dataset, tmp_path / 'second', start=tmp_path / 'first/results/mine', lr=1e-12), tmp_path / 'second')
+    networks = [load_model(str(tmp_path / name / 'results/mine'), device='cpu').state_dict() for name in ('first', 'second')]
+    assert all(torch.allclose(weights, networks[1][name], atol=1e-6) for name, weights in networks[0].items())
 
 
 @pytest.mark.long
