@@ -270,6 +270,7 @@ def fuse(
     device: Annotated[str, typer.Option(help='auto, cpu or cuda')] = 'auto',
     batch_size: Annotated[int, typer.Option(min=1, help='slices that go through the network together')] = 8,
     replace: Annotated[bool, typer.Option('--replace', help='fuse again what is there already')] = False,
+    shard: Annotated[str | None, typer.Option(metavar='K/N', help='of folders, the K-th of N parts only, as for array jobs: 3/16')] = None,
     values: ValueRange = None,
 ):
     "Fuse a pair of slices, or every pair of two folders."
@@ -277,13 +278,14 @@ def fuse(
     if ct.is_dir() != mri.is_dir():
         raise ValueError(f'{ct} and {mri} must be two files or two folders.')
     if not ct.is_dir():
+        if shard is not None:
+            raise ValueError(f'--shard {shard} takes a part of two folders, and {ct} is a file; leave it out.')
         typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))
         return
     from medfusion.inference import fuse_folder
     again = shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
     context.meta['kept'] = f'what was fused is kept in {out}. To go on: {again}'
-    report = fuse_folder(ct, mri, out, model, device, batch_size=batch_size, replace=replace, progress=sys.stderr.isatty(),
-                         value_range=read_range(values))
+    report = fuse_folder(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard)
     typer.echo(in_shell_words(str(report)), err=not report.ok)
     raise typer.Exit(0 if report.ok else 1)
 

@@ -6,19 +6,21 @@
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'FoundModel', 'find_model', 'method_of',
            'find_device', 'load_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
            'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
-           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'pairs_to_fuse', 'model_sha256', 'result_key',
-           'read_record_line', 'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there', 'read_slices',
-           'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output',
-           'run_job', 'oddities', 'fuse_folder']
+           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
+           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'FolderJob', 'Slices', 'is_there',
+           'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results',
+           'check_output', 'run_job', 'oddities', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
 import importlib
 import json
 import os
+import re
 import threading
 import time
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +38,8 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
-from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, stem_of,
-                             to_depth, unused_range, window, write_atomically)
+from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, name_key, read_image, read_json, sha256_of,
+                             stem_of, to_depth, unused_range, window, write_atomically)
 from .runs import build_model, find_run, load_checkpoint, run_checkpoint
 
 # %% ../nbs/20_inference.ipynb #71f44b5e
@@ -468,10 +470,20 @@ class FolderReport:
         return '\n'.join([f'{counts}; in {self.out_dir}', *reasons])
 
 # %% ../nbs/20_inference.ipynb #2b0fb620
-def pairs_to_fuse(ct_dir, mri_dir) -> tuple[list[Pair], dict[str, str]]:
-    "The pairs of two folders, sorted, and {name: reason} of the slices that cannot be fused."
+def shard_of(text) -> tuple[int, int]:
+    "(k, n) of a shard 'k/n', the k-th of n: '3/16' is (3, 16). Raises ValueError for another text, and unless 1 <= k <= n."
+    found = re.fullmatch(r'\s*(\d{1,9})\s*/\s*(\d{1,9})\s*', str(text))
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f'{text!r} is no shard; write 3/16 for the third of sixteen.')
+    return int(found[1]), int(found[2])
+
+# %% ../nbs/20_inference.ipynb #ec2aa80e
+def pairs_to_fuse(ct_dir, mri_dir, shard=None) -> tuple[list[Pair], dict[str, str]]:
+    "The pairs of two folders, sorted, and {name: reason} of the slices that cannot be fused; of a `shard` (see `shard_of`), or all."
     rows, failed = match_images({'CT': ct_dir, 'MRI': mri_dir})
-    return [Pair(name, *paths) for name, paths in rows.items()], failed
+    part, parts = shard_of(shard or '1/1')
+    mine = {name for name in (*rows, *failed) if zlib.crc32(name_key(name).encode()) % parts == part - 1}
+    return [Pair(name, *paths) for name, paths in rows.items() if name in mine], {name: why for name, why in failed.items() if name in mine}
 
 # %% ../nbs/20_inference.ipynb #e69f502d
 def model_sha256(model) -> str:
@@ -728,19 +740,19 @@ def oddities(job: FolderJob, read: int) -> list[str]:
 
 # %% ../nbs/20_inference.ipynb #af1a75d7
 def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=2, replace=False,
-                progress=True, value_range=None) -> FolderReport:
+                progress=True, value_range=None, shard=None) -> FolderReport:
     """Fuses every pair of slices of equal names into `out_dir`, and returns a FolderReport.
 
     Fused files have the CT's name and depth, and are PNG (`34010.tif` gives `34010.png`). Slices that follow each other
     and are of one size go through the network together, up to `batch_size`. What `out_dir` holds already (from these
     slices, by this model, if that has a name) is skipped, unless `replace`. A pair that cannot be fused does not stop the others: its
-    reason is in the report. Raises ValueError or an OSError with a sentence where nothing at all can be done.
+    reason is in the report. `shard` '3/16' takes the third of sixteen parts. Raises ValueError or an OSError with a sentence where nothing at all can be done.
     """
     start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
     for name, value in (('batch_size', batch_size), ('workers', workers)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f'{name} is {value!r}; it must be a whole number from 1 up.')
-    pairs, failed = pairs_to_fuse(ct_dir, mri_dir)
+    pairs, failed = pairs_to_fuse(ct_dir, mri_dir, shard)
     sha256, network = model_sha256(model), model_of(model, device)
     report = FolderReport(check_output(out_dir, (ct_dir, mri_dir)).resolve(), failed=failed)
     report.out_dir.mkdir(parents=True, exist_ok=True)

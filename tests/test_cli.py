@@ -108,6 +108,14 @@ def test_a_console_that_cannot_print_a_character(pairs):
     assert done.returncode == 1 and done.stderr == f'medfusion: There is no file or folder {Path.cwd()}/5?7.png; check the path.\n'
 
 
+def test_shards_of_folders(pairs):
+    for k in (1, 2, 3):
+        assert medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--shard', f'{k}/3').exit_code == 0
+    assert sorted(path.name for path in Path('out').glob('*.png')) == pairs
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'new', '--shard', '4/3'), "'4/3' is no shard", '3/16')
+    assert_sentence(medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 'a.png', '--shard', '1/3'), '--shard 1/3', 'is a file')
+
+
 @pytest.mark.fault('fuse', 'stopped (Ctrl-C, SIGTERM)')
 @pytest.mark.parametrize('stop, code', [(signal.SIGTERM, 143)])     # Ctrl-C takes the same way
 def test_stopped_while_fusing(pairs, stop, code):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -725,6 +726,27 @@ def at_once(*tasks):
     for thread in threads:
         thread.join()
     return results
+
+
+def test_shards_together_are_one_run(folders):
+    "Sixteen of them, side by side into one folder: each pair once, the same files, the same lines in the record."
+    (folders / 'MRI' / names_in(folders / 'MRI')[0]).unlink()                # one that fails fails in one shard only
+    reports = at_once(*(partial(run, folders, shard=f'{k}/16') for k in range(1, 17)))
+    shards = {path.name: path.read_bytes() for path in (folders / 'out').glob('*.png')}
+    lines = sorted((folders / 'out/fused.jsonl').read_text().splitlines()[1:])
+    shutil.rmtree(folders / 'out')
+    whole = run(folders)
+    assert sorted(name for report in reports for name in report.fused) == whole.fused and len(whole.fused) == 5
+    assert sorted(name for report in reports for name in report.failed) == list(whole.failed)
+    assert {path.name: path.read_bytes() for path in (folders / 'out').glob('*.png')} == shards    # of a rule: no batch decides
+    assert [line for line in lines if '"file"' in line] == sorted((folders / 'out/fused.jsonl').read_text().splitlines()[1:])
+
+
+@pytest.mark.parametrize('shard', ['0/4', '5/4', '3', 'a/b', '1/0', '-1/4'])
+def test_what_is_no_shard(folders, shard):
+    with pytest.raises(ValueError, match='is no shard; write 3/16'):
+        run(folders, shard=shard)
+    assert not (folders / 'out').exists()
 
 
 @pytest.mark.fault('fuse', 'several at once')
