@@ -13,9 +13,10 @@ import torch.nn.functional as F
 def both_constant(ct, mri, reach=3):
     "Where both slices (B, 1, H, W) hold one grey level all around, `reach` pixels and more: bool, (B, 1, H, W)."
     both, window = torch.cat([ct, mri], 1), 2 * reach + 1
-    below, right = ((both.diff(dim=axis) != 0).any(1, keepdim=True) for axis in (-2, -1))
-    changes = F.pad(below, (0, 0, 0, 1)) | F.pad(right, (0, 1))  # a pixel that differs from the next one down or right
-    count = F.pad(changes.float(), (reach + 1, reach, reach + 1, reach))
+    below = (both[..., 1:, :] != both[..., :-1, :]).any(1, keepdim=True).float()
+    right = (both[..., 1:] != both[..., :-1]).any(1, keepdim=True).float()
+    changes = torch.maximum(F.pad(below, (0, 0, 0, 1)), F.pad(right, (0, 1)))  # a pixel that differs from the next one down or right
+    count = F.pad(changes, (reach + 1, reach, reach + 1, reach))
     for axis in (-2, -1):                                        # how many lie in the window: a difference of two sums
         total, side = count.cumsum(axis), ct.shape[axis]
         count = total.narrow(axis, window, side) - total.narrow(axis, 0, side)

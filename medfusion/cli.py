@@ -9,7 +9,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
            'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
            'check_method', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand',
-           'means_text', 'short_name', 'train', 'benchmark', 'models', 'run_as_module']
+           'means_text', 'short_name', 'train', 'benchmark', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -724,6 +724,20 @@ def models():
     typer.echo(f'Numbers follow the {" and the ".join(conventions)}; medfusion evaluate prints it in full.')
     typer.echo(f'Rules: {", ".join(rules())}')
     typer.echo('A network that you trained: -m run:NAME, or the path of its checkpoint or folder.')
+
+# %% ../nbs/50_cli.ipynb #4be499da
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar='MODEL', help='wavelet, resnet, run:NAME, a checkpoint, or a folder with one')],
+    out: Annotated[Path, typer.Argument(parser=typed_path, metavar='FILE.onnx')],
+    replace: Annotated[bool, typer.Option('--replace', help='take the place of a file that is there')] = False,
+):
+    """Write a network as one ONNX file, for programs without PyTorch. Needs: pip install "medfusion[onnx]"
+
+    Example: medfusion export wavelet wavelet.onnx
+    """
+    from medfusion.exporting import export_onnx
+    typer.echo(export_onnx(model, out, replace=replace))
 
 # %% ../nbs/50_cli.ipynb #193d8621
 def run_as_module(name: str, spec) -> None:

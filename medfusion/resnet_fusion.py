@@ -102,7 +102,7 @@ class FusionModule(nn.Module):
         self.share = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 1))
 
     def forward(self, features):
-        condensed = self.condense(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (B, 2, width, h, w)
+        condensed = self.condense(features.flatten(0, 1)).unflatten(0, (-1, 2))  # (B, 2, width, h, w)
         share = torch.sigmoid(self.share(condensed.flatten(1, 2)))                          # (B, 1, h, w)
         return share * condensed[:, 0] + (1 - share) * condensed[:, 1], share
 

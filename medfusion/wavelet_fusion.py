@@ -37,7 +37,7 @@ def inverse_haar(subbands):
     "The images (B, 1, 2h, 2w) of subbands (B, 4, h, w)."
     low, rows, columns, diagonals = subbands.split(1, 1)
     sums, differences = (low + rows, low - rows), (columns + diagonals, columns - diagonals)  # of the upper and lower row
-    image = subbands.new_empty(len(subbands), 1, 2 * subbands.shape[-2], 2 * subbands.shape[-1])
+    image = subbands.new_empty(subbands.shape[0], 1, 2 * subbands.shape[-2], 2 * subbands.shape[-1])
     for row in (0, 1):
         image[..., row::2, 0::2] = (sums[row] + differences[row]) / 2
         image[..., row::2, 1::2] = (sums[row] - differences[row]) / 2

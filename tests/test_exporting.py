@@ -1,0 +1,56 @@
+"""A network as an ONNX file: what ONNX Runtime makes of it, and what is refused."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from medfusion.cli import app
+from medfusion.exporting import export_onnx, onnx_session
+from medfusion.files import sha256_of
+from medfusion.inference import fuse, shipped_models
+from medfusion.phantom import phantom_slice
+
+
+@pytest.mark.parametrize('name', ['wavelet', 'resnet'])
+def test_files_from_outside_are_fused_alike(name, tmp_path):
+    "16 bits, odd sizes, several at once: what `fuse` writes, to one of 65,535 levels."
+    session = onnx_session(export_onnx(name, tmp_path / 'network.onnx'))
+    cut = phantom_slice(12, 4, size=(101, 77))
+    ct, mri = (np.rint(image * 65535).astype(np.uint16) for image in (cut.ct, cut.mri))
+    given = [np.stack([image, image[::-1]])[:, None].astype(np.float32) / 65535 for image in (ct, mri)]
+    fused, = session.run(None, dict(zip(('ct', 'mri'), given)))
+    for number, pair in enumerate(((ct, mri), (ct[::-1], mri[::-1]))):
+        wanted = fuse(*pair, model=name)
+        assert np.abs(np.rint(fused[number, 0].astype(float) * 65535) - wanted).max() <= 1
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts['checkpoint_sha256'] == sha256_of(shipped_models()[name].path) and facts['name'] == name and 'not for diagnosis' in facts['limits']
+    made = onnx.load(tmp_path / 'network.onnx')
+    onnx.checker.check_model(made)
+    assert [entry.version for entry in made.opset_import if not entry.domain] == [17]
+    assert [axis.dim_param for axis in made.graph.input[0].type.tensor_type.shape.dim] == ['batch', '', 'height', 'width']
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('there.onnx').write_text('mine')
+    Path('folder').mkdir()
+    for words, sentence in ((('maximum', 'a.onnx'), 'a rule without weights'), (('wavelet', 'there.onnx'), 'is there already'),
+                            (('wavelet', 'a.pt'), '.onnx'), (('wavelet', 'none/a.onnx'), 'no folder'), (('nobody', 'a.onnx'), "no model 'nobody'"),
+                            (('wavelet', 'folder'), '.onnx')):
+        result = CliRunner().invoke(app, ['export', *words])
+        assert result.exit_code == 1 and sentence in result.stderr and result.stderr.count('\n') == 1, (words, result.output)
+    assert Path('there.onnx').read_text() == 'mine' and sorted(path.name for path in Path().iterdir()) == ['folder', 'there.onnx']
+    result = CliRunner().invoke(app, ['export', 'wavelet', 'there.onnx', '--replace'])
+    assert result.exit_code == 0 and onnx.load('there.onnx').graph.output[0].name == 'fused'
+
+
+def test_where_the_packages_are_missing(tmp_path, monkeypatch):
+    for package in ('onnx', 'onnxruntime'):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            with pytest.raises(ImportError, match=r'pip install "medfusion\[onnx\]"'):
+                export_onnx('wavelet', tmp_path / 'a.onnx')
+    assert not list(tmp_path.iterdir())
