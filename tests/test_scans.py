@@ -211,6 +211,10 @@ def test_a_slice_beside_the_line_is_refused(tmp_path):
 
 # One position twice
 
+def test_slices_beside_each_other_are_no_tilted_gantry(tmp_path):
+    assert_refused(write(tmp_path, [made(np.array([-8. + 9 * index, -6., 3. * index])) for index in range(4)]), 'beside each other', '72°')
+
+
 def test_copies_are_dropped_with_a_word(tmp_path):
     places = stack_positions()
     scan = read_scan(write(tmp_path, [made(place) for place in [*places, places[2], places[2]]]))
