@@ -20,17 +20,30 @@ settings.read(ROOT / 'settings.ini', encoding='utf-8')
 settings = settings['DEFAULT']
 MODULES = sorted(path.stem for path in (ROOT / 'medfusion').glob('*.py') if not path.stem.startswith('_'))
 LOCKED = [Requirement(line) for line in (ROOT / 'requirements.lock').read_text().splitlines() if not line.startswith('#')]
-IMPORT_NAMES = {'scikit-image': 'skimage', 'pytest-xdist': 'xdist'}   # where they differ from the requirement's
+VOLUMES = {'scans', 'phantom_volume', 'registration', 'scan_fusion'}   # the modules that need the extra
+IMPORT_NAMES = {'scikit-image': 'skimage', 'pytest-xdist': 'xdist', 'simpleitk': 'SimpleITK'}   # where they differ from the requirement's
 
 BLOCKED = """
 import importlib
 from importlib.machinery import PathFinder
 
-find_spec = PathFinder.find_spec
-PathFinder.find_spec = lambda name, path=None, target=None: None if name.split('.')[0] in {blocked} else find_spec(name, path, target)
+find_spec, blocked = PathFinder.find_spec, {blocked} | {extra}
+PathFinder.find_spec = lambda name, path=None, target=None: None if name.split('.')[0] in blocked else find_spec(name, path, target)
+volumes = []
 for name in {modules}:
+    try:
+        importlib.import_module('medfusion.' + name)
+    except ImportError as error:
+        assert 'pip install "medfusion[scans]"' in str(error), error
+        volumes.append(name)
+from typer.testing import CliRunner
+from medfusion.cli import app
+said = CliRunner().invoke(app, ['scans', '.']).stderr
+assert 'pip install "medfusion[scans]"' in said and 'foreseen' not in said, said
+blocked -= {extra}
+for name in volumes:
     importlib.import_module('medfusion.' + name)
-print('imported')
+print(*volumes)
 """
 
 
@@ -39,10 +52,11 @@ def names(requirements):
 
 
 def test_package_imports_without_development_requirements():
-    blocked = {IMPORT_NAMES.get(name, name) for name in names(settings['dev_requirements'])}
-    code = BLOCKED.format(blocked=blocked, modules=MODULES)
+    "And without the extra for volumes, but for the modules that read them: these name it, and so does the command."
+    blocked, extra = ({IMPORT_NAMES.get(name, name) for name in names(settings[f'{kind}_requirements'])} for kind in ('dev', 'scans'))
+    code = BLOCKED.format(blocked=blocked, extra=extra, modules=MODULES)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT.parent)
-    assert done.stdout.strip() == 'imported', done.stderr
+    assert {'scans', 'phantom_volume'} <= set(done.stdout.split()) <= VOLUMES, done.stderr
 
 
 def test_a_missing_library_of_the_system_is_said_in_a_sentence(tmp_path):
@@ -116,7 +130,7 @@ def test_lock_names_versions_and_nothing_else():
 
 
 def test_lock_fits_the_settings():
-    for text in (settings['requirements'] + ' ' + settings['dev_requirements']).split():
+    for text in ' '.join(settings[f'{extra}requirements'] for extra in ('', 'scans_', 'dev_')).split():
         wanted = Requirement(text)
         found = [locked for locked in LOCKED if locked.name == wanted.name.lower()]
         assert found, f'{wanted.name} is not in the lock; run `make lock`'
