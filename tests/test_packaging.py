@@ -53,7 +53,8 @@ def names(requirements):
 
 def test_package_imports_without_development_requirements():
     "And without the extra for volumes, but for the modules that read them: these name it, and so does the command."
-    blocked, extra = ({IMPORT_NAMES.get(name, name) for name in names(settings[f'{kind}_requirements'])} for kind in ('dev', 'scans'))
+    blocked, extra = ({IMPORT_NAMES.get(name, name) for kind in kinds for name in names(settings[f'{kind}_requirements'])}
+                      for kinds in (('dev', 'onnx'), ('scans',)))
     code = BLOCKED.format(blocked=blocked, extra=extra, modules=MODULES)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT.parent)
     assert {'scans', 'phantom_volume'} <= set(done.stdout.split()) <= VOLUMES, done.stderr
@@ -130,7 +131,7 @@ def test_lock_names_versions_and_nothing_else():
 
 
 def test_lock_fits_the_settings():
-    for text in ' '.join(settings[f'{extra}requirements'] for extra in ('', 'scans_', 'dev_')).split():
+    for text in ' '.join(settings[f'{extra}requirements'] for extra in ('', 'scans_', 'onnx_', 'dev_')).split():
         wanted = Requirement(text)
         found = [locked for locked in LOCKED if locked.name == wanted.name.lower()]
         assert found, f'{wanted.name} is not in the lock; run `make lock`'
