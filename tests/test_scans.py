@@ -139,12 +139,13 @@ def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
     structures = pydicom.Dataset()
     structures.update({'SOPClassUID': '1.2.840.10008.5.1.4.1.1.481.3', 'SOPInstanceUID': '1.2', 'Modality': 'RTSTRUCT'})
     save(structures, tmp_path / 'structures.dcm')
+    save(made((-8., -6., 2.), Modality='SEG'), tmp_path / 'segmentation.dcm')
     directory = pydicom.Dataset()
     directory.update({'FileSetID': 'X', 'SOPClassUID': '1.2.840.10008.1.3.10', 'SOPInstanceUID': '1.3'})
     save(directory, tmp_path / 'DICOMDIR')
     scan = read_scan(tmp_path)
     assert_right(scan)
-    assert 'RTSTRUCT' in notes(scan) and 'no images' in notes(scan)
+    assert 'RTSTRUCT' in notes(scan) and 'SEG' in notes(scan) and 'no scans' in notes(scan)
 
 
 def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
@@ -549,10 +550,12 @@ def test_a_file_cut_off_in_its_pixels_is_named(tmp_path, syntax):
 
 def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     folder = write(tmp_path, [made(place) for place in stack_positions()])
-    last = max(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    *_, middle, _, last = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     last.write_bytes(last.read_bytes()[:420])                     # the topmost, so that it leaves no gap
     scan = read_scan(folder)
     assert scan.image.GetSize()[2] == 5 and last.name in notes(scan)
+    middle.write_bytes(middle.read_bytes()[:420])
+    assert_refused(folder, 'from 6.0 to 12.0 mm', middle.name, last.name)
 
 
 def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
@@ -560,10 +563,35 @@ def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
     sitk.WriteImage(image, str(tmp_path / 'a.nii'))
     (tmp_path / 'b.nii').write_bytes((tmp_path / 'a.nii').read_bytes()[:900])
     (tmp_path / 'c.nii.gz').write_bytes(gzip.compress((tmp_path / 'a.nii').read_bytes())[:-30])
+    damaged = bytearray(gzip.compress((tmp_path / 'a.nii').read_bytes() + np.random.default_rng(0).bytes(64)))
+    damaged[-40] ^= 1
+    (tmp_path / 'f.nii.gz').write_bytes(damaged)
     (tmp_path / 'd.nii').write_bytes(b'nothing')
     (tmp_path / 'e.mha').write_bytes(b'nothing')
-    for name in ('b.nii', 'c.nii.gz', 'd.nii', 'e.mha'):
+    for name in ('b.nii', 'c.nii.gz', 'd.nii', 'e.mha', 'f.nii.gz'):
         assert_refused(tmp_path / name, name, 'copy it again')
+
+
+@pytest.mark.parametrize('frames', ['one a file', 'all in one file'])
+@pytest.mark.filterwarnings('ignore')
+def test_a_damaged_header_is_read_or_refused_in_a_sentence(tmp_path, frames):
+    "Bytes are changed at random; whatever pydicom makes of them, no other error comes out."
+    rng, places = np.random.default_rng(5), stack_positions(3)
+    if frames == 'one a file':
+        damaged = sorted(write(tmp_path, [made(place) for place in places]).iterdir())[1]
+    else:
+        damaged = tmp_path / 'all'
+        save(enhanced(places), damaged)
+    whole = damaged.read_bytes()
+    for _ in range(40):
+        broken = bytearray(whole)
+        for at in rng.integers(132, len(whole) - 390, 2):
+            broken[at] = rng.integers(256)
+        damaged.write_bytes(broken)
+        try:
+            read_scan(tmp_path)
+        except ValueError as error:
+            assert str(error)
 
 
 # NIfTI, NRRD, MetaImage
