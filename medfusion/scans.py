@@ -8,14 +8,16 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
            'Series', 'judged', 'list_series', 'decoded', 'stored_frames', 'meant_values', 'in_hounsfield', 'placed',
            'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'upright_image', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of', 'read_image_file',
-           'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan',
-           'scan_row', 'series_row', 'scan_table']
+           'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of',
+           'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
+           'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table']
 
-# %% ../nbs/30_scans.ipynb #566cf2d7
+# %% ../nbs/30_scans.ipynb #12af3915
 import gzip
 import os
 import tempfile
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError(f'Scans are read by SimpleITK and pydicom ({error}); pip install "medfusion[scans]" brings them.') from None
 
-# %% ../nbs/30_scans.ipynb #ed2cc5ca
+# %% ../nbs/30_scans.ipynb #91266c74
 @dataclass
 class Scan:
     """One volume. `image`: float32, LPS, mm; `is_hu`: whether its values are Hounsfield units; `protocol`: facts such as EchoTime; `notes`: sentences
@@ -53,20 +55,20 @@ class Scan:
         unit = ' in HU' if self.is_hu else ''
         return f'Scan({self.modality or "unknown modality"} {self.description!r}, {shape_text(self.image)}{unit}{"".join(f"; {note}" for note in self.notes)})'
 
-# %% ../nbs/30_scans.ipynb #5227d3b0
+# %% ../nbs/30_scans.ipynb #82f3e9f2
 def plane_of(direction) -> str:
     "'axial', 'coronal' or 'sagittal': the plane nearest to the slices of a direction matrix (3, 3), with 'oblique' before it beyond 10°."
     normal = np.abs(np.reshape(direction, (3, 3))[:, 2])
     name = ('sagittal', 'coronal', 'axial')[int(normal.argmax())]
     return name if normal.max() > np.cos(np.deg2rad(10)) else f'oblique {name}'
 
-# %% ../nbs/30_scans.ipynb #cb4ddaf0
+# %% ../nbs/30_scans.ipynb #f624fa9e
 def shape_text(image: sitk.Image) -> str:
     "Size, spacing and plane of a volume in words."
     size, step = '×'.join(map(str, image.GetSize())), '×'.join(f'{s:.3g}' for s in image.GetSpacing())
     return f'{size} voxels of {step} mm, {plane_of(image.GetDirection())}'
 
-# %% ../nbs/30_scans.ipynb #cad1d8e4
+# %% ../nbs/30_scans.ipynb #f37df58f
 @lru_cache
 def _salt():
     return os.urandom(16)
@@ -77,7 +79,7 @@ def patient_key(identifier: str) -> str:
     identifier = str(identifier or '').strip()
     return sha256(_salt() + identifier.encode()).hexdigest() if identifier else ''
 
-# %% ../nbs/30_scans.ipynb #9ffeaf2d
+# %% ../nbs/30_scans.ipynb #6035c313
 def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[str]:
     "Sentences about what should be known of two scans that are to be fused. Raises ValueError where their patients differ, unless that is meant."
     if not (ct.patient and mri.patient):
@@ -89,7 +91,7 @@ def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[st
                          'where one person has two identifiers.')
     return ['The two scans have different patient identifiers, which was allowed.']
 
-# %% ../nbs/30_scans.ipynb #7661812b
+# %% ../nbs/30_scans.ipynb #754eed97
 def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
     "The header of a DICOM file, with its `pixels` if wanted; None where the file is none. Raises ValueError where it breaks off."
     with open(path, 'rb') as file:
@@ -97,7 +99,8 @@ def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
     if start[128:] != b'DICM' and start[:4] not in (b'\x08\x00\x00\x00', b'\x08\x00\x05\x00', b'\x08\x00\x08\x00', b'\x08\x00\x16\x00'):
         return None
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=start[128:] != b'DICM')
+        with warnings.catch_warnings(action='ignore'):     # what is wrong is found and said below
+            header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=start[128:] != b'DICM')
         header.get('PerFrameFunctionalGroupsSequence'), header.get('Rows')
     except Exception as error:                       # whatever a broken file makes the parser raise
         raise ValueError(f'{Path(path).name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy it again') from None
@@ -105,7 +108,7 @@ def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
         header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if header.original_encoding[0] else pydicom.uid.ExplicitVRLittleEndian
     return header
 
-# %% ../nbs/30_scans.ipynb #4564caf4
+# %% ../nbs/30_scans.ipynb #c1cad49b
 def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
     "The header of each frame as a classic slice would have it: what the functional groups say of the frame stands on top."
     shared, frames = (header.get(f'{name}FunctionalGroupsSequence') for name in ('Shared', 'PerFrame'))
@@ -126,7 +129,7 @@ def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
                 setattr(flat, classic, flat[enhanced].value)
         yield flat
 
-# %% ../nbs/30_scans.ipynb #5152bf3a
+# %% ../nbs/30_scans.ipynb #d3a87c8b
 @dataclass(eq=False)
 class Slice:
     "One slice: its file and frame, where it is (`position` and `orientation` as in DICOM, `spacing` of rows and columns; None where not said), and its header."
@@ -155,14 +158,14 @@ class Slice:
         across, down = np.reshape(found, (2, 3)) / np.linalg.norm(np.reshape(found, (2, 3)), axis=1, keepdims=True)
         return np.stack([across, down, np.cross(across, down)], 1)
 
-# %% ../nbs/30_scans.ipynb #f41ee418
+# %% ../nbs/30_scans.ipynb #35d41a1f
 class Folder(NamedTuple):
     "What was found in a folder: `slices`; `others`, the modalities or kinds of DICOM files that are no images; `broken`, sentences."
     slices: list
     others: list
     broken: list
 
-# %% ../nbs/30_scans.ipynb #79364a6c
+# %% ../nbs/30_scans.ipynb #5696992f
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
     path, found = Path(path), Folder([], [], [])
@@ -185,7 +188,7 @@ def find_slices(path) -> Folder:
             found.others.append(str(header.get('Modality') or storage))
     return found
 
-# %% ../nbs/30_scans.ipynb #5c3d9dc3
+# %% ../nbs/30_scans.ipynb #2706b40f
 def slice_group(one: Slice) -> tuple:
     "What all slices of a volume share but for their orientation: series, patient, frame of reference, size, spacing, and whether it is a localiser."
     header, spacing = one.header, one.numbers('PixelSpacing', 2)
@@ -193,7 +196,7 @@ def slice_group(one: Slice) -> tuple:
     return (str(header.get('SeriesInstanceUID', '')), patient_key(header.get('PatientID', '')), str(header.get('FrameOfReferenceUID', '')), header.Rows,
             header.Columns, int(header.get('SamplesPerPixel') or 1), localiser, None if spacing is None else tuple(spacing.round(4)))
 
-# %% ../nbs/30_scans.ipynb #bc8c411f
+# %% ../nbs/30_scans.ipynb #6f3e3ec7
 def parallel(slices: list) -> list[list]:
     "The slices in groups of one orientation, to a thousandth; those without one are a group too."
     groups = []
@@ -205,24 +208,24 @@ def parallel(slices: list) -> list[list]:
         group.append(one)
     return [group for _, group in groups]
 
-# %% ../nbs/30_scans.ipynb #45962fcf
+# %% ../nbs/30_scans.ipynb #08b7797c
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
             'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'TriggerTime', 'AcquisitionNumber', 'StackID')
 
-# %% ../nbs/30_scans.ipynb #d9ba9724
+# %% ../nbs/30_scans.ipynb #c4af0fb0
 def places(slices: list) -> np.ndarray:
     "Where slices with one orientation are along its normal, in mm: float64."
     return np.array([one.position for one in slices]) @ slices[0].axes[:, 2]
 
-# %% ../nbs/30_scans.ipynb #2384cf0f
+# %% ../nbs/30_scans.ipynb #0ff8ae0b
 def are_apart(slices: list) -> bool:
     "Whether no two of the slices (with one orientation) are at the same place, to a hundredth of a millimetre."
     steps = np.diff(np.sort(places(slices)))
     return bool((steps > .01).all())
 
-# %% ../nbs/30_scans.ipynb #16796b13
+# %% ../nbs/30_scans.ipynb #38669cdd
 def told_apart(slices: list) -> dict[str, list]:
     "The slices as volumes in each of which no place is taken twice, by a tag or two: {what tells the volume: slices}; {'': slices} where none does."
     tags, found = telling_tags(), {}
@@ -239,13 +242,13 @@ def told_apart(slices: list) -> dict[str, list]:
 def _words(value):
     return '\\'.join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else f'{value:g}' if isinstance(value, float) else str(value)
 
-# %% ../nbs/30_scans.ipynb #ae78c106
+# %% ../nbs/30_scans.ipynb #3ce22d20
 def fingerprint(one: Slice) -> tuple:
     "What two copies of a slice have in common: a hash of its pixels as they are stored, and what they mean."
     pixels = dicom_header(one.path, pixels=True).get('PixelData', b'')
     return sha256(pixels).hexdigest(), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
 
-# %% ../nbs/30_scans.ipynb #9d3530ca
+# %% ../nbs/30_scans.ipynb #701fc816
 def without_copies(slices: list) -> list:
     "The slices without those that are a copy of another at the same place."
     order, kept = np.argsort(places(slices), kind='stable'), []
@@ -256,7 +259,7 @@ def without_copies(slices: list) -> list:
             kept.append(index)
     return [slices[index] for index in sorted(kept)]
 
-# %% ../nbs/30_scans.ipynb #ce91403c
+# %% ../nbs/30_scans.ipynb #edf03eb1
 class Stack(NamedTuple):
     "Sorted slices: their direction matrix; `heights` along the normal, mm; `drift` (n, 2) along rows and columns from the first slice, mm."
     slices: list
@@ -269,7 +272,7 @@ class Stack(NamedTuple):
         "The usual distance between neighbours, mm."
         return float(np.median(np.diff(self.heights)))
 
-# %% ../nbs/30_scans.ipynb #8033329a
+# %% ../nbs/30_scans.ipynb #bbd03913
 def stacked(slices: list) -> Stack:
     "The slices from the lowest place along the normal to the highest."
     axes = np.mean([one.axes for one in slices], 0)
@@ -279,20 +282,20 @@ def stacked(slices: list) -> Stack:
     local = positions[order] @ axes
     return Stack([slices[index] for index in order], axes, local[:, 2], local[:, :2] - local[0, :2])
 
-# %% ../nbs/30_scans.ipynb #67b39bdf
+# %% ../nbs/30_scans.ipynb #4727e2c8
 def uneven_steps(stack: Stack) -> np.ndarray:
     "The indices of slices after which the step is not the usual one, to 1 % of it or 0.02 mm."
     steps = np.diff(stack.heights)
     return np.flatnonzero(np.abs(steps - stack.step) > max(.01 * stack.step, .02))
 
-# %% ../nbs/30_scans.ipynb #f6f4ac2a
+# %% ../nbs/30_scans.ipynb #804071a7
 def drift_of(stack: Stack) -> np.ndarray:
     "The steady drift (2,) along rows and columns in mm for each mm along the normal; zeros where it is less than 0.1 mm over the whole stack."
     rise = stack.heights - stack.heights[0]
     slope = rise @ stack.drift / max(rise @ rise, 1e-9)
     return slope * (np.abs(slope).max() * rise[-1] > .1)
 
-# %% ../nbs/30_scans.ipynb #783a7cbf
+# %% ../nbs/30_scans.ipynb #b1455caa
 def fault_of_geometry(slices: list) -> str:
     "Why slices of one group can be no volume, whatever their steps; '' where nothing is wrong."
     header, count = slices[0].header, len(slices)
@@ -314,7 +317,7 @@ def fault_of_geometry(slices: list) -> str:
         return 'it has no PixelSpacing; export the series from the scanner or archive with its geometry'
     return 'it is one slice; name the folder that holds the others' if count == 1 else ''
 
-# %% ../nbs/30_scans.ipynb #6b8f4857
+# %% ../nbs/30_scans.ipynb #a9681f3b
 def fault_of_steps(stack: Stack) -> str:
     "Why a stack is no regular one, with the places along its normal; '' where it is. Where only steps are uneven, the sentence names `fill_gaps`."
     heights, uneven = stack.heights, uneven_steps(stack)
@@ -334,7 +337,7 @@ def fault_of_steps(stack: Stack) -> str:
     return (f'slices are missing or uneven: the usual step is {stack.step:.2f} mm, but {told}{more}; add the missing files, '
             'or say fill_gaps=True to interpolate there')
 
-# %% ../nbs/30_scans.ipynb #d21dadf4
+# %% ../nbs/30_scans.ipynb #c55f216c
 @dataclass
 class Series:
     "Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others."
@@ -360,7 +363,7 @@ class Series:
         "Whether it is meant as a volume, be it with gaps."
         return not self.fault or self.gaps
 
-# %% ../nbs/30_scans.ipynb #55860832
+# %% ../nbs/30_scans.ipynb #38a9fd89
 def judged(slices: list, told='') -> list[Series]:
     "The slices of one group as series: copies dropped, volumes told apart, what is wrong with each said."
     fault = fault_of_geometry(slices)
@@ -376,7 +379,7 @@ def judged(slices: list, told='') -> list[Series]:
         found.append(Series(stack.slices, label, fault, 'fill_gaps' in fault, list(notes)))
     return found
 
-# %% ../nbs/30_scans.ipynb #e4bd8042
+# %% ../nbs/30_scans.ipynb #ad8d2422
 def list_series(path) -> tuple[list[Series], Folder]:
     "The series of a folder or file of DICOM, numbered from 1 and the largest volumes first, and what else was found there."
     found, groups = find_slices(path), {}
@@ -391,7 +394,7 @@ def list_series(path) -> tuple[list[Series], Folder]:
         one.notes += [f'{sentence}.' for sentence in found.broken]
     return series, found
 
-# %% ../nbs/30_scans.ipynb #eacbe26c
+# %% ../nbs/30_scans.ipynb #51a015e9
 def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
     "The stored numbers (rows, columns) of one compressed frame, decoded by SimpleITK. Raises ValueError where it cannot."
     bare = pydicom.Dataset()
@@ -409,7 +412,7 @@ def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
         except (RuntimeError, IndexError):
             raise ValueError(f'its pixels cannot be decoded ({header.file_meta.TransferSyntaxUID.name}); copy the file again') from None
 
-# %% ../nbs/30_scans.ipynb #03ca4027
+# %% ../nbs/30_scans.ipynb #bd30dc42
 def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     "The stored numbers (frames, rows, columns) of a DICOM file that was read whole. Raises ValueError where pixels are missing or broken."
     count = int(header.get('NumberOfFrames') or 1)
@@ -427,7 +430,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     unused = header.BitsAllocated - header.BitsStored
     return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
 
-# %% ../nbs/30_scans.ipynb #16a9a55a
+# %% ../nbs/30_scans.ipynb #6cb79914
 def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarray, int]:
     "What stored numbers (rows, columns) mean, float32, and how many of them are padding, which becomes −1000 in a CT and 0 elsewhere."
     slope, intercept = float(header.get('RescaleSlope') or 1), float(header.get('RescaleIntercept') or 0)
@@ -443,7 +446,7 @@ def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarra
     values[outside] = -1000 if header.get('Modality') == 'CT' else 0
     return values, int(outside.sum())
 
-# %% ../nbs/30_scans.ipynb #38155bc4
+# %% ../nbs/30_scans.ipynb #4ad109b6
 def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
     "Whether the values of a volume are Hounsfield units: it is a CT, does not say that they are something else, and air is in it near −1000."
     if header.get('Modality') != 'CT' or str(header.get('RescaleType') or 'HU').upper() not in ('HU', 'US'):
@@ -451,7 +454,7 @@ def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
     sample = values.ravel()[::max(values.size // 1_000_000, 1)]
     return bool(((sample > -1100) & (sample < -850)).mean() > .002)
 
-# %% ../nbs/30_scans.ipynb #b0200f8a
+# %% ../nbs/30_scans.ipynb #13c8a7ba
 def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     "A slice on a larger grid of `shape`, its first pixel `at` (row, column), which need be no whole numbers (linear interpolation)."
     whole = np.floor(at).astype(int)
@@ -459,7 +462,7 @@ def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     larger[whole[0]:whole[0] + values.shape[0], whole[1]:whole[1] + values.shape[1]] = values
     return shift(larger, np.subtract(at, whole), order=1, mode='grid-constant', cval=outside)[:shape[0], :shape[1]]
 
-# %% ../nbs/30_scans.ipynb #d2bb5f15
+# %% ../nbs/30_scans.ipynb #200898bf
 def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
     """The values (slices, rows, columns) of a stack, float32, each slice moved within its plane where the stack drifts; its headers; and notes.
 
@@ -482,7 +485,7 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
         values[index] = placed(meant, values.shape[1:], start + moves[index], outside) if more.any() else meant
     return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else []
 
-# %% ../nbs/30_scans.ipynb #09ab24a3
+# %% ../nbs/30_scans.ipynb #cfaa7033
 def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
     "The values (n, rows, columns) of slices at `heights` (mm, rising), interpolated linearly to a regular `step` from the first height on."
     wanted = heights[0] + step * np.arange(int((heights[-1] - heights[0]) / step + 1e-3) + 1)
@@ -493,7 +496,7 @@ def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
         found[index] = (1 - part) * values[lower] + part * values[lower + 1]
     return found
 
-# %% ../nbs/30_scans.ipynb #b7e08bdd
+# %% ../nbs/30_scans.ipynb #d0ee341b
 def protocol_facts(header: pydicom.Dataset) -> dict:
     "How a scan was made, as far as its header says: numbers and words that name nobody."
     names = ('ScanningSequence', 'SequenceVariant', 'MRAcquisitionType', 'EchoTime', 'RepetitionTime', 'InversionTime', 'FlipAngle', 'MagneticFieldStrength',
@@ -502,7 +505,7 @@ def protocol_facts(header: pydicom.Dataset) -> dict:
     return {name: [str(one) for one in value] if isinstance(value, pydicom.multival.MultiValue) else
             float(value) if isinstance(value, (int, float)) else str(value) for name, value in found.items()}
 
-# %% ../nbs/30_scans.ipynb #7fa8d60e
+# %% ../nbs/30_scans.ipynb #a05050b6
 def notes_on_header(header: pydicom.Dataset) -> list[str]:
     "What a header says that a user of the volume should know."
     syntax, notes = header.file_meta.TransferSyntaxUID, []
@@ -512,7 +515,7 @@ def notes_on_header(header: pydicom.Dataset) -> list[str]:
         notes.append('Viewers show it inverted (MONOCHROME1); the values are kept as they mean.')
     return notes
 
-# %% ../nbs/30_scans.ipynb #6d6bbe54
+# %% ../nbs/30_scans.ipynb #1f19fe44
 def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
     "What was done to a stack to make it a regular, upright one, in sentences."
     drift, tag = drift_of(stack), abs(float(stack.slices[0].header.get('GantryDetectorTilt') or 0))
@@ -526,7 +529,7 @@ def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
         notes.append(f'Slices are missing or uneven ({missing}{", ..." if len(uneven_steps(stack)) > 4 else ""}); the volume is interpolated there.')
     return notes
 
-# %% ../nbs/30_scans.ipynb #66127520
+# %% ../nbs/30_scans.ipynb #ae215a89
 def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     "The scan of one series. Raises ValueError, naming series and place, where it is no volume, or has gaps that are not to be filled."
     if series.fault and not (series.gaps and fill_gaps):
@@ -551,7 +554,7 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
-# %% ../nbs/30_scans.ipynb #75e53391
+# %% ../nbs/30_scans.ipynb #ade07174
 def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     "A volume as float32 with right-handed axes, and notes. Raises ValueError where it is no volume of one number a voxel."
     if image.GetNumberOfComponentsPerPixel() > 1:
@@ -574,48 +577,57 @@ def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     left_handed = np.linalg.det(np.reshape(image.GetDirection(), (3, 3))) < 0
     return (sitk.Flip(image, (True, False, False), False) if left_handed else image), notes
 
-# %% ../nbs/30_scans.ipynb #7ab7e880
-def nifti_forms(path) -> dict[str, np.ndarray]:
-    "The geometries that a NIfTI-1 file has set, {'sform' and 'qform': (4, 4)}: voxel index to LPS, mm. Raises ValueError for other files."
+# %% ../nbs/30_scans.ipynb #1d043632
+def nifti_header(path) -> dict:
+    "The fields of a NIfTI-1 header that are needed, by their names in the standard, as float64 arrays. Raises ValueError for other files."
     with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as file:
-        data = file.read(348)
+        try:
+            data = file.read(348)
+        except (OSError, EOFError):
+            data = b''
     order = next((order for order in '<>' if len(data) == 348 and np.frombuffer(data, order + 'i4', 1)[0] == 348), None)
     if order is None:
         raise ValueError(f'{Path(path).name} is no whole NIfTI-1 file; copy it again, or convert it.')
-    number = lambda kind, count, at: np.frombuffer(data, order + kind, count, at).astype(float)
-    unit = {1: 1000., 3: .001}.get(data[123] & 7, 1.)                                   # metres, micrometres; else mm
-    pixdim, (qcode, scode), (b, c, d, *origin) = number('f4', 8, 76), number('i2', 2, 252), number('f4', 6, 256)
-    a = np.sqrt(max(1 - b * b - c * c - d * d, 0))
+    places = {'dim': ('i2', 8, 40), 'datatype': ('i2', 1, 70), 'pixdim': ('f4', 8, 76), 'vox_offset': ('f4', 1, 108), 'scl_slope': ('f4', 1, 112),
+              'scl_inter': ('f4', 1, 116), 'xyzt_units': ('u1', 1, 123), 'qform_code': ('i2', 1, 252), 'sform_code': ('i2', 1, 254),
+              'quatern': ('f4', 3, 256), 'qoffset': ('f4', 3, 268), 'srow': ('f4', 12, 280)}
+    return {'order': order} | {name: np.frombuffer(data, order + kind, count, at).astype(float) for name, (kind, count, at) in places.items()}
+
+# %% ../nbs/30_scans.ipynb #1c9eef2b
+def nifti_forms(header: dict) -> dict[str, np.ndarray]:
+    "The geometries that a NIfTI header has set, {'sform' and 'qform': (4, 4)}: voxel index to LPS, mm."
+    unit = {1: 1000., 3: .001}.get(int(header['xyzt_units'][0]) & 7, 1.)                       # metres, micrometres; else mm
+    b, c, d = header['quatern']
+    a, pixdim = np.sqrt(max(1 - b * b - c * c - d * d, 0)), header['pixdim']
     turn = np.array([[a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
                      [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
                      [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c]])
-    qform = np.column_stack([turn * pixdim[1:4] * (1, 1, -1 if pixdim[0] < 0 else 1), origin])
-    forms = {name: np.diag([-unit, -unit, unit]) @ form for name, code, form in
-             (('sform', scode, number('f4', 12, 280).reshape(3, 4)), ('qform', qcode, qform)) if code > 0}
+    qform = np.column_stack([turn * pixdim[1:4] * (1, 1, -1 if pixdim[0] < 0 else 1), header['qoffset']])
+    forms = {name: np.diag([-unit, -unit, unit]) @ form for name, form in (('sform', header['srow'].reshape(3, 4)), ('qform', qform))
+             if header[f'{name}_code'] > 0}
     return {name: np.vstack([form, [0, 0, 0, 1]]) for name, form in forms.items()}
 
-# %% ../nbs/30_scans.ipynb #38befd4e
-def nifti_geometry(path, size) -> tuple[np.ndarray, list[str]]:
-    "The geometry (4, 4) of a NIfTI file of this `size` that is to be believed, and notes. Raises ValueError where left and right are not certain."
-    path, forms = Path(path), nifti_forms(path)
+# %% ../nbs/30_scans.ipynb #6d495068
+def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
+    "The geometry (4, 4) of a NIfTI file that is to be believed, and notes. Raises ValueError, with its `name`, where left and right are not certain."
+    forms, notes = nifti_forms(header), []
     if not forms:
-        raise ValueError(f'{path.name} does not say how it lies in space (neither sform nor qform is set), so left might be right; convert it anew from its DICOM files.')
-    name, chosen = next(iter(forms.items()))
+        raise ValueError(f'{name} does not say how it lies in space (neither sform nor qform is set), so left might be right; convert it anew from its DICOM files.')
+    form, chosen = next(iter(forms.items()))
     columns = chosen[:3, :3] / np.maximum(np.linalg.norm(chosen[:3, :3], axis=0), 1e-9)
     if np.abs(columns.T @ columns - np.eye(3)).max() > 1e-3:
-        raise ValueError(f'{path.name} has axes that are not at right angles (its {name} is sheared or empty); resample it onto an upright grid first.')
-    notes = []
+        raise ValueError(f'{name} has axes that are not at right angles (its {form} is sheared or empty); resample it onto an upright grid first.')
     if len(forms) == 2:
         if np.linalg.det(forms['sform']) * np.linalg.det(forms['qform']) < 0:
-            raise ValueError(f'The sform and the qform of {path.name} disagree about left and right; convert it anew from its DICOM files.')
-        corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*np.subtract(size[:3], 1), 1)
+            raise ValueError(f'The sform and the qform of {name} disagree about left and right; convert it anew from its DICOM files.')
+        corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*np.subtract(header['dim'][1:4], 1), 1)
         apart = np.linalg.norm((forms['sform'] - forms['qform']) @ corners.T, axis=0).max()
         notes = [f'Its sform and qform are up to {apart:.1f} mm apart; the sform was believed.'] if apart > .1 else []
-    if columns.shape and not .05 < np.linalg.norm(chosen[:3, :3], axis=0).max() < 50:
+    if not .05 < np.linalg.norm(chosen[:3, :3], axis=0).max() < 50:
         notes.append(f'Its voxels measure {", ".join(f"{x:.3g}" for x in np.linalg.norm(chosen[:3, :3], axis=0))} mm; its unit may be wrong.')
     return chosen, notes
 
-# %% ../nbs/30_scans.ipynb #7c7988c7
+# %% ../nbs/30_scans.ipynb #599a14ce
 def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     "The scan of an image whose header says nothing but its geometry. Raises ValueError where it is no volume."
     image, more = upright_image(image, name)
@@ -629,7 +641,7 @@ def _a_ct():
     header.Modality = 'CT'
     return header
 
-# %% ../nbs/30_scans.ipynb #1c8855cf
+# %% ../nbs/30_scans.ipynb #9c289a5e
 def read_pixels_of(path) -> sitk.Image:
     "The image in a file that SimpleITK reads. Raises ValueError where it cannot."
     try:
@@ -637,20 +649,40 @@ def read_pixels_of(path) -> sitk.Image:
     except RuntimeError:
         raise ValueError(f'{Path(path).name} cannot be read as an image: it is cut off, or no such file; copy it again.') from None
 
-# %% ../nbs/30_scans.ipynb #6c14f0df
+# %% ../nbs/30_scans.ipynb #51fa2805
 def read_image_file(path) -> Scan:
     "The scan in a NRRD or MetaImage file. Raises ValueError where it is no volume."
     return image_scan(read_pixels_of(path), Path(path).name)
 
-# %% ../nbs/30_scans.ipynb #a557a7d5
+# %% ../nbs/30_scans.ipynb #ffaa4a96
+def nifti_values(path, header: dict) -> np.ndarray:
+    """The values of a NIfTI file, float32, in the order of SimpleITK (last axis first). Raises ValueError where they break off, or are no plain numbers.
+
+    Read here, for the library in SimpleITK fills up what is missing with zeros, and makes zeros of what is no number, without a word."""
+    name, kinds = Path(path).name, {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4'}
+    kind, shape = kinds.get(int(header['datatype'][0])), header['dim'][1:1 + int(header['dim'][0])].astype(int)[::-1]
+    if kind is None:
+        raise ValueError(f'{name} holds colours or complex numbers (data type {header["datatype"][0]:g}); give a volume of one number a voxel.')
+    try:
+        with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as file:
+            file.seek(int(header['vox_offset'][0]))
+            values = np.frombuffer(file.read(int(np.prod(shape)) * np.dtype(kind).itemsize), header['order'] + kind).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error):
+        raise ValueError(f'{name} breaks off before its last voxel; copy it again.') from None
+    slope, start = header['scl_slope'][0], header['scl_inter'][0]
+    scaled = np.isfinite(slope) and slope != 0 and (slope, start) != (1, 0)
+    return (values * slope + (start if np.isfinite(start) else 0) if scaled else values).astype(np.float32)
+
+# %% ../nbs/30_scans.ipynb #c4f2bdef
 def read_nifti(path) -> Scan:
     "The scan in a NIfTI file (.nii, .nii.gz). Raises ValueError where it is no volume, or does not say for certain what is left and right."
-    path = Path(path)
-    nifti_geometry(path, (2, 2, 2))                                          # a sentence before SimpleITK gives up on a sheared one
-    image = read_pixels_of(path)
-    geometry, notes = nifti_geometry(path, image.GetSize())
-    image = image[..., 0] if image.GetDimension() == 4 and image.GetSize()[3] == 1 else image
-    if image.GetDimension() == 3:
+    path, header = Path(path), nifti_header(path)
+    geometry, notes = nifti_geometry(path.name, header)
+    values = nifti_values(path, header)
+    while values.ndim > 3 and values.shape[0] == 1:
+        values = values[0]
+    image = sitk.GetImageFromArray(values, isVector=False)
+    if values.ndim == 3:
         spacing = np.linalg.norm(geometry[:3, :3], axis=0)
         left, _, right = np.linalg.svd(geometry[:3, :3] / spacing)
         image.SetSpacing(spacing.tolist())
@@ -658,18 +690,18 @@ def read_nifti(path) -> Scan:
         image.SetOrigin(geometry[:3, 3].tolist())
     return image_scan(image, path.name, notes)
 
-# %% ../nbs/30_scans.ipynb #9879845c
+# %% ../nbs/30_scans.ipynb #571fa5eb
 def volume_formats() -> dict[str, Callable]:
     "The formats that hold one volume a file: suffix -> its reader. A new one is a line here."
     return {'.nii': read_nifti, '.nii.gz': read_nifti, '.nrrd': read_image_file, '.nhdr': read_image_file, '.mha': read_image_file, '.mhd': read_image_file}
 
-# %% ../nbs/30_scans.ipynb #7bff1b14
+# %% ../nbs/30_scans.ipynb #5f6aaf38
 def format_reader(path) -> Callable | None:
     "The reader of a file by its name; None where it is DICOM, whose names say nothing, or a folder."
     name = Path(path).name.lower()
     return next((reader for suffix, reader in volume_formats().items() if name.endswith(suffix) and Path(path).is_file()), None)
 
-# %% ../nbs/30_scans.ipynb #794392b4
+# %% ../nbs/30_scans.ipynb #f2d15e02
 def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
     refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
@@ -680,7 +712,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     what = f'{path} holds no volume: {refused}.' if series else f'{path} holds no DICOM images.'
     return ' '.join(filter(None, (what, others.strip(), broken, '' if series else hint)))
 
-# %% ../nbs/30_scans.ipynb #5950564b
+# %% ../nbs/30_scans.ipynb #a27d8a38
 def chosen_series(path, series: list, wanted=None) -> Series:
     "The one volume among series, or that which is `wanted`: its number, or a part of its name. Raises ValueError, listing them, where that is not one."
     volumes = [one for one in series if one.is_volume]
@@ -695,7 +727,7 @@ def chosen_series(path, series: list, wanted=None) -> Series:
         raise ValueError(f'series={wanted} means {len(found) or "none"} of the volumes of {path} ({listed}); give the number of one.')
     return found[0]
 
-# %% ../nbs/30_scans.ipynb #8f355021
+# %% ../nbs/30_scans.ipynb #8687247b
 def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
     """The volume in a folder of DICOM files (searched whole), in one DICOM file with many frames, or in a NIfTI, NRRD or MetaImage file.
 
@@ -712,7 +744,7 @@ def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
         scan.notes.append(f'{len(found.others)} file(s) beside it are no images ({", ".join(sorted(set(found.others)))}) and were ignored.')
     return scan
 
-# %% ../nbs/30_scans.ipynb #070f7fa0
+# %% ../nbs/30_scans.ipynb #a2ca08b6
 def scan_row(number, name, scan: Scan | None, fault: str = '') -> dict:
     "A row of the table of `scan_table`."
     if scan is None:
@@ -720,7 +752,7 @@ def scan_row(number, name, scan: Scan | None, fault: str = '') -> dict:
     return {'series': number, 'what': name, 'size': '×'.join(map(str, scan.image.GetSize())), 'spacing': '×'.join(f'{s:.3g}' for s in scan.image.GetSpacing()),
             'plane': plane_of(scan.image.GetDirection()), 'notes': fault or ' '.join(scan.notes) or 'whole'}
 
-# %% ../nbs/30_scans.ipynb #50514665
+# %% ../nbs/30_scans.ipynb #e71f4609
 def series_row(one: Series) -> dict:
     "The row of a series of DICOM slices, from its headers alone."
     header, sound = one.header, one.slices[0].axes is not None and one.slices[0].position is not None and one.slices[0].numbers('PixelSpacing', 2) is not None
@@ -732,7 +764,7 @@ def series_row(one: Series) -> dict:
         notes += notes_on_stack(stack, False)
     return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes]) or 'whole'}
 
-# %% ../nbs/30_scans.ipynb #75fef6de
+# %% ../nbs/30_scans.ipynb #fe444532
 def scan_table(path) -> list[dict]:
     "A row for each series of a folder or file, DICOM first: number, what it is, size, spacing (mm), plane, and what is odd or wrong with it."
     path = Path(path)

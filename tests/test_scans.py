@@ -1,0 +1,689 @@
+"""Reading scans: every odd folder gives the right volume with a sentence, or a refusal that names series, place and remedy; never silence.
+
+Files are made here, with values that are a linear function of the place in space. So wherever a voxel ends up, it says whether it is there by right:
+interpolating does not change a linear function.
+"""
+import gzip
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.data import get_testdata_file
+from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage, EnhancedMRImageStorage, ExplicitVRBigEndian,
+                         ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, generate_uid)
+
+from scipy.ndimage import binary_erosion
+
+from medfusion.scans import Scan, check_pair, decoded, dicom_header, list_series, read_scan, scan_table
+
+AXIAL = [1, 0, 0, 0, 1, 0]
+SHAPE = 12, 16      # rows, columns
+SPACING = 1.5, 1.    # of rows, of columns: mm
+
+
+def hounsfield(points):
+    "The value at points (..., 3) in mm: linear in space, with air in it, and never −1000."
+    return np.asarray(points) @ (5., 3., 8.) - 900.25
+
+
+def axes(orientation):
+    across, down = np.reshape(orientation, (2, 3)).astype(float)
+    return np.stack([across, down, np.cross(across, down)], 1)
+
+
+def slice_points(position, orientation, shape=SHAPE):
+    "The points (rows, columns, 3) of the pixels of a slice."
+    rows, columns = np.mgrid[:shape[0], :shape[1]]
+    return position + (columns[..., None] * SPACING[1]) * axes(orientation)[:, 0] + (rows[..., None] * SPACING[0]) * axes(orientation)[:, 1]
+
+
+def made(position, orientation=AXIAL, slope=.25, intercept=-1300., values=None, **more):
+    "A CT slice at a position; `values` (HU) are those of the place if not given. Further tags by keyword; None removes one."
+    shape = SHAPE if values is None else values.shape
+    values = hounsfield(slice_points(position, orientation)) if values is None else values
+    one = pydicom.Dataset()
+    one.update({'SOPClassUID': CTImageStorage, 'SOPInstanceUID': generate_uid(), 'Modality': 'CT', 'PatientID': 'P-4711', 'PatientName': 'Doe^Jane',
+                'SeriesInstanceUID': '1.2.3', 'FrameOfReferenceUID': '1.2.4', 'SeriesDescription': 'head', 'ImageType': ['ORIGINAL', 'PRIMARY', 'AXIAL'],
+                'ImagePositionPatient': [float(f'{x:.9g}') for x in position], 'ImageOrientationPatient': [float(f'{x:.9g}') for x in orientation],
+                'PixelSpacing': list(SPACING), 'Rows': shape[0], 'Columns': shape[1], 'SamplesPerPixel': 1, 'PhotometricInterpretation': 'MONOCHROME2',
+                'BitsAllocated': 16, 'BitsStored': 16, 'HighBit': 15, 'PixelRepresentation': 0, 'RescaleSlope': slope, 'RescaleIntercept': intercept})
+    stored = np.rint((values - (intercept or 0)) / (slope or 1)).astype(np.int64)
+    one.PixelData = (stored & 0xFFFF).astype('<u2').tobytes()
+    for name, value in more.items():
+        if value is None:
+            delattr(one, name)
+        else:
+            setattr(one, name, value)
+    for name in ('RescaleSlope', 'RescaleIntercept'):
+        if one.get(name, 0) is None:
+            delattr(one, name)
+    return one
+
+
+def save(one, path, syntax=ExplicitVRLittleEndian):
+    one.file_meta = pydicom.dataset.FileMetaDataset()
+    one.file_meta.TransferSyntaxUID = syntax
+    if syntax == ExplicitVRBigEndian:
+        one.PixelData = np.frombuffer(one.PixelData, '<u2').astype('>u2').tobytes()
+    one.save_as(path, enforce_file_format=True)
+
+
+def stack_positions(count=6, step=3., orientation=AXIAL, start=(-8., -6., 0.)):
+    return [np.array(start) + index * step * axes(orientation)[:, 2] for index in range(count)]
+
+
+def write(folder, slices, syntax=ExplicitVRLittleEndian):
+    "Writes slices under names and instance numbers that have nothing to do with their order."
+    folder.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(0).permutation(len(slices))
+    for one, name in zip(slices, order):
+        one.InstanceNumber = int(order[-1 - name]) + 1
+        save(one, folder / f'{len(list(folder.iterdir())):02d}-{name}', syntax)
+    return folder
+
+
+def assert_right(scan, tolerance=.5, least=.99, outside=-1000.):
+    "Each voxel that was seen has the value of its place; at least a share of `least` was seen; the axes are right-handed."
+    image, values = scan.image, sitk.GetArrayFromImage(scan.image)
+    assert image.GetPixelID() == sitk.sitkFloat32
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    assert np.linalg.det(direction) > 0
+    index = np.moveaxis(np.indices(values.shape)[::-1], 0, -1) * image.GetSpacing()
+    wanted = hounsfield(index @ direction.T + image.GetOrigin())
+    seen = values != outside
+    inner = seen if least > .98 else binary_erosion(seen, np.ones((1, 3, 1)))     # at the edge of what was seen, air is mixed in
+    wrong = np.abs(values - wanted)[inner] > tolerance
+    assert seen.mean() >= least and not wrong.any(), (seen.mean(), wrong.mean())
+    return values, seen
+
+
+def assert_refused(path, *words, **options):
+    with pytest.raises(ValueError) as caught:
+        read_scan(path, **options)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert 'Doe' not in text and '4711' not in text and '\n' not in text
+    return text
+
+
+def notes(scan):
+    return ' '.join(scan.notes)
+
+
+# Order and orientation
+
+ORIENTATIONS = {'axial': AXIAL, 'coronal': [1, 0, 0, 0, 0, -1], 'sagittal': [0, 1, 0, 0, 0, -1], 'from below': [-1, 0, 0, 0, 1, 0],
+                'oblique': [.8, .6, 0, -.36, .48, .8]}
+
+
+@pytest.mark.parametrize('orientation', ORIENTATIONS.values(), ids=ORIENTATIONS)
+@pytest.mark.parametrize('feet_first', [False, True])
+def test_slices_are_sorted_by_their_place(tmp_path, orientation, feet_first):
+    places = stack_positions(orientation=orientation)[::-1 if feet_first else 1]
+    scan = read_scan(write(tmp_path, [made(place, orientation, PatientPosition='FFS' if feet_first else 'HFS') for place in places]))
+    assert_right(scan)
+    assert scan.image.GetSize() == (16, 12, 6) and scan.is_hu and scan.modality == 'CT' and scan.description == 'head' and not scan.notes
+    np.testing.assert_allclose(scan.image.GetSpacing(), (1, 1.5, 3), atol=1e-6)
+    assert [np.allclose(one.ImagePositionPatient, place, atol=1e-6) for one, place in
+            zip(scan.reference, sorted(places, key=lambda place: place @ axes(orientation)[:, 2]))] == [True] * 6
+
+
+def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
+    write(tmp_path / 'a' / 'deep', [made(place) for place in stack_positions()])
+    (tmp_path / 'notes.txt').write_text('DICM is not at its place')
+    (tmp_path / 'empty').touch()
+    structures = pydicom.Dataset()
+    structures.update({'SOPClassUID': '1.2.840.10008.5.1.4.1.1.481.3', 'SOPInstanceUID': '1.2', 'Modality': 'RTSTRUCT'})
+    save(structures, tmp_path / 'structures.dcm')
+    directory = pydicom.Dataset()
+    directory.update({'FileSetID': 'X', 'SOPClassUID': '1.2.840.10008.1.3.10', 'SOPInstanceUID': '1.3'})
+    save(directory, tmp_path / 'DICOMDIR')
+    scan = read_scan(tmp_path)
+    assert_right(scan)
+    assert 'RTSTRUCT' in notes(scan) and 'no images' in notes(scan)
+
+
+def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
+    jitter = np.random.default_rng(1).uniform(-4e-3, 4e-3, 6)
+    assert_right(read_scan(write(tmp_path, [made(place + (0, 0, by)) for place, by in zip(stack_positions(), jitter)])))
+
+
+# Tilted gantry
+
+@pytest.mark.parametrize('tag', [None, 18.5])
+@pytest.mark.parametrize('sign', [1, -1])
+def test_a_tilted_gantry_is_set_upright(tmp_path, tag, sign):
+    angle = np.deg2rad(18.5) * sign
+    orientation = [1, 0, 0, 0, np.cos(angle), np.sin(angle)]
+    slices = [made(np.array([-8., -6., 3. * index]), orientation, GantryDetectorTilt=tag) if tag else made(np.array([-8., -6., 3. * index]), orientation)
+              for index in range(6)]
+    scan = read_scan(write(tmp_path, slices))
+    assert_right(scan, least=.6)                                  # .5 HU are .05 mm
+    assert 'leans by 18.5°' in notes(scan) and scan.image.GetSize()[1] > 12
+
+
+def test_a_tag_of_tilt_that_the_geometry_denies_is_said(tmp_path):
+    assert 'positions show none' in notes(read_scan(write(tmp_path, [made(place, GantryDetectorTilt=12) for place in stack_positions()])))
+
+
+# Gaps
+
+@pytest.mark.parametrize('kept, words', [
+    ([0, 1, 3, 4, 5], ['6.00 mm from 3.0 to 9.0 mm']),
+    ([0, 1, 3, 4, 5, 6, 9, 10, 11], ['from 3.0 to 9.0', '9.00 mm from 18.0 to 27.0 mm']),
+])
+def test_missing_slices_are_refused_by_place_and_filled_on_demand(tmp_path, kept, words):
+    places = stack_positions(12)
+    write(tmp_path, [made(places[index]) for index in kept])
+    assert_refused(tmp_path, 'Series 1', 'head', 'missing', 'fill_gaps=True', *words)
+    scan = read_scan(tmp_path, fill_gaps=True)
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == kept[-1] + 1 and 'interpolated' in notes(scan)
+    assert 'missing' in scan_table(tmp_path)[0]['notes']
+
+
+def test_steps_of_3_then_5_mm(tmp_path):
+    heights = [0, 3, 6, 9, 14, 19, 24]
+    write(tmp_path, [made(np.array([-8., -6., z])) for z in heights])
+    assert_refused(tmp_path, '5.00 mm from 9.0 to 14.0 mm')
+    scan = read_scan(tmp_path, fill_gaps=True)
+    assert_right(scan)
+    assert scan.image.GetSpacing()[2] == 3 and scan.image.GetSize()[2] == 9
+
+
+def test_a_gap_in_a_tilted_stack(tmp_path):
+    orientation = [1, 0, 0, 0, np.cos(.3), np.sin(.3)]
+    write(tmp_path, [made(np.array([-8., -6., 3. * index]), orientation) for index in (0, 1, 2, 4, 5)])
+    assert_refused(tmp_path, 'missing')
+    scan = read_scan(tmp_path, fill_gaps=True)
+    assert scan.image.GetSize()[2] == 6 and 'leans' in notes(scan) and 'interpolated' in notes(scan)
+
+
+def test_a_slice_beside_the_line_is_refused(tmp_path):
+    places = stack_positions()
+    places[3] = places[3] + (4., 0, 0)
+    assert_refused(write(tmp_path, [made(place) for place in places]), '9.0 mm', 'beside the line')
+
+
+# One position twice
+
+def test_copies_are_dropped_with_a_word(tmp_path):
+    places = stack_positions()
+    scan = read_scan(write(tmp_path, [made(place) for place in [*places, places[2], places[2]]]))
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 6 and '2 of its slices were copies' in notes(scan)
+
+
+def test_different_slices_at_one_place_are_refused(tmp_path):
+    places = stack_positions()
+    write(tmp_path, [*(made(place) for place in places), made(places[2], values=np.zeros(SHAPE))])
+    assert_refused(tmp_path, '6.0 mm', 'twice', 'head')
+
+
+@pytest.mark.parametrize('tag, one, other', [
+    ('EchoTime', 10, 80), ('ImageType', ['ORIGINAL', 'PRIMARY', 'M'], ['ORIGINAL', 'PRIMARY', 'P']), ('ConvolutionKernel', 'H30', 'H70'),
+    ('AcquisitionNumber', 1, 2), ('TemporalPositionIdentifier', 1, 2),
+])
+def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
+    slices = [made(place, **{tag: value}) for value in (one, other) for place in stack_positions()]
+    for index, slice_ in enumerate(slices[6:]):
+        slice_.PixelData = (np.frombuffer(slice_.PixelData, '<u2') + 4).astype('<u2').tobytes()
+    write(tmp_path, slices)
+    assert_refused(tmp_path, '2 volumes', tag, 'series=1')
+    found = [sitk.GetArrayFromImage(read_scan(tmp_path, series=number).image) for number in (1, 2)]
+    np.testing.assert_allclose(np.abs(found[0] - found[1]), 1)
+
+
+def test_slices_at_one_place_only(tmp_path):
+    write(tmp_path, [made(stack_positions()[0], AcquisitionNumber=number, values=np.full(SHAPE, number)) for number in range(4)])
+    assert_refused(tmp_path, 'all its slices are at one place')
+
+
+# Several things in one folder
+
+def test_a_localiser_in_the_series_is_left_aside(tmp_path):
+    localisers = [made((-8., -6., 5.), [0, 1, 0, 0, 0, -1]), made((-8., -6., 50.), ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])]
+    scan = read_scan(write(tmp_path, [*localisers, *(made(place) for place in stack_positions())]))
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 6 and 'localiser' in notes(scan) and 'left aside' in notes(scan)
+
+
+@pytest.mark.parametrize('tag, value', [('SeriesInstanceUID', '1.9'), ('PatientID', 'P-4712'), ('FrameOfReferenceUID', '1.8')])
+def test_two_of_something_in_a_folder_are_listed_and_chosen(tmp_path, tag, value):
+    write(tmp_path, [made(place, SeriesDescription='bone') for place in stack_positions(7)])
+    write(tmp_path, [made(place, **{tag: value}) for place in stack_positions()])
+    assert_refused(tmp_path, '2 volumes', '1: CT bone, 7 slices', '2: CT head, 6 slices', 'series=1')
+    for wanted in (2, '2', 'head'):
+        scan = read_scan(tmp_path, series=wanted)
+        assert_right(scan)
+        assert scan.description == 'head' and scan.image.GetSize()[2] == 6
+    assert_refused(tmp_path, 'means none', series='knee')
+    rows = scan_table(tmp_path)
+    assert [(row['series'], row['what'], row['size'], row['spacing'], row['plane']) for row in rows] == [
+        (1, 'CT bone', '16×12×7', '1×1.5×3', 'axial'), (2, 'CT head', '16×12×6', '1×1.5×3', 'axial')]
+
+
+def test_slices_of_two_patients_are_never_one_volume(tmp_path):
+    places = stack_positions(8)
+    write(tmp_path, [made(place, PatientID=f'P-{index // 4}', PatientName='X') for index, place in enumerate(places)])
+    assert_refused(tmp_path, '2 volumes')
+
+
+def test_two_patients_are_not_fused_unawares(tmp_path):
+    ct = read_scan(write(tmp_path / 'a', [made(place) for place in stack_positions()]))
+    same = read_scan(write(tmp_path / 'b', [made(place, Modality='MR', PatientID='P-4711 ') for place in stack_positions()]))
+    other = read_scan(write(tmp_path / 'c', [made(place, PatientID='P-4712') for place in stack_positions()]))
+    assert check_pair(ct, same) == []
+    with pytest.raises(ValueError, match='different_patients=True') as caught:
+        check_pair(ct, other)
+    assert '4711' not in str(caught.value)
+    assert 'allowed' in check_pair(ct, other, different_patients=True)[0]
+    assert 'cannot be told' in check_pair(ct, Scan(ct.image))[0]
+
+
+def test_nothing_that_is_shown_names_the_patient(tmp_path):
+    scan = read_scan(write(tmp_path, [made(place) for place in stack_positions()]))
+    shown = repr(scan) + repr(list_series(tmp_path)[0]) + str(scan_table(tmp_path)) + str(scan.protocol) + str(scan.notes) + scan.patient
+    assert 'Doe' not in shown and '4711' not in shown and '1.2.4' not in repr(scan)
+    assert scan.reference[0].PatientName == 'Doe^Jane' and 'PixelData' not in scan.reference[0]
+
+
+# No volume
+
+@pytest.mark.parametrize('tags, words', [
+    ({'ImagePositionPatient': None}, ['has no ImagePositionPatient', 'export']),
+    ({'ImageOrientationPatient': None}, ['no valid ImageOrientationPatient', 'export']),
+    ({'PixelSpacing': None}, ['no PixelSpacing', 'export']),
+    ({'SamplesPerPixel': 3, 'PhotometricInterpretation': 'RGB', 'PlanarConfiguration': 0}, ['in colour']),
+])
+def test_what_is_no_volume_is_refused(tmp_path, tags, words):
+    assert_refused(write(tmp_path, [made(place, **tags) for place in stack_positions()]), 'CT head', *words)
+    assert words[0] in scan_table(tmp_path)[0]['notes']
+
+
+def test_one_slice_is_no_volume(tmp_path):
+    write(tmp_path, [made(stack_positions()[0])])
+    for path in (tmp_path, next(tmp_path.iterdir())):
+        assert_refused(path, 'one slice', 'name the folder')
+
+
+def test_a_video_is_no_volume(tmp_path):
+    video = made((0., 0., 0.), SOPClassUID='1.2.840.10008.5.1.4.1.1.77.1.1.1', Modality='ES', NumberOfFrames=9, SamplesPerPixel=3,
+                 ImagePositionPatient=None, ImageOrientationPatient=None)
+    video.PixelData = pydicom.encaps.encapsulate([b'\0' * 100])
+    video['PixelData'].is_undefined_length = True
+    save(video, tmp_path / 'video', pydicom.uid.MPEG4HP41)
+    assert_refused(tmp_path, 'video')
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda folder: None, ['holds no DICOM images', 'Give a folder']),
+    (lambda folder: (folder / 'a.txt').write_text('nothing'), ['holds no DICOM images']),
+    (lambda folder: sitk.WriteImage(sitk.Image(4, 4, 4, sitk.sitkInt16), str(folder / 'a.nii')), ['Name one of its files: a.nii']),
+])
+def test_a_folder_without_dicom(tmp_path, make, words):
+    make(tmp_path)
+    assert_refused(tmp_path, *words)
+    assert scan_table(tmp_path)
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    for path in (tmp_path / 'none', tmp_path / 'none.nii.gz'):
+        with pytest.raises(FileNotFoundError, match='none'):
+            read_scan(path)
+
+
+# What numbers mean
+
+def test_slope_and_intercept_of_each_slice(tmp_path):
+    slices = [made(place, slope=.25 + .01 * index, intercept=-1100. - index) for index, place in enumerate(stack_positions())]
+    assert_right(read_scan(write(tmp_path, slices)))
+
+
+@pytest.mark.parametrize('padding, limit', [(63536, None), (0, 3), (65535, None)])
+def test_unsigned_with_padding(tmp_path, padding, limit):
+    slices = []
+    for place in stack_positions():
+        one = made(place, intercept=-1200., PixelPaddingValue=padding)
+        values = np.frombuffer(one.PixelData, '<u2').copy()
+        values[:10] = padding if limit is None else np.arange(10) % (limit + 1)
+        one.PixelData = values.tobytes()
+        if limit is not None:
+            one.PixelPaddingRangeLimit = limit
+        slices.append(one)
+    scan = read_scan(write(tmp_path, slices))
+    assert (assert_right(scan, least=.9)[0][:, 0, :10] == -1000).all()
+    assert '60 voxels of padding' in notes(scan) and scan.is_hu
+
+
+def test_signed_with_signed_padding_and_twelve_bits(tmp_path):
+    slices = [made(place, slope=1, intercept=0, PixelRepresentation=1, BitsStored=12, HighBit=11, PixelPaddingValue=-2000) for place in stack_positions()]
+    for one in slices:                                           # the upper four bits hold something else, as overlays did
+        values = np.frombuffer(one.PixelData, '<u2').copy()
+        one.PixelData = ((values & 0x0FFF) | 0x5000).astype('<u2').tobytes()
+    assert_right(read_scan(write(tmp_path, slices)))
+
+
+@pytest.mark.parametrize('tags', [{'intercept': None}, {'intercept': 0.}, {'RescaleType': 'OD'}])
+def test_a_ct_without_its_intercept_is_said_to_be_not_in_hu(tmp_path, tags):
+    wrong = {'RescaleType': 'OD'} if 'RescaleType' in tags else tags
+    base = [made(place, slope=1, intercept=-1100.) for place in stack_positions()]
+    for one in base:
+        if 'RescaleType' in wrong:
+            one.RescaleType = 'OD'
+        elif wrong['intercept'] is None:
+            del one.RescaleIntercept
+        else:
+            one.RescaleIntercept = 0
+    scan = read_scan(write(tmp_path, base))
+    assert not scan.is_hu and 'not in HU' in notes(scan)
+
+
+def test_monochrome1_keeps_what_is_meant(tmp_path):
+    scan = read_scan(write(tmp_path, [made(place, PhotometricInterpretation='MONOCHROME1') for place in stack_positions()]))
+    assert_right(scan)
+    assert 'MONOCHROME1' in notes(scan)
+
+
+# Transfer syntaxes
+
+@pytest.mark.parametrize('syntax', [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian],
+                         ids=lambda syntax: syntax.name)
+def test_uncompressed_syntaxes(tmp_path, syntax):
+    assert_right(read_scan(write(tmp_path, [made(place) for place in stack_positions()], syntax)))
+
+
+def test_a_file_without_preamble(tmp_path):
+    folder = write(tmp_path, [made(place) for place in stack_positions()], ImplicitVRLittleEndian)
+    for path in folder.iterdir():
+        one = pydicom.dcmread(path)
+        pydicom.dcmwrite(path, pydicom.Dataset({element.tag: element for element in one}), implicit_vr=True, little_endian=True)
+        assert path.read_bytes()[128:132] != b'DICM'
+    assert_right(read_scan(folder))
+
+
+@pytest.mark.parametrize('compressor', ['JPEG', 'JPEG2000', 'RLE'])
+@pytest.mark.parametrize('signed', [False, True])
+@pytest.mark.parametrize('photometric', ['MONOCHROME2', 'MONOCHROME1'])
+def test_compressed_syntaxes(tmp_path, compressor, signed, photometric):
+    slices = [made(place, intercept=0. if signed else -1300., PixelRepresentation=int(signed), PhotometricInterpretation=photometric)
+              for place in stack_positions()]
+    for index, one in enumerate(slices):
+        if compressor == 'RLE':
+            save(one, tmp_path / f'{index}')
+            one.compress(RLELossless)
+            one.save_as(tmp_path / f'{index}', enforce_file_format=True)
+            continue
+        writer = sitk.ImageFileWriter()
+        writer.SetFileName(str(tmp_path / 'one.dcm'))
+        writer.SetUseCompression(True)
+        writer.SetCompressor(compressor)
+        writer.Execute(sitk.GetImageFromArray(np.frombuffer(one.PixelData, '<i2' if signed else '<u2').reshape(1, *SHAPE)))
+        packed = pydicom.dcmread(tmp_path / 'one.dcm')
+        one.PixelData = packed.PixelData
+        one['PixelData'].is_undefined_length = True
+        (tmp_path / 'one.dcm').unlink()
+        save(one, tmp_path / f'{index}', packed.file_meta.TransferSyntaxUID)
+    scan = read_scan(tmp_path)
+    assert_right(scan)
+    assert 'loss' not in notes(scan)
+
+
+def frame_of(name):
+    "The stored numbers of a compressed file that pydicom ships, decoded here, and its header."
+    header = dicom_header(get_testdata_file(name), pixels=True)
+    return decoded(header, next(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=1))), header
+
+
+@pytest.mark.parametrize('name', ['MR_small_jpeg_ls_lossless.dcm', 'MR_small_jp2klossless.dcm', 'MR_small_RLE.dcm'])
+def test_lossless_files_of_others(name):
+    plain = pydicom.dcmread(get_testdata_file('MR_small.dcm')).pixel_array
+    np.testing.assert_array_equal(frame_of(name)[0], plain)
+
+
+def test_lossy_jpeg_of_12_bits_is_right_within_its_loss(tmp_path):
+    "The file of 12 bits beside the same picture in JPEG 2000, which has 16 bits."
+    (jpeg, header), (other, _) = frame_of('JPEG-lossy.dcm'), frame_of('JPEG2000.dcm')
+    assert header.BitsStored == 12 and jpeg.max() > 255
+    coarse = [picture.reshape(128, 8, 32, 8).mean((1, 3)).ravel() for picture in (jpeg.astype(float), other.astype(float))]
+    assert np.corrcoef(*coarse)[0, 1] > .95 and np.median(np.abs(jpeg - other.astype(float))) <= 3
+    for place in stack_positions(3):
+        one = made(place, values=np.zeros(jpeg.shape), BitsStored=12, HighBit=11, PixelData=header.PixelData)
+        one['PixelData'].is_undefined_length = True
+        save(one, tmp_path / f'{place[2]}', header.file_meta.TransferSyntaxUID)
+    scan = read_scan(tmp_path)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(scan.image)[1], jpeg * .25 - 1300)
+    assert 'with loss' in notes(scan)
+
+
+# Many frames in one file
+
+def enhanced(places, orientation=AXIAL, slopes=None, modality='CT', **of_frame):
+    "An enhanced file with a frame at each place; `of_frame` are sequences by name with a list of tags a frame."
+    slopes = slopes or [.25] * len(places)
+    frames = [made(place, orientation, slope=slope) for place, slope in zip(places, slopes)]
+    whole = made(places[0], orientation)
+    for name in ('ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing', 'RescaleSlope', 'RescaleIntercept'):
+        delattr(whole, name)
+    whole.update({'SOPClassUID': EnhancedCTImageStorage if modality == 'CT' else EnhancedMRImageStorage, 'Modality': modality,
+                  'NumberOfFrames': len(places), 'PixelData': b''.join(frame.PixelData for frame in frames)})
+
+    def group(**tags):
+        inner = pydicom.Dataset()
+        inner.update(tags)
+        return [inner]
+
+    shared = pydicom.Dataset()
+    shared.update({'PlaneOrientationSequence': group(ImageOrientationPatient=frames[0].ImageOrientationPatient),
+                   'PixelMeasuresSequence': group(PixelSpacing=list(SPACING), SliceThickness=3)})
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], []
+    for index, (frame, slope) in enumerate(zip(frames, slopes)):
+        own = pydicom.Dataset()
+        own.update({'PlanePositionSequence': group(ImagePositionPatient=frame.ImagePositionPatient), 'FrameContentSequence': group(StackID='1'),
+                    'PixelValueTransformationSequence': group(RescaleSlope=slope, RescaleIntercept=-1300, RescaleType='HU' if modality == 'CT' else 'US')})
+        for name, values in of_frame.items():
+            own.update({name: group(**values[index])})
+        whole.PerFrameFunctionalGroupsSequence.append(own)
+    return whole
+
+
+@pytest.mark.parametrize('modality', ['CT', 'MR'])
+@pytest.mark.parametrize('orientation', [AXIAL, ORIENTATIONS['oblique']], ids=['axial', 'oblique'])
+def test_enhanced_files(tmp_path, modality, orientation):
+    "Frames out of order, each with a slope of its own; read by the path of the file and by its folder."
+    places = [stack_positions(orientation=orientation)[index] for index in (3, 0, 5, 1, 4, 2)]
+    save(enhanced(places, orientation, slopes=[.25, .3, .2, .25, .4, .25], modality=modality), tmp_path / 'all.dcm')
+    for path in (tmp_path, tmp_path / 'all.dcm'):
+        scan = read_scan(path)
+        assert_right(scan)
+        assert scan.modality == modality and scan.image.GetSize() == (16, 12, 6) and scan.is_hu == (modality == 'CT') and len(scan.reference) == 1
+
+
+def test_enhanced_files_with_a_frame_missing_or_tilted(tmp_path):
+    places = stack_positions()
+    save(enhanced([places[index] for index in (0, 1, 2, 4, 5)]), tmp_path / 'gap.dcm')
+    assert_refused(tmp_path / 'gap.dcm', 'from 6.0 to 12.0 mm')
+    assert_right(read_scan(tmp_path / 'gap.dcm', fill_gaps=True))
+    orientation = [1, 0, 0, 0, np.cos(.3), np.sin(.3)]
+    save(enhanced([np.array([-8., -6., 3. * index]) for index in range(6)], orientation), tmp_path / 'tilted.dcm')
+    assert 'leans by 17.2°' in notes(read_scan(tmp_path / 'tilted.dcm'))
+
+
+def test_two_echoes_in_an_enhanced_file(tmp_path):
+    places = stack_positions(4)
+    echoes = [{'EffectiveEchoTime': time} for time in (10, 80) for _ in places]
+    save(enhanced([*places, *places], slopes=[.25] * 4 + [.5] * 4, modality='MR', MREchoSequence=echoes), tmp_path / 'echoes.dcm')
+    assert_refused(tmp_path, '2 volumes', 'EchoTime 10', 'EchoTime 80')
+    assert_right(read_scan(tmp_path, series='EchoTime 80'))
+
+
+def test_frames_without_positions(tmp_path):
+    many = made((0., 0., 0.), NumberOfFrames=3, ImagePositionPatient=None)
+    many.PixelData = many.PixelData * 3
+    save(many, tmp_path / 'many.dcm')
+    assert_refused(tmp_path, 'frames have no positions')
+
+
+# Broken files
+
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, RLELossless])
+def test_a_file_cut_off_in_its_pixels_is_named(tmp_path, syntax):
+    slices = [made(place) for place in stack_positions()]
+    for index, one in enumerate(slices):
+        save(one, tmp_path / f'IM{index}')
+        if syntax == RLELossless:
+            one.compress(RLELossless)
+            one.save_as(tmp_path / f'IM{index}', enforce_file_format=True)
+    whole = (tmp_path / 'IM3').read_bytes()
+    (tmp_path / 'IM3').write_bytes(whole[:-150])
+    assert_refused(tmp_path, 'head', 'IM3', '9.0 mm', 'copy')
+
+
+def test_a_file_cut_off_in_its_header_is_named(tmp_path):
+    folder = write(tmp_path, [made(place) for place in stack_positions()])
+    last = max(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    last.write_bytes(last.read_bytes()[:420])                     # the topmost, so that it leaves no gap
+    scan = read_scan(folder)
+    assert scan.image.GetSize()[2] == 5 and last.name in notes(scan)
+
+
+def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
+    image = sitk.Image(16, 12, 6, sitk.sitkFloat32)
+    sitk.WriteImage(image, str(tmp_path / 'a.nii'))
+    (tmp_path / 'b.nii').write_bytes((tmp_path / 'a.nii').read_bytes()[:900])
+    (tmp_path / 'c.nii.gz').write_bytes(gzip.compress((tmp_path / 'a.nii').read_bytes())[:-30])
+    (tmp_path / 'd.nii').write_bytes(b'nothing')
+    (tmp_path / 'e.mha').write_bytes(b'nothing')
+    for name in ('b.nii', 'c.nii.gz', 'd.nii', 'e.mha'):
+        assert_refused(tmp_path / name, name, 'copy it again')
+
+
+# NIfTI, NRRD, MetaImage
+
+def nifti(path, affine, values=None, sform=1, qform=1, other=None, unit=2):
+    "Writes a NIfTI file by hand, so that sform and qform (`other`, if given) are what the test wants: RAS, as nibabel has it."
+    if values is None:
+        index = np.moveaxis(np.indices((16, 12, 6)), 0, -1)
+        values = hounsfield((index @ affine[:3, :3].T + affine[:3, 3]) * (-1, -1, 1) * (1000 if unit == 1 else 1))
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(values.shape)
+    header.set_data_dtype(np.float32)
+    header.set_qform(affine if other is None else other, 1, strip_shears=True)
+    header.set_sform(affine, 1)
+    header['qform_code'], header['sform_code'], header['xyzt_units'], header['vox_offset'], header['magic'] = qform, sform, unit, 352, b'n+1'
+    data = header.binaryblock + b'\0' * 4 + np.asarray(values, np.float32).tobytes('F')
+    path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
+    return path
+
+
+RAS = np.array([[1., 0, 0, -8], [0, 1.5, 0, -6], [0, 0, 3, 0], [0, 0, 0, 1]])
+
+
+def turned(flip=(1, 1, 1), angle=.2):
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = RAS.copy()
+    affine[:3, :3] = turn @ RAS[:3, :3] @ np.diag(flip)
+    return affine
+
+
+@pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
+@pytest.mark.parametrize('flip', [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1), (-1, -1, -1)], ids=str)
+@pytest.mark.parametrize('forms', [{'sform': 1, 'qform': 0}, {'sform': 0, 'qform': 1}, {}], ids=['sform', 'qform', 'both'])
+def test_nifti_in_any_handedness(tmp_path, name, flip, forms):
+    "A marked voxel, the left ear, is where nibabel says, and so is every other."
+    path = nifti(tmp_path / name, turned(flip), **forms)
+    scan = read_scan(path)
+    assert_right(scan, tolerance=.01)
+    assert scan.is_hu and scan.modality == 'CT'
+    known = nibabel.load(path)
+    ear = (known.affine @ (2, 5, 3, 1))[:3] * (-1, -1, 1)
+    at = scan.image.TransformPhysicalPointToIndex(ear.tolist())
+    assert abs(scan.image[at] - known.get_fdata()[2, 5, 3]) < 1e-3
+
+
+def test_nifti_whose_forms_are_apart(tmp_path):
+    moved = turned()
+    moved[0, 3] += 7
+    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), other=moved))
+    assert_right(scan, tolerance=.01)
+    assert '7.0 mm apart; the sform was believed' in notes(scan)
+    assert_refused(nifti(tmp_path / 'b.nii', turned(), other=turned((-1, 1, 1))), 'b.nii', 'disagree about left and right')
+
+
+def test_nifti_that_does_not_say_where_it_is(tmp_path):
+    assert_refused(nifti(tmp_path / 'a.nii', turned(), sform=0, qform=0), 'a.nii', 'left might be right', 'DICOM')
+
+
+def test_nifti_that_is_sheared(tmp_path):
+    sheared = RAS.copy()
+    sheared[1, 2] = .9
+    for forms in ({'qform': 0}, {}):
+        assert_refused(nifti(tmp_path / 'a.nii', sheared, **forms), 'a.nii', 'right angles')
+
+
+def test_nifti_in_metres(tmp_path):
+    scan = read_scan(nifti(tmp_path / 'a.nii', np.diag([.001, .001, .001, 1]) @ turned(), unit=1))
+    assert_right(scan, tolerance=.05)
+    np.testing.assert_allclose(scan.image.GetSpacing(), (1, 1.5, 3), rtol=1e-5)
+
+
+def test_nifti_with_millimetres_that_are_metres(tmp_path):
+    assert 'unit may be wrong' in notes(read_scan(nifti(tmp_path / 'a.nii', np.diag([.001, .001, .001, 1]) @ turned())))
+
+
+def test_nifti_of_four_dimensions(tmp_path):
+    values = np.zeros((8, 8, 8, 3))
+    assert_refused(nifti(tmp_path / 'a.nii', RAS, values), 'a.nii', '3 volumes', 'save the one')
+    assert read_scan(nifti(tmp_path / 'b.nii', RAS, values[..., :1])).image.GetSize() == (8, 8, 8)
+    assert_refused(nifti(tmp_path / 'c.nii', RAS, values[:, :, :1, 0]), 'one slice')
+
+
+def test_nifti_with_nan(tmp_path):
+    values = np.ones((8, 8, 8))
+    values[0, 0, :3] = np.nan, np.inf, -np.inf
+    scan = read_scan(nifti(tmp_path / 'a.nii', RAS, values))
+    assert '3 voxels were no numbers' in notes(scan) and (sitk.GetArrayFromImage(scan.image) == 1).all()
+
+
+@pytest.mark.parametrize('suffix', ['nrrd', 'mha', 'mhd'])
+@pytest.mark.parametrize('flip', [1, -1])
+def test_nrrd_and_metaimage(tmp_path, suffix, flip):
+    direction = np.diag([flip, 1., 1.])
+    index = np.moveaxis(np.indices((6, 12, 16))[::-1], 0, -1) * (1, 1.5, 3)
+    image = sitk.GetImageFromArray(hounsfield(index @ direction.T).astype(np.float32))
+    image.SetSpacing((1, 1.5, 3))
+    image.SetDirection(direction.ravel().tolist())
+    sitk.WriteImage(image, str(tmp_path / f'a.{suffix}'))
+    scan = read_scan(tmp_path / f'a.{suffix}')
+    assert_right(scan)
+    assert scan.is_hu
+
+
+def test_colour_is_no_volume(tmp_path):
+    sitk.WriteImage(sitk.Image((4, 4, 4), sitk.sitkVectorUInt8, 3), str(tmp_path / 'a.nrrd'))
+    assert_refused(tmp_path / 'a.nrrd', 'a.nrrd', 'in colour')
+
+
+# The table
+
+def test_the_table_lists_everything(tmp_path):
+    write(tmp_path / 'dicom', [made(place) for place in stack_positions()])
+    write(tmp_path / 'dicom', [made((-8., -6., 5.), [0, 1, 0, 0, 0, -1], SeriesInstanceUID='1.7', SeriesDescription='scout')])
+    nifti(tmp_path / 'a.nii.gz', turned())
+    nifti(tmp_path / 'b.nii.gz', turned(), sform=0, qform=0)
+    rows = scan_table(tmp_path)
+    assert [row['series'] for row in rows] == [1, 2, 'a.nii.gz', 'b.nii.gz']
+    assert rows[0]['notes'] == 'whole' and 'one slice' in rows[1]['notes'] and rows[2]['size'] == '16×12×6' and 'left might' in rows[3]['notes']
+
+
+def test_a_folder_may_be_read_twice_and_is_not_changed(tmp_path):
+    folder = write(tmp_path / 'a', [made(place) for place in stack_positions()])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    one, other = (sitk.GetArrayFromImage(read_scan(folder).image) for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+    shutil.copytree(folder, tmp_path / 'b')
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and Path(tmp_path / 'b').is_dir()
