@@ -9,7 +9,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
            'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
            'check_method', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand',
-           'means_text', 'short_name', 'train', 'benchmark', 'models', 'run_as_module']
+           'means_text', 'short_name', 'train', 'benchmark', 'phantom_scans', 'scans', 'models', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -39,7 +39,8 @@ import medfusion as package
 # %% ../nbs/50_cli.ipynb #23a21838
 def in_shell_words(text: str) -> str:
     "A sentence of the package as the shell's user would say it."
-    return re.sub(r'\breplace=True\b', '--replace', text)
+    text = re.sub(r'\b(replace|fill_gaps|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
+    return re.sub(r'\bseries=(\d+)\b', r'--series \1', text)
 
 # %% ../nbs/50_cli.ipynb #ddeb1577
 def sentence_of(error: BaseException) -> str:
@@ -51,7 +52,7 @@ def sentence_of(error: BaseException) -> str:
     elif isinstance(error, ImportError) and 'shared object' in str(error):
         text = (f'A library of the system is missing ({error}). If it is one of OpenCV\'s: apt-get install libgl1 libglib2.0-0, '
                 'or pip install opencv-python-headless.')
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (ValueError, OSError)) or 'pip install "medfusion[' in str(error):
         text = str(error)
     else:
         text = f'{type(error).__name__}: {error}. This was not foreseen; --debug shows where it happened.'
@@ -704,6 +705,39 @@ def benchmark(
     notebook = '90_benchmark.ipynb'
     given = given_parameters(notebook, file, parameter) | ({'detection': True} if detection else {})
     typer.echo(f'done: {run_notebook(notebook, given, run, context)}')
+
+# %% ../nbs/50_cli.ipynb #efa9f064
+@data_app.command('scans')
+def phantom_scans(
+    output: Annotated[Path, typer.Option('--output', '-o', parser=typed_path, metavar='FOLDER', help='a new folder')],
+    seed: Annotated[int, typer.Option(min=0, help='which head')] = 0,
+    contrast: Annotated[str, typer.Option(help='of the MRI: T1, T2 or FLAIR')] = 'T1',
+    degrees: Annotated[float, typer.Option(min=0, max=180, help='up to how far the head is turned between the scanners')] = 15,
+    mm: Annotated[float, typer.Option(min=0, max=500, help='and moved')] = 20,
+    voxel: Annotated[float, typer.Option(min=.3, max=8, help='size of a voxel of the CT in its slice, in mm')] = .8,
+):
+    """Write a synthetic head as two scanners saw it: a CT and an MRI series (DICOM and NIfTI), and the truth between them.
+
+    Example: medfusion data scans -o demo_scans; medfusion scans demo_scans
+    """
+    from medfusion.phantom_volume import empty_folder, phantom_study, write_study
+    from medfusion.scans import scan_table, table_text
+    empty_folder(output)
+    spacings = ((v, v, max(z, v)) for v, z in ((voxel, 2.5), (max(voxel, .9), 4.)))
+    study = phantom_study(seed, *spacings, contrast, (degrees, mm))
+    typer.echo(f'{study}\n{table_text(scan_table(write_study(study, output)))}')
+
+# %% ../nbs/50_cli.ipynb #17bad507
+@app.command()
+def scans(
+    path: Annotated[Path, typer.Argument(parser=typed_path, metavar='FOLDER', help='a folder of DICOM files, or a file')],
+):
+    """List the series of a folder: size, spacing, plane, and what is odd or wrong with each.
+
+    Example: medfusion scans demo_scans
+    """
+    from medfusion.scans import scan_table, table_text
+    typer.echo(in_shell_words(table_text(scan_table(path))))
 
 # %% ../nbs/50_cli.ipynb #bea0966e
 @app.command()

@@ -6,9 +6,9 @@
 __all__ = ['field_at', 'tissue_value', 'Build', 'HeadPoints', 'head_points', 'points_where', 'paint_soft', 'paint_neck',
            'paint_bone', 'paint_face', 'paint_cortex', 'paint_middle', 'paint_lesions', 'head_value', 'drawn_pose',
            'mapped', 'couch_value', 'Grid', 'centred_grid', 'looked_at', 'measured', 'PhantomStudy', 'brain_points',
-           'phantom_study', 'slice_header', 'write_series', 'write_study']
+           'phantom_study', 'slice_header', 'write_series', 'empty_folder', 'write_study']
 
-# %% ../nbs/31_phantom_volume.ipynb #b458f30b
+# %% ../nbs/31_phantom_volume.ipynb #e785530d
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .anatomy import (Ellipsoid, Head, Tube, brain_case, brain_parts, brainstem_
 from .files import write_json
 from .scans import pydicom, sitk
 
-# %% ../nbs/31_phantom_volume.ipynb #8128e7bf
+# %% ../nbs/31_phantom_volume.ipynb #410ef978
 @lru_cache(maxsize=24)
 def _fine(name, seed, case):
     "The lattice of a head; one with few nodes is made three times as fine, so that it bends smoothly between them."
@@ -37,7 +37,7 @@ def field_at(lattice, x, y, z, reach=1.3, bottom=-.6, height=1.4):
     at = (z - bottom) * ((nz - 1) / height), (y + reach) * ((ny - 1) / (2 * reach)), (x + reach) * ((nx - 1) / (2 * reach))
     return map_coordinates(lattice, np.broadcast_arrays(*at), order=1, mode='nearest')
 
-# %% ../nbs/31_phantom_volume.ipynb #71b54b49
+# %% ../nbs/31_phantom_volume.ipynb #db2afdb8
 @lru_cache
 def tissue_value(name: str, contrast: str) -> float:
     "What a scan of this contrast ('CT', in HU; 'T1', 'T2' or 'FLAIR', 0 to 1) shows of a tissue. Raises ValueError for another contrast."
@@ -47,7 +47,7 @@ def tissue_value(name: str, contrast: str) -> float:
         raise ValueError(f'There is no contrast {contrast!r}; choose one of {", ".join(columns)}.')
     return columns[contrast]
 
-# %% ../nbs/31_phantom_volume.ipynb #169026e0
+# %% ../nbs/31_phantom_volume.ipynb #4555e9f7
 class Build(NamedTuple):
     "What a volume needs beyond the anatomy's numbers: `size`, a factor; the neck's bend; how lopsided the skull is, in units of 115 mm."
     size: float
@@ -55,7 +55,7 @@ class Build(NamedTuple):
     neck_side: float
     lopsided: float
 
-# %% ../nbs/31_phantom_volume.ipynb #7e15c91e
+# %% ../nbs/31_phantom_volume.ipynb #20da92a1
 @dataclass
 class HeadPoints:
     "Points of one head, in units of 115 mm (any shape), and what a scan of the `contrast` shows there; edges are `soft` wide."
@@ -85,7 +85,7 @@ class HeadPoints:
         value = tissue_value(tissue, self.contrast)
         self.value += share * ((value + ct if self.contrast == 'CT' else value * mri) - self.value)
 
-# %% ../nbs/31_phantom_volume.ipynb #c24df5be
+# %% ../nbs/31_phantom_volume.ipynb #8429a2e1
 def head_points(seed, contrast, soft, points) -> HeadPoints:
     "The empty points (..., 3), in mm from the middle of the head with the seed; edges will be `soft` mm wide."
     rng, key = np.random.default_rng(np.random.SeedSequence((seed, 31))), (seed, 1 + seed % 2)
@@ -99,13 +99,13 @@ def head_points(seed, contrast, soft, points) -> HeadPoints:
     found.fields = {}                                                         # those of the bent points are others
     return found
 
-# %% ../nbs/31_phantom_volume.ipynb #599e63ed
+# %% ../nbs/31_phantom_volume.ipynb #760af88e
 def points_where(p: HeadPoints, where: np.ndarray) -> HeadPoints:
     "Those of the points that are `where` (bool); what is painted on them is not seen on all."
     fields = {name: values[where] for name, values in p.fields.items()}
     return replace(p, x=p.x[where], y=p.y[where], z=p.z[where], value=p.value[where], fields=fields)
 
-# %% ../nbs/31_phantom_volume.ipynb #faca466d
+# %% ../nbs/31_phantom_volume.ipynb #682d57d0
 def paint_soft(p: HeadPoints) -> np.ndarray:
     "Paints skin, fat and muscle of head and neck; returns the share of each point inside the skin."
     build = p.build
@@ -118,7 +118,7 @@ def paint_soft(p: HeadPoints) -> np.ndarray:
     p.paint(inside * (1 - p.share(skin - .014)), 'muscle', ct=-20, mri=1.8)
     return inside
 
-# %% ../nbs/31_phantom_volume.ipynb #2730b0fc
+# %% ../nbs/31_phantom_volume.ipynb #f13dd93a
 def paint_neck(p: HeadPoints) -> None:
     "Paints spine, spinal canal, cord, windpipe and jaw."
     build = p.build
@@ -137,7 +137,7 @@ def paint_neck(p: HeadPoints) -> None:
     p.paint(p.share(jaw), 'skull')
     p.paint(p.share(jaw - .025), 'skull', ct=-500, mri=12)
 
-# %% ../nbs/31_phantom_volume.ipynb #c354ef61
+# %% ../nbs/31_phantom_volume.ipynb #9a1a8efc
 def paint_bone(p: HeadPoints) -> np.ndarray:
     "Paints skull, marrow and sinuses; returns the function that is positive inside the brain case."
     n, parts, case = p.head.n, face_parts(), brain_case(p)
@@ -157,7 +157,7 @@ def paint_bone(p: HeadPoints) -> np.ndarray:
     p.paint(p.share(np.minimum(.05 * p.noise('fine') - .015, mastoid)), 'air')
     return case
 
-# %% ../nbs/31_phantom_volume.ipynb #de9883b6
+# %% ../nbs/31_phantom_volume.ipynb #83edcd6b
 def paint_face(p: HeadPoints) -> None:
     "Paints the orbits with their eyes and the air in the nose."
     parts = face_parts()
@@ -180,7 +180,7 @@ def paint_face(p: HeadPoints) -> None:
     for sign, size in ((1, .13), (-1, .115)):                           # the sinuses of the cheeks, one larger
         p.paint(p.share(Ellipsoid((sign * .27, -.46, -.62), (size, .15, size)).inside(p.x, p.y, p.z)), 'air')
 
-# %% ../nbs/31_phantom_volume.ipynb #f9994e9b
+# %% ../nbs/31_phantom_volume.ipynb #f47317ce
 def paint_cortex(p: HeadPoints, case: np.ndarray) -> np.ndarray:
     "Paints fluid, cortex with its furrows, white matter and falx; returns the share of white matter. `case`: depth in the brain case."
     n, cavity = p.head.n, p.share(case)
@@ -201,7 +201,7 @@ def paint_cortex(p: HeadPoints, case: np.ndarray) -> np.ndarray:
     p.paint(share * p.share(.006 - falx) * p.share(case - .005) * smooth_step(p.z - .3, .03), 'dura')
     return white
 
-# %% ../nbs/31_phantom_volume.ipynb #0ca1da97
+# %% ../nbs/31_phantom_volume.ipynb #57d65181
 def paint_middle(p: HeadPoints, case: np.ndarray) -> None:
     "Paints deep nuclei, ventricles, cerebellum, brainstem and what is calcified."
     n, parts, cavity, below = p.head.n, brain_parts(), p.share(case), tentorium(p)
@@ -220,7 +220,7 @@ def paint_middle(p: HeadPoints, case: np.ndarray) -> None:
     for name, mirrored, radius in (('choroid plexus', True, .018 * n['plexus'] * (1 + .4 * np.sign(p.x))), ('pineal gland', False, .015 * n['pineal'])):
         p.paint(.95 * p.share(on_plane(parts[name], p, mirrored) - 1 + radius), 'plexus calcification')
 
-# %% ../nbs/31_phantom_volume.ipynb #c873c2e7
+# %% ../nbs/31_phantom_volume.ipynb #ce204305
 def paint_lesions(p: HeadPoints, case: np.ndarray, white: np.ndarray) -> None:
     "Paints the lesions of the head, `white` being the share of white matter: calcifications and a haemorrhage, or oedema and tumour."
     brain = p.share(case - .02)
@@ -238,7 +238,7 @@ def paint_lesions(p: HeadPoints, case: np.ndarray, white: np.ndarray) -> None:
             p.paint(p.share(f) * brain, lesion.kind)
             p.paint(p.share(f - .4 * r) * brain * (lesion.kind == 'tumour'), 'tumour', ct=-4, mri=1.3)
 
-# %% ../nbs/31_phantom_volume.ipynb #8a02027b
+# %% ../nbs/31_phantom_volume.ipynb #1305efd8
 def head_value(seed: int, contrast: str, points, soft: float = 1.) -> np.ndarray:
     """What a perfect scan of the head with this seed shows at `points` (..., 3), mm from the middle of the head, x to the left, y to
     the back, z upwards: float32, HU for 'CT', else 0 to 1. Edges are `soft` mm wide. Only points near the head are computed."""
@@ -261,7 +261,7 @@ def head_value(seed: int, contrast: str, points, soft: float = 1.) -> np.ndarray
     found[near] = p.value
     return found
 
-# %% ../nbs/31_phantom_volume.ipynb #ddc5c7aa
+# %% ../nbs/31_phantom_volume.ipynb #ee5d033d
 def drawn_pose(rng, degrees: float, mm: float, centre=(0, 0, 0)) -> sitk.Euler3DTransform:
     "A rigid transform that turns about `centre`, about an axis in any direction by up to `degrees`, and moves by up to `mm` in any direction."
     axis, way = rng.standard_normal((2, 3))
@@ -273,13 +273,13 @@ def drawn_pose(rng, degrees: float, mm: float, centre=(0, 0, 0)) -> sitk.Euler3D
     pose.SetTranslation((way / np.linalg.norm(way) * rng.uniform(0, mm)).tolist())
     return pose
 
-# %% ../nbs/31_phantom_volume.ipynb #328d8432
+# %% ../nbs/31_phantom_volume.ipynb #5dd3d3d5
 def mapped(transform, points) -> np.ndarray:
     "The points (..., 3), in mm, where a rigid or affine SimpleITK transform with a matrix maps them: float64."
     matrix, centre = np.reshape(transform.GetMatrix(), (3, 3)), np.array(transform.GetCenter())
     return (np.asarray(points) - centre) @ matrix.T + (centre + transform.GetTranslation())
 
-# %% ../nbs/31_phantom_volume.ipynb #ae032657
+# %% ../nbs/31_phantom_volume.ipynb #b104e764
 def couch_value(points, value) -> np.ndarray:
     "HU at points (..., 3), mm from the isocentre of the CT, with couch and head holder where `value` shows air: shells of 3 and 4 mm, filled with foam."
     x, y, z = np.moveaxis(np.asarray(points, np.float32), -1, 0)
@@ -291,7 +291,7 @@ def couch_value(points, value) -> np.ndarray:
     thing = np.maximum(np.maximum(900 * holder, 300 * shell), 40 * foam) - 1000
     return np.where(value < -900, np.maximum(value, thing), value).astype(np.float32)
 
-# %% ../nbs/31_phantom_volume.ipynb #3c2589f3
+# %% ../nbs/31_phantom_volume.ipynb #7a9cf66d
 class Grid(NamedTuple):
     "Where voxels are: `size` and `spacing` (mm) along x, y, z of the grid; `origin` (mm), and `direction`, whose columns are the axes."
     size: tuple
@@ -314,7 +314,7 @@ class Grid(NamedTuple):
         image.SetDirection(np.ravel(self.direction).tolist())
         return image
 
-# %% ../nbs/31_phantom_volume.ipynb #23fa0ca7
+# %% ../nbs/31_phantom_volume.ipynb #0fc34c2c
 def centred_grid(centre, spacing, extent, plane='axial', part=(0., 1.)) -> Grid:
     """The grid of slices in a `plane` ('axial', 'coronal', 'sagittal') over `extent` (mm along x, y, z of the scanner) about `centre`.
 
@@ -322,14 +322,14 @@ def centred_grid(centre, spacing, extent, plane='axial', part=(0., 1.)) -> Grid:
     axes = {'axial': (0, 1, 2), 'coronal': (0, 2, 1), 'sagittal': (1, 2, 0)}
     if plane not in axes:
         raise ValueError(f'There is no plane {plane!r}; choose one of {", ".join(axes)}.')
-    direction = np.eye(3)[:, axes[plane]] * (1, 1 if plane == 'axial' else -1, 1)       # rows run down: to the back, or to the feet
+    direction = np.eye(3)[:, axes[plane]] * {'axial': (1, 1, 1), 'coronal': (1, -1, 1), 'sagittal': (1, -1, -1)}[plane]    # rows run down
     size = [max(round(extent[axis] / step), 2) for axis, step in zip(axes[plane], spacing)]
     corner = np.asarray(centre, float) - direction @ ((np.array(size) - 1) / 2 * spacing)
     first, last = (round(share * size[2]) for share in part)
     origin = corner + direction[:, 2] * spacing[2] * first
     return Grid((*size[:2], max(last - first, 2)), tuple(spacing), tuple(origin), direction)
 
-# %% ../nbs/31_phantom_volume.ipynb #3106a64c
+# %% ../nbs/31_phantom_volume.ipynb #1179f7d9
 def looked_at(grid: Grid, seed: int, contrast: str, to_head) -> np.ndarray:
     "What a scanner sees of the head with the seed on a grid, (nz, ny, nx) float32; `to_head` maps its points to the head's. Thick slices are means."
     depths = max(round(grid.spacing[2] / max(1.4, .75 * grid.spacing[0])), 1)
@@ -344,7 +344,7 @@ def looked_at(grid: Grid, seed: int, contrast: str, to_head) -> np.ndarray:
         values[index] = np.mean(seen, 0)
     return values
 
-# %% ../nbs/31_phantom_volume.ipynb #63a62865
+# %% ../nbs/31_phantom_volume.ipynb #f9912560
 def measured(rng, values, noise: float, bias: float) -> np.ndarray:
     "The MRI signal (nz, ny, nx), 0 to 1, with a bias field of ± `bias` and Rician noise of the standard deviation `noise`; float32, × 1000."
     coil = zoom(rng.standard_normal((4, 4, 4)), np.array(values.shape) / 4, order=3, grid_mode=True, mode='nearest').astype(np.float32)
@@ -352,7 +352,7 @@ def measured(rng, values, noise: float, bias: float) -> np.ndarray:
     real, imaginary = noise * rng.standard_normal((2, *values.shape), dtype=np.float32)
     return 1000 * np.hypot(values * coil + real, imaginary)
 
-# %% ../nbs/31_phantom_volume.ipynb #a64d3e3d
+# %% ../nbs/31_phantom_volume.ipynb #08f2083b
 @dataclass
 class PhantomStudy:
     "One head on two scanners: `ct` (HU) and `mri`, float32 SimpleITK images; `truth` maps CT points to MRI points; `brain` (N, 3) are CT points, mm."
@@ -374,14 +374,14 @@ class PhantomStudy:
         turn = np.rad2deg(np.arccos(np.clip((np.trace(np.reshape(step.GetMatrix(), (3, 3))) - 1) / 2, -1, 1)))
         return f'PhantomStudy(seed {self.seed}, CT {next(size)}, {self.contrast} {next(size)}, turned {turn:.1f}°, moved {np.linalg.norm(step.GetTranslation()):.1f} mm)'
 
-# %% ../nbs/31_phantom_volume.ipynb #96e38f54
+# %% ../nbs/31_phantom_volume.ipynb #a0d03be6
 def brain_points(seed: int, count: int = 400) -> np.ndarray:
     "Points (count, 3) in the brain of the head with the seed, in mm from its middle: those over which a registration is judged."
     rng = np.random.default_rng(np.random.SeedSequence((seed, 33)))
     drawn = rng.uniform((-75, -95, -45), (75, 95, 85), (12 * count, 3))
     return drawn[brain_case(head_points(seed, 'CT', 1., drawn)) > .03][:count]
 
-# %% ../nbs/31_phantom_volume.ipynb #891a906a
+# %% ../nbs/31_phantom_volume.ipynb #3eb4ecc9
 def phantom_study(seed: int, ct_spacing=(.5, .5, 2.5), mri_spacing=(.9, .9, 4.), contrast='T1', pose=(15., 20.), noise=.02, bias=.2,
                   fraction=1., plane='axial', ct_noise=6.) -> PhantomStudy:
     """One head on two scanners, the same for the same arguments.
@@ -390,6 +390,7 @@ def phantom_study(seed: int, ct_spacing=(.5, .5, 2.5), mri_spacing=(.9, .9, 4.),
     are the MRI's (shares of full signal), `ct_noise` is in HU. The MRI shows the upper `fraction` of its field of view, or a part (from, to)
     from below (0) to above (1), in slices of a `plane`. Spacings are in the slice, twice, and between slices, in mm.
     """
+    tissue_value('skull', contrast)                                                      # a wrong word is refused before the work begins
     rng = np.random.default_rng(np.random.SeedSequence((seed, 32)))
     middle = rng.uniform((-8, -12, -15), (8, 4, 15))                                     # of the head, from the isocentre of the CT
     lies = drawn_pose(rng, 8, 0, middle)
@@ -408,7 +409,7 @@ def phantom_study(seed: int, ct_spacing=(.5, .5, 2.5), mri_spacing=(.9, .9, 4.),
     return PhantomStudy(ct_grid.image(np.clip(ct, -1024, 3071)), mri_grid.image(measured(rng, mri, noise, bias)), truth,
                         mapped(lies, brain_points(seed)), seed, contrast)
 
-# %% ../nbs/31_phantom_volume.ipynb #606a47f4
+# %% ../nbs/31_phantom_volume.ipynb #db6f63e6
 def slice_header(study: PhantomStudy, modality: str, frame: str) -> pydicom.Dataset:
     "What all slices of one series say of themselves: 'CT' or 'MR', of an invented patient; `frame` is the frame of reference."
     header = pydicom.Dataset()
@@ -426,7 +427,7 @@ def slice_header(study: PhantomStudy, modality: str, frame: str) -> pydicom.Data
     header.update(own[modality])
     return header
 
-# %% ../nbs/31_phantom_volume.ipynb #935afaa7
+# %% ../nbs/31_phantom_volume.ipynb #b7510610
 def write_series(folder, image: sitk.Image, header: pydicom.Dataset, seed: int = 0) -> None:
     "Writes a volume into a new folder as DICOM, one file a slice, with names in no order; each file says what `header` says, and its place."
     folder = Path(folder)
@@ -445,14 +446,20 @@ def write_series(folder, image: sitk.Image, header: pydicom.Dataset, seed: int =
         one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         one.save_as(folder / f'IM{name:04d}', enforce_file_format=True)
 
-# %% ../nbs/31_phantom_volume.ipynb #05b43b13
+# %% ../nbs/31_phantom_volume.ipynb #6b14c61b
+def empty_folder(folder) -> Path:
+    "A folder for a study, made if need be. Raises FileExistsError where there is something in it."
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f'{folder} is there already and not empty; name a new folder.')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/31_phantom_volume.ipynb #409dedbc
 def write_study(study: PhantomStudy, folder) -> Path:
     """The new folder, with the study as DICOM (ct/, mri/) and as NIfTI (ct.nii.gz, mri.nii.gz), and the truth between the two: truth.tfm maps CT
     points to MRI points; brain.json lists points in the brain. Raises FileExistsError for a folder that is there and not empty."""
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f'{folder} is not empty; name a new folder.')
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = empty_folder(folder)
     for name, image, modality in (('ct', study.ct, 'CT'), ('mri', study.mri, 'MR')):
         write_series(folder / name, image, slice_header(study, modality, pydicom.uid.generate_uid()), study.seed)
         sitk.WriteImage(image, str(folder / f'{name}.nii.gz'))

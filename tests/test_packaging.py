@@ -45,6 +45,24 @@ def test_package_imports_without_development_requirements():
     assert done.stdout.strip() == 'imported', done.stderr
 
 
+def test_volumes_need_their_extra_and_say_so(tmp_path):
+    "Without SimpleITK and pydicom all else imports; what reads scans names the extra, in Python and in the shell."
+    blocked, volumes = {'SimpleITK', 'pydicom', 'highdicom'}, [path for path in MODULES if 'medfusion.scans import' in _code(path)]
+    code = BLOCKED.format(blocked=blocked, modules=[name for name in MODULES if name not in ['scans', *volumes]])
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == 'imported', done.stderr
+    for what in ('import medfusion.phantom_volume', 'from medfusion.cli import app; app(["scans", "."])'):
+        code = f'{BLOCKED.format(blocked=blocked, modules=[])}\n{what}'
+        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode and 'pip install "medfusion[scans]"' in last and 'not foreseen' not in last, done.stderr
+
+
+def _code(module):
+    "What a module imports from the package, as absolute imports."
+    return (ROOT / 'medfusion' / f'{module}.py').read_text(encoding='utf-8').replace('from .', 'from medfusion.')
+
+
 def test_a_missing_library_of_the_system_is_said_in_a_sentence(tmp_path):
     (tmp_path / 'cv2.py').write_text('raise ImportError("libxcb.so.1: cannot open shared object file")')
     code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import medfusion.inference'
@@ -116,7 +134,7 @@ def test_lock_names_versions_and_nothing_else():
 
 
 def test_lock_fits_the_settings():
-    for text in (settings['requirements'] + ' ' + settings['dev_requirements']).split():
+    for text in ' '.join(settings[f'{extra}requirements'] for extra in ('', 'scans_', 'dev_')).split():
         wanted = Requirement(text)
         found = [locked for locked in LOCKED if locked.name == wanted.name.lower()]
         assert found, f'{wanted.name} is not in the lock; run `make lock`'
