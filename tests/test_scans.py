@@ -139,12 +139,13 @@ def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
     structures = pydicom.Dataset()
     structures.update({'SOPClassUID': '1.2.840.10008.5.1.4.1.1.481.3', 'SOPInstanceUID': '1.2', 'Modality': 'RTSTRUCT'})
     save(structures, tmp_path / 'structures.dcm')
+    save(made((-8., -6., 2.), Modality='SEG'), tmp_path / 'segmentation.dcm')
     directory = pydicom.Dataset()
     directory.update({'FileSetID': 'X', 'SOPClassUID': '1.2.840.10008.1.3.10', 'SOPInstanceUID': '1.3'})
     save(directory, tmp_path / 'DICOMDIR')
     scan = read_scan(tmp_path)
     assert_right(scan)
-    assert 'RTSTRUCT' in notes(scan) and 'no images' in notes(scan)
+    assert 'RTSTRUCT' in notes(scan) and 'SEG' in notes(scan) and 'no scans' in notes(scan)
 
 
 def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
@@ -210,6 +211,10 @@ def test_a_slice_beside_the_line_is_refused(tmp_path):
 
 
 # One position twice
+
+def test_slices_beside_each_other_are_no_tilted_gantry(tmp_path):
+    assert_refused(write(tmp_path, [made(np.array([-8. + 9 * index, -6., 3. * index])) for index in range(4)]), 'beside each other', '72°')
+
 
 def test_copies_are_dropped_with_a_word(tmp_path):
     places = stack_positions()
@@ -545,10 +550,12 @@ def test_a_file_cut_off_in_its_pixels_is_named(tmp_path, syntax):
 
 def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     folder = write(tmp_path, [made(place) for place in stack_positions()])
-    last = max(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    *_, middle, _, last = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     last.write_bytes(last.read_bytes()[:420])                     # the topmost, so that it leaves no gap
     scan = read_scan(folder)
     assert scan.image.GetSize()[2] == 5 and last.name in notes(scan)
+    middle.write_bytes(middle.read_bytes()[:420])
+    assert_refused(folder, 'from 6.0 to 12.0 mm', middle.name, last.name)
 
 
 def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
