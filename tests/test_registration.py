@@ -83,7 +83,7 @@ def test_transforms_of_other_programs(tmp_path):
     for name in ('slicer.h5', 'slicer.tfm'):
         sitk.WriteTransform(versor, str(tmp_path / name))
         assert np.allclose(read_transform(tmp_path / name).TransformPoint((7., 8., 9.)), versor.TransformPoint((7., 8., 9.)))
-    assert sitk.ReadTransform(str(write_transform(tmp_path / 'own.tfm', rigid(versor)))).GetName() == 'Euler3DTransform'
+    assert sitk.ReadTransform(str(write_transform(tmp_path / 'own.tfm', rigid(versor)))).GetName() == 'VersorRigid3DTransform'
     (tmp_path / 'text.tfm').write_text('no transform')
     with pytest.raises(ValueError, match='no transform'):
         read_transform(tmp_path / 'text.tfm')
