@@ -21,7 +21,7 @@ settings = settings['DEFAULT']
 MODULES = sorted(path.stem for path in (ROOT / 'medfusion').glob('*.py') if not path.stem.startswith('_'))
 LOCKED = [Requirement(line) for line in (ROOT / 'requirements.lock').read_text().splitlines() if not line.startswith('#')]
 SLICES = {'cli', 'data', 'inference', 'evaluation', 'training', 'explorer'}   # what works without the extra for volumes
-IMPORT_NAMES = {'scikit-image': 'skimage', 'pytest-xdist': 'xdist', 'simpleitk': 'SimpleITK'}   # where they differ from the requirement's
+IMPORT_NAMES = {'scikit-image': 'skimage', 'pytest-xdist': 'xdist', 'simpleitk': 'SimpleITK', 'dicom-anonymizer': 'dicomanonymizer'}   # where they differ from the requirement's
 
 BLOCKED = """
 import importlib

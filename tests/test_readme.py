@@ -100,8 +100,8 @@ def test_records_are_of_the_shipped_networks(record):
 
 
 def test_the_other_commands_run(workplace, monkeypatch):
-    "Fusing, importing and checking, in the order of the page."
-    others = [command for command in commands(TEXT) if command not in RUNS and 'harvard' not in command]
+    "Fusing, importing and checking, in the order of the page; `medfusion scan` is that of test_scan_fusion.py."
+    others = [command for command in commands(TEXT) if command not in RUNS and 'harvard' not in command and ' scan ' not in command]
     assert len(others) >= 3
     monkeypatch.chdir(workplace)
     for command in others:

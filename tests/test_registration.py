@@ -1,0 +1,101 @@
+"""Registration beyond its notebook: other poses, mirrors and other heads; transforms as other programs write them."""
+import numpy as np
+import pytest
+
+pytest.importorskip('SimpleITK')
+from medfusion.phantom_volume import phantom_study
+from medfusion.registration import (
+    ScanPyramid,
+    distance_between,
+    half_disagreement,
+    judge,
+    mirrored,
+    moved,
+    pose_of,
+    quarter_turns,
+    read_transform,
+    register,
+    rigid,
+    search_pose,
+    write_transform,
+)
+from medfusion.scans import sitk
+
+COARSE = {'ct_spacing': (3., 3., 4.), 'mri_spacing': (3., 3., 5.)}
+
+
+@pytest.fixture(scope='module')
+def study():
+    return phantom_study(11, pose=(12., 15.), **COARSE)
+
+
+def turned(image, truth, matrix):
+    "The image as if its head had lain turned by a matrix in the scanner, and the truth for it."
+    middle = np.array(image.TransformContinuousIndexToPhysicalPoint([(count - 1) / 2 for count in image.GetSize()]))
+    other = sitk.Image(image)
+    other.SetDirection((matrix @ np.reshape(image.GetDirection(), (3, 3))).ravel().tolist())
+    other.SetOrigin((matrix @ (np.array(image.GetOrigin()) - middle) + middle).tolist())
+    return other, rigid(sitk.CompositeTransform([pose_of(matrix, middle, middle), truth]))
+
+
+def test_refining_a_nudged_pose_finds_the_truth_and_the_same_bits(study):
+    nudge = pose_of(np.eye(3), (0, 0, 0), (5, -4, 3))
+    start = rigid(sitk.CompositeTransform([study.truth, nudge]))
+    found = register(study.ct, study.mri, start=start)
+    assert study.error(start) > 5 and study.error(found.transform) < 1 and found.verdict == 'good' and not found.starts
+    assert register(study.ct, study.mri, start=start).transform.GetParameters() == found.transform.GetParameters()
+
+
+def test_a_head_that_lay_turned_by_180_degrees_is_found(study):
+    mri, truth = turned(study.mri, study.truth, np.diag([-1., 1., -1.]))
+    pose, tried = search_pose(ScanPyramid.of(study.ct, mri))
+    assert distance_between(pose, truth, study.brain) < 2
+    assert tried[0][1] > 1.15 * min(value for _, value in tried[:6])
+
+
+def test_a_mirrored_mri_is_not_called_good(study):
+    seen = mirrored(study.mri, moved(study.truth, study.brain.mean(0)[None])[0], (1, 0, 0))
+    found = register(study.ct, seen, start=study.truth)
+    assert found.verdict != 'good' and 'left and right' in found.sentence
+
+
+def test_halves_of_a_wrong_pose_disagree(study):
+    pyramid = ScanPyramid.of(study.ct, study.mri)
+    wrong = pose_of(quarter_turns()[7], study.brain.mean(0), moved(study.truth, study.brain.mean(0)[None])[0])
+    assert np.median(half_disagreement(pyramid, study.truth)) < 4 < np.median(half_disagreement(pyramid, wrong))
+
+
+def test_verdicts():
+    good = {'halves_mm': 1., 'mirror_ratio': .8, 'seen_share': 1.}
+    for sign, value, verdict in (('halves_mm', 5., 'doubtful'), ('halves_mm', 9., 'failed'), ('mirror_ratio', .95, 'doubtful'),
+                                 ('mirror_ratio', 1.3, 'failed'), ('seen_share', .2, 'doubtful'), ('seen_share', .05, 'failed')):
+        assert judge(good | {sign: value})[0] == verdict
+    assert len(judge({'halves_mm': 9., 'mirror_ratio': 1.3, 'seen_share': .05})[1]) == 3
+
+
+def test_an_image_that_shows_nothing_is_refused(study):
+    with pytest.raises(ValueError, match='MRI holds one value'):
+        register(study.ct, study.mri * 0)
+
+
+def test_transforms_of_other_programs(tmp_path):
+    versor = sitk.VersorRigid3DTransform((0, 0, 1), .3, (1., 2., 3.), (4., 5., 6.))
+    for name in ('slicer.h5', 'slicer.tfm'):
+        sitk.WriteTransform(versor, str(tmp_path / name))
+        assert np.allclose(read_transform(tmp_path / name).TransformPoint((7., 8., 9.)), versor.TransformPoint((7., 8., 9.)))
+    assert sitk.ReadTransform(str(write_transform(tmp_path / 'own.tfm', rigid(versor)))).GetName() == 'VersorRigid3DTransform'
+    (tmp_path / 'text.tfm').write_text('no transform')
+    with pytest.raises(ValueError, match='no transform'):
+        read_transform(tmp_path / 'text.tfm')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('seed', [21, 22, 23])
+def test_any_pose_both_ways_and_another_head(seed):
+    study = phantom_study(seed, pose=(40., 60.), contrast=('T1', 'T2', 'FLAIR')[seed % 3], ct_spacing=(1.6, 1.6, 3.2), mri_spacing=(1.5, 1.5, 4.))
+    found, back = register(study.ct, study.mri), register(study.mri, study.ct)
+    assert study.error(found.transform) < 1 and found.verdict == 'good'
+    points = np.array(study.brain)
+    assert np.linalg.norm(moved(back.transform, moved(found.transform, points)) - points, axis=1).mean() < .3
+    other = phantom_study(seed + 30, pose=(5., 5.), ct_spacing=(6., 6., 6.), mri_spacing=(1.5, 1.5, 4.))
+    assert register(study.ct, other.mri).verdict != 'good'

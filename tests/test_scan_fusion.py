@@ -1,0 +1,178 @@
+"""From two scans to a study: the command, what it writes and never writes, and what it refuses."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip('SimpleITK')
+from typer.testing import CliRunner
+
+from medfusion import studies
+from medfusion.cli import app
+from medfusion.phantom_volume import phantom_study, write_series
+from medfusion.registration import Registration, write_transform
+from medfusion.scans import Scan, pydicom, read_scan, sitk
+from medfusion.studies import (
+    fill_study,
+    fuse_study,
+    new_folder_at,
+    read_study,
+    scan_fusion,
+)
+
+PLANTED = ['ZQWPATIENT', 'XKID8151', '19330417', '20190228', 'VVCLINIC', 'JJDOCTOR', '1.2.826.0.99.', 'zzfamilyname']
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    return phantom_study(12, ct_spacing=(4., 4., 6.), mri_spacing=(4., 4., 6.), pose=(8., 10.), fraction=.8)
+
+
+@pytest.fixture(scope='module')
+def scans(drawn):
+    return Scan(drawn.ct, 'CT', 'thin bone', True), Scan(drawn.mri, 'MR', 't1 space')
+
+
+@pytest.fixture(scope='module')
+def study(drawn, scans):
+    return scan_fusion(*scans, 'brain,480,2500', 'maximum', transform=drawn.truth)
+
+
+@pytest.fixture(scope='module')
+def patient(drawn, tmp_path_factory):
+    "A folder whose name is a patient's, with a CT and an MRI series in DICOM that name him, and the true transform."
+    folder = tmp_path_factory.mktemp('data') / 'zzfamilyname'
+    folder.mkdir()
+    uid = lambda number: f'1.2.826.0.99.{number}'
+    shared = {'PatientName': 'ZQWPATIENT^HEINZ', 'PatientID': 'XKID8151', 'PatientBirthDate': '19330417', 'StudyDate': '20190228', 'SeriesDate': '20190228',
+              'InstitutionName': 'VVCLINIC', 'ReferringPhysicianName': 'JJDOCTOR', 'StudyInstanceUID': uid(1), 'SamplesPerPixel': 1, 'BitsAllocated': 16,
+              'PhotometricInterpretation': 'MONOCHROME2', 'BitsStored': 16, 'HighBit': 15, 'PixelRepresentation': 0, 'RescaleSlope': 1}
+    for number, (name, image, modality, intercept) in enumerate((('ct', drawn.ct, 'CT', -1024), ('mri', drawn.mri, 'MR', 0)), start=2):
+        header = pydicom.Dataset()
+        header.update(shared | {'Modality': modality, 'SeriesDescription': f'{name} axial', 'SeriesInstanceUID': uid(number), 'FrameOfReferenceUID': uid(number + 10),
+                                'RescaleIntercept': intercept, 'SOPClassUID': {'CT': pydicom.uid.CTImageStorage, 'MR': pydicom.uid.MRImageStorage}[modality]})
+        write_series(folder / name, image, header)
+    write_transform(folder / 'truth.tfm', drawn.truth)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def written(patient, tmp_path_factory):
+    out = tmp_path_factory.mktemp('out') / 'study'
+    words = ['scan', patient / 'ct', patient / 'mri', '-o', out, '-m', 'maximum', '--transform', patient / 'truth.tfm', '--dicom']
+    result = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_command_writes_a_whole_study(written):
+    names = {path.name for path in written.iterdir()}
+    assert names == {'ct.nii.gz', 'mri_on_ct.nii.gz', 'mask.nii.gz', 'fused_brain.nii.gz', 'mri_to_ct.tfm', 'slices_brain.csv', 'run.json', 'report.html',
+                     'scan_fusion.ipynb', 'dicom_brain'}
+    record = json.loads((written / 'run.json').read_text())
+    assert record['verdict'] == 'given' and record['ct']['description'] == 'ct axial' and len(record['files_sha256']) == 8
+    page = (written / 'report.html').read_text()
+    assert 'data:image/png' in page and 'src="http' not in page and 'href="http' not in page
+    assert [path for path in written.parent.iterdir()] == [written]
+
+
+def test_nothing_but_the_dicom_series_knows_the_patient(written, patient):
+    secrets = [*PLANTED, str(patient), str(written), str(written.parent)]
+    for path in written.rglob('*'):
+        if path.is_file() and path.suffix != '.dcm':
+            data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+            for secret in secrets:
+                assert secret.encode() not in data and secret.encode('utf-16-le') not in data, f'{secret} stands in {path.name}'
+
+
+def test_the_derived_series_belongs_to_its_study(written, drawn):
+    files = sorted((written / 'dicom_brain').iterdir())
+    headers = [pydicom.dcmread(path) for path in files]
+    one = headers[3]
+    assert (one.SOPClassUID, one.Modality, list(one.ImageType[:2]), one.ScanningSequence) == (pydicom.uid.MRImageStorage, 'MR', ['DERIVED', 'SECONDARY'], 'RM')
+    assert (one.PatientID, one.StudyInstanceUID, one.FrameOfReferenceUID) == ('XKID8151', '1.2.826.0.99.1', '1.2.826.0.99.12')
+    assert one.BurnedInAnnotation == 'NO' and 'RescaleSlope' not in one and 'RescaleIntercept' not in one and (one.WindowCenter, one.WindowWidth) == (2048, 4096)
+    assert 'maximum' in one.DerivationDescription and 'sha256' in one.DerivationDescription and len({header.SOPInstanceUID for header in headers}) == len(files)
+    assert one.SourceImageSequence[0].ReferencedSOPClassUID == pydicom.uid.CTImageStorage and not one.SeriesInstanceUID.startswith('1.2.826.0.99.')
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(written / 'dicom_brain')))
+    image = reader.Execute()
+    for there, here in ((image.GetOrigin(), drawn.ct.GetOrigin()), (image.GetSpacing(), drawn.ct.GetSpacing()), (image.GetDirection(), drawn.ct.GetDirection())):
+        assert np.allclose(there, here, atol=1e-4)
+
+
+def test_a_study_is_replaced_only_if_asked_and_fused_again(written):
+    words = ['scan', '--study', str(written), '-o', str(written), '-m', 'average', '--window', 'bone']
+    result = CliRunner().invoke(app, words, prog_name='medfusion')
+    assert result.exit_code == 1 and '--replace' in result.output and (written / 'fused_brain.nii.gz').is_file()
+
+
+def test_fusing_again_needs_no_registration(study, tmp_path):
+    with new_folder_at(tmp_path / 'study') as folder:
+        fill_study(folder, study)
+    again = fuse_study(read_study(tmp_path / 'study'), 'brain', 'maximum')
+    assert np.abs(again.series[0].fused['brain'] - study.series[0].fused['brain']).max() < .01
+    assert again.record['windows'][0]['name'] == 'brain' and len(again.record['windows']) == 1
+
+
+def test_a_crash_leaves_nothing(tmp_path, study):
+    with pytest.raises(RuntimeError), new_folder_at(tmp_path / 'study') as folder:
+        fill_study(folder, study)
+        raise RuntimeError('the disk is full')
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'letter.txt').write_text('dear')
+    with pytest.raises(FileExistsError, match='no study'), new_folder_at(tmp_path / 'mine', replace=True):
+        pass
+
+
+def test_what_only_the_ct_shows_is_the_ct(study):
+    one = study.series[0]
+    alone = one.weight == 0
+    assert alone.mean() > .1 and np.array_equal(one.fused['brain'][alone], studies.windows()['brain'].of(study.ct)[alone])
+    grey = studies.windows()['brain'].of(study.ct)
+    border = (one.weight[1:] == 0) != (one.weight[:-1] == 0)
+    assert np.abs(np.diff(one.fused['brain'] - grey, axis=0))[border].mean() < .05
+
+
+def test_a_failed_registration_fuses_nothing_unless_forced(scans, monkeypatch):
+    monkeypatch.setattr(studies, 'register', lambda ct, mri: Registration(sitk.Euler3DTransform(), 'failed', ['halves lie 30 mm apart']))
+    assert scan_fusion(*scans, model='maximum').series[0].fused == {}
+    forced = scan_fusion(*scans, model='maximum', force=True)
+    assert list(forced.series[0].fused) == ['brain']
+    assert studies.fused_planes(forced)._suptitle.get_text() == 'REGISTRATION FAILED'
+
+
+def test_the_grid_of_the_mri_keeps_its_voxels(scans, drawn):
+    found = scan_fusion(*scans, model='maximum', grid='mri', transform=drawn.truth)
+    assert found.grid.GetSize() == drawn.mri.GetSize()
+    assert np.allclose(found.series[0].mri[1:-1, 1:-1, 1:-1], sitk.GetArrayFromImage(drawn.mri)[1:-1, 1:-1, 1:-1], atol=.5)
+
+
+def test_several_series_onto_one_ct(scans, drawn, tmp_path):
+    ct, mri = scans
+    found = scan_fusion(ct, {'t1': mri, 't2': mri}, model='maximum', transform=drawn.truth, plane='coronal', spacing=6.)
+    fill_study(tmp_path, found)
+    assert {'fused_t1_brain.nii.gz', 'fused_t2_brain.nii.gz', 'mri_to_ct_t2.tfm'} <= {path.name for path in tmp_path.iterdir()}
+    assert found.plane == 'coronal' and np.allclose(found.grid.GetSpacing(), 6)
+
+
+def test_what_is_refused_is_refused_in_a_sentence(scans):
+    ct, mri = scans
+    for wrong, words in (({'window': 'lung'}, 'no window'), ({'grid': 'pet'}, "'ct' or 'mri'"), ({'model': 'none'}, 'no model'), ({'plane': 'tilted'}, 'no plane'),
+                         ({'spacing': 90.}, 'spacing')):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            scan_fusion(ct, mri, **{'model': 'maximum', 'registered': True} | wrong)
+    with pytest.raises(ValueError, match='Hounsfield'):
+        scan_fusion(mri, mri)
+    one, other = (Scan(scan.image, scan.modality, is_hu=scan.is_hu, patient=key) for scan, key in ((ct, 'a'), (mri, 'b')))
+    with pytest.raises(ValueError, match='different patients'):
+        scan_fusion(one, other, registered=True)
+
+
+def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
+    reference = read_scan(patient / 'ct').reference
+    for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
+        data = path.read_bytes()
+        assert not [secret for secret in PLANTED if secret.encode() in data]
