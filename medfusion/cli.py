@@ -6,7 +6,7 @@
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'in_shell_words',
            'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path', 'read_range', 'check_there',
            'phantom', 'import_slices', 'harvard', 'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary',
-           'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
+           'detection_task', 'evaluate', 'figure', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
            'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
            'check_method', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand',
            'means_text', 'short_name', 'train', 'benchmark', 'models', 'run_as_module']
@@ -364,6 +364,37 @@ def evaluate(
     pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
     typer.echo(f'{pairs}; {convention(preset.value)}')
     typer.echo(metric_summary(table).to_string(float_format='{:.4f}'.format, na_rep=''))
+
+# %% ../nbs/50_cli.ipynb #fig10002
+@app.command()
+def figure(
+    sources: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI', help='two slices or two folders; or the folder of a benchmark alone')],
+    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='PATH', help='the figure, a .pdf, .svg or .png')],
+    model: Annotated[list[str], typer.Option('--model', '-m', metavar='[NAME=]MODEL', help='a column: as for fuse, or a folder of finished slices; '
+                                             'of a benchmark, the name of a method')] = [],
+    pair: Annotated[list[str], typer.Option(metavar='NAME', help='a row: a pair of the folders')] = [],
+    kind: Annotated[str, typer.Option(help='slices, difference; of a benchmark also bars, boxes, radar')] = 'slices',
+    box: Annotated[list[str], typer.Option(metavar='X,Y,SIZE', help='enlarge this square: left edge, upper edge, side in pixels')] = [],
+    boxes: Annotated[int | None, typer.Option(min=0, help='or so many, where the methods differ most')] = None,
+    scale: Annotated[float | None, typer.Option(help='how many times enlarged; by default what fits')] = None,
+    inside: Annotated[bool, typer.Option('--inside', help='enlarge inside the slices, not below')] = False,
+    columns: Annotated[str, typer.Option(metavar='NAMES', help='metrics of a chart, as in VIF,Qabf')] = '',
+    titles: Annotated[str, typer.Option(metavar='NAMES', help='of the sources')] = 'CT,MRI',
+    width: Annotated[float, typer.Option(help='inches')] = 7.0,
+    dpi: Annotated[float | None, typer.Option(help='at least so many dots an inch')] = None,
+    values: ValueRange = None,
+):
+    """Draw the figure of a paper: pairs and methods side by side, or a chart of a benchmark.
+
+    Example: medfusion figure ct/ mri/ --pair 41003 -m wavelet -m "Theirs=theirs/" --box 120,90,40 -o figure.pdf
+    """
+    from medfusion import figures, inference, paper_figures
+    check_there(*sources)
+    inference.check_output(out, sources, tuple(figures.figure_formats()))
+    given = {'boxes': [paper_figures.box_of(text) for text in box] or boxes, 'scale': scale, 'inside': inside or None, 'width': width, 'dpi': dpi}
+    drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in columns.split(',') if name], titles.split(','),
+                                       value_range=read_range(values), **{name: value for name, value in given.items() if value is not None})
+    typer.echo(figures.save_figure(drawn, out))
 
 # %% ../nbs/50_cli.ipynb #60e69718
 def read_value(text: str, kind):
