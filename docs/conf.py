@@ -20,7 +20,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 html_math_renderer = 'mathml'
 html_theme = 'alabaster'
-html_theme_options = {'page_width': '84rem', 'sidebar_width': '15rem', 'fixed_sidebar': True, 'show_powered_by': False}
+html_theme_options = {'page_width': 'auto', 'body_max_width': '62rem', 'sidebar_width': '15rem', 'fixed_sidebar': True, 'show_powered_by': False}
 html_sidebars = {'**': ['searchbox.html', 'globaltoc.html']}
 html_show_sourcelink = False
 autodoc_member_order = 'bysource'
@@ -51,8 +51,10 @@ def as_restructured(app, what, name, obj, options, lines):
 
 def math(self, node):
     "A formula as MathML, which browsers draw themselves."
-    block = node.tagname == 'math_block'
-    formula = convert(node.astext(), display='block' if block else 'inline')
+    block, text = node.tagname == 'math_block', node.astext()
+    for name, sign in ((r'\langle', '⟨'), (r'\rangle', '⟩')):     # after \big, latex2mathml knows the sign only
+        text = re.sub(rf'\{name}(?![a-z])', sign, text)
+    formula = convert(text, display='block' if block else 'inline')
     self.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise SkipNode
 
