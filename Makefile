@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test long fuzz any-cpu count lab export notebooks tables benchmark browser lock record ship
+.PHONY: help demo test long fuzz any-cpu count lab export notebooks docs tables benchmark browser lock record ship
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
@@ -52,6 +52,11 @@ export: $(READY) ## clean the notebooks and write the package from them
 
 notebooks: $(READY)  ## execute all notebooks on the phantom for the outputs that are committed
 	$(BIN)/python .ci/execute_notebooks.py
+
+docs: $(READY)   ## build the site of the notebooks, _docs/docs/index.html (fetches Sphinx the first time)
+	@$(BIN)/python -c 'import myst_nb, latex2mathml' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . _docs
 
 tables: $(READY) ## write the tables of README.md and MODEL_CARD.md from recorded results
 	$(BIN)/python .ci/tables.py

@@ -11,6 +11,7 @@ __all__ = ['View', 'look_at', 'view_modes', 'mode_tiles', 'view_tiles', 'caption
            'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
+from base64 import b64encode
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -537,6 +538,9 @@ class Explorer(ExplorerFrame):
     def __repr__(self):
         slices = sum(len(data.names) for data in self.store.datasets.values())
         return f'Explorer({slices} slices, {len(self.methods)} methods; run this cell in JupyterLab to use it)'
+
+    def _repr_mimebundle_(self, **how):
+        return super()._repr_mimebundle_(**how) | {'image/png': b64encode(self.picture.value).decode()}   # for pages without a kernel
 
     def draw(self):
         "Draws what the controls say."

@@ -48,14 +48,8 @@ def chromium():
 
 
 @pytest.fixture(scope='module')
-def browser():
-    "A headless chromium."
-    reason = missing()
-    if reason:
-        if os.environ.get('MEDFUSION_REQUIRE_BROWSER') == '1':
-            pytest.fail(reason)
-        print(reason)
-        pytest.skip(reason)
+def browser(server):
+    "A headless chromium; the server, which was asked for first, starts meanwhile."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGS)
@@ -64,8 +58,13 @@ def browser():
 
 
 @pytest.fixture(scope='module')
-def lab(browser, tmp_path_factory):
-    "JupyterLab on loopback over a copy of nbs/: (url, token, folder); those of the repository stay as they are."
+def server(tmp_path_factory):
+    "JupyterLab, starting on loopback over a copy of nbs/ (those of the repository stay as they are): (process, url, token, home)."
+    if reason := missing():
+        if os.environ.get('MEDFUSION_REQUIRE_BROWSER') == '1':
+            pytest.fail(reason)
+        print(reason)
+        pytest.skip(reason)
     home = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT / 'nbs', home / 'work/nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     for part in ('params', 'results/recorded', 'results/published'):      # what the notebooks read
@@ -88,24 +87,36 @@ def lab(browser, tmp_path_factory):
                f'--ServerApp.root_dir={home / "work"}', '--LabApp.extension_manager=readonly']
     with open(home / 'server.log', 'w') as log:
         server = subprocess.Popen(command, env=env, cwd=home / 'work', stdout=log, stderr=subprocess.STDOUT)
-    url = f'http://127.0.0.1:{port}'
     try:
-        wait_for_server(server, url, token, home / 'server.log')
-        yield url, token, home / 'work/nbs'
+        yield server, f'http://127.0.0.1:{port}', token, home
     finally:
         server.terminate()  # JupyterLab stops its kernels on SIGTERM
         server.wait(timeout=30)
 
 
-def wait_for_server(server, url, token, log, seconds=60):
-    "Returns when the server answers; fails with its log when it ends or stays silent."
-    for _ in range(seconds * 5):
+@pytest.fixture(scope='module')
+def lab(server, browser):
+    "JupyterLab, which answers: (url, token, folder)."
+    process, url, token, home = server
+    for _ in range(600):
         try:
-            return urlopen(Request(f'{url}/api/status', headers={'Authorization': f'token {token}'}), timeout=5)
+            ask(url, token, 'status')
+            return url, token, home / 'work/nbs'
         except OSError:
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.2)
-    pytest.fail(f'JupyterLab did not answer within {seconds} s:\n{log.read_text()}')
+            assert process.poll() is None, (home / 'server.log').read_text()
+            time.sleep(0.1)
+    pytest.fail(f'JupyterLab did not answer within 60 s:\n{(home / "server.log").read_text()}')
+
+
+def ask(url, token, what, **sent):
+    "Asks JupyterLab for something, or, with values, to make it."
+    data = json.dumps(sent).encode() if sent else None
+    return urlopen(Request(f'{url}/api/{what}', data, {'Authorization': f'token {token}', 'Content-Type': 'application/json'}), timeout=60).read()
+
+
+def begin_kernel(url, token, name):
+    "Starts the kernel that JupyterLab will find when it opens the notebook: it comes up while the page is loaded."
+    ask(url, token, 'sessions', path=f'nbs/{name}', name=name, type='notebook', kernel={'name': 'python3'})
 
 
 def run_all(page, seconds):
@@ -139,18 +150,28 @@ def press(page, key):
 
 
 def changed(page, act):
-    "Does something and returns when the picture on the page is another one."
+    "Does something and returns when the picture on the page is another one, and the last: the wheel and the hand may ask for several."
     before = page.locator(PICTURE).first.get_attribute('src')
     act()
-    page.wait_for_function('([selector, before]) => document.querySelector(selector).src !== before',
-                           arg=[PICTURE, before], timeout=20_000)
-    page.wait_for_timeout(300)  # the wheel and the hand may have asked for more than one picture
+    page.wait_for_function("""([selector, before]) => {
+        const now = document.querySelector(selector).src, same = now === window.pictureSeen;
+        window.pictureSeen = now;
+        return same && now !== before;
+    }""", arg=[PICTURE, before], timeout=20_000, polling=100)
 
 
 def number(page, name):
     "What a slider of the explorer says, by its description."
     row = page.locator('.medfusion-explorer .widget-hslider').filter(has=page.get_by_text(name, exact=True)).first
     return float(row.locator('.widget-readout').inner_text())
+
+
+def photograph(page, path):
+    "A picture of the explorer, with a margin."
+    explorer = page.locator('.medfusion-explorer').first
+    explorer.scroll_into_view_if_needed()
+    box = explorer.bounding_box()
+    page.screenshot(path=path, clip={'x': box['x'] - 8, 'y': box['y'] - 4, 'width': box['width'] + 12, 'height': box['height'] + 8})
 
 
 def use_mouse(page, shots, stem):
@@ -175,7 +196,7 @@ def use_mouse(page, shots, stem):
     assert number(page, 'down') < down and number(page, 'zoom') == zoom
     page.mouse.move(x + 5, y)
     page.locator('.medfusion-explorer').get_by_text('row ').first.wait_for(timeout=10_000)
-    page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-mouse.png')
+    photograph(page, shots / f'{stem}-mouse.png')
 
 
 def save_and_show_differences(page, shots, stem):
@@ -183,7 +204,7 @@ def save_and_show_differences(page, shots, stem):
     explorer = page.locator('.medfusion-explorer').first
     for mode in ('difference', 'maps'):
         changed(page, lambda mode=mode: explorer.get_by_role('button', name=mode, exact=True).click())
-        explorer.screenshot(path=shots / f'{stem}-{mode}.png')
+        photograph(page, shots / f'{stem}-{mode}.png')
     explorer.get_by_role('button', name='save this view').click()
     explorer.get_by_text('Saved as').wait_for(timeout=10_000)
     assert 'show_view(explorer' in explorer.get_by_text('Saved as').inner_text()
@@ -197,6 +218,7 @@ def test_explorer_in_jupyterlab(lab, browser, name):
     shots = ROOT / 'results/browser'
     shots.mkdir(parents=True, exist_ok=True)
     stem = Path(name).stem
+    begin_kernel(url, token, name)
     page = browser.new_page(viewport={'width': 1440, 'height': 1100})
     try:
         page.goto(f'{url}/lab/workspaces/{stem}/tree/nbs/{name}?token={token}')
@@ -208,12 +230,12 @@ def test_explorer_in_jupyterlab(lab, browser, name):
         assert unrun == 0, f'{unrun} cells of {name} did not run'
         page.wait_for_selector(PICTURE, timeout=30_000)
         page.locator('.medfusion-explorer').first.scroll_into_view_if_needed()
-        page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-explorer.png')
+        photograph(page, shots / f'{stem}-explorer.png')
         seconds = [press(page, key) for key in ('ArrowRight', 'ArrowLeft')]
         print(f'{name}: key to picture {", ".join(f"{1000 * s:.0f} ms" for s in seconds)}')
         press(page, 'ArrowRight')
         assert errors(page) == []
-        page.locator('.medfusion-explorer').first.screenshot(path=shots / f'{stem}-next-slice.png')
+        photograph(page, shots / f'{stem}-next-slice.png')
         use_mouse(page, shots, stem)
         save_and_show_differences(page, shots, stem)
         assert errors(page) == []

@@ -1,4 +1,5 @@
 """The explorer: from a view to a picture, and what happens when controls and mouse change it."""
+import base64
 import json
 import threading
 from io import BytesIO
@@ -406,3 +407,9 @@ def test_committed_notebooks_hold_no_widget_state(path):
         for output in cell.get('outputs', []):
             if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
                 assert len(json.dumps(output)) < 1000
+
+
+def test_a_page_without_a_kernel_has_the_picture(explorer):
+    shown = explorer._repr_mimebundle_()
+    assert base64.b64decode(shown['image/png']) == explorer.picture.value
+    assert 'application/vnd.jupyter.widget-view+json' in shown and 'methods' in shown['text/plain']

@@ -1,14 +1,16 @@
 """Figures: every kind of slice by the range of its type, odd sizes, bad input, and what is really drawn."""
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from medfusion.figures import (Box, as_picture, blend, checkerboard, difference, difference_figure, framed,
-                               inset, largest_disagreement, map_overlay, maps_figure, mosaic, overlay, panel,
+from medfusion.figures import (Box, as_picture, blend, checkerboard, chosen_boxes, comparison, difference, difference_figure,
+                               largest_disagreement, map_overlay, maps_figure, mosaic, overlay, palette, panel, save_figure,
                                training_curves, window_level)
-from medfusion.files import write_image
+from medfusion.files import luminance, write_image
 
 SHAPES = [(16, 16), (33, 20)]
 
@@ -94,9 +96,9 @@ def test_arrays_keep_the_shape(shape):
 def test_figures_are_drawn_for_any_shape(shape):
     ct, mri, fused = (torch.from_numpy(image)[None, None] for image in random_slices(shape))
     two = {'a': fused, 'b': ct}
-    figures = [panel(ct, mri, fused), panel(ct, mri, two, window=0.3), inset(ct, mri, two),
-               inset(ct, mri, fused, size=8), maps_figure(ct, mri, {'one': ct[..., ::2, ::2]}),
-               difference_figure(ct, mri, two), mosaic({'rgb': overlay(ct, mri)})]
+    figures = [panel(ct, mri, fused), panel(ct, mri, two, window=0.3), comparison({'CT': ct, 'MRI': mri} | two, size=8),
+               comparison({'CT': ct, 'MRI': mri, 'c': fused}, size=8), maps_figure(ct, mri, {'one': ct[..., ::2, ::2]}),
+               difference_figure({'CT': ct, 'MRI': mri} | two), mosaic({'rgb': overlay(ct, mri)})]
     for figure in figures:
         assert isinstance(figure, Figure) and all(np.ptp(image) > 0 for image in drawn(figure).values())
         figure.canvas.draw()
@@ -108,15 +110,94 @@ def test_the_colour_bar_of_maps_says_what_its_ends_mean(names, words):
     assert words in maps_figure(ct, mri, dict.fromkeys(names, weights)).axes[-1].get_ylabel()
 
 
-def test_the_frame_of_an_inset_is_seen_on_white_and_on_black():
-    for image in (np.zeros((64, 64)), np.ones((64, 64))):
-        frame = framed(image, Box(8, 8, 16, 16))[8, 8]
-        assert np.abs(frame - image[0, 0]).max() > .9 and np.ptp(frame) > .9  # another colour than any grey
+def test_frames_are_seen_on_white_and_on_black():
+    import matplotlib
+    for colour in list(palette().values())[:2]:
+        colour = np.array(matplotlib.colors.to_rgb(colour))
+        assert np.ptp(colour) > .5 and .3 < luminance(colour[None, None].astype(np.float32)) < .8     # no grey, neither dark nor bright
 
 
-def test_a_box_can_be_named():
+def pixels(figure):
+    "A figure as it is written to a PNG, (H, W, 3) in [0, 1]."
+    data = BytesIO()
+    figure.savefig(data, format='png', dpi='figure')
+    return np.asarray(Image.open(data).convert('RGB'), np.float32) / 255
+
+
+@pytest.mark.parametrize('width', [3, 7])
+def test_every_pixel_is_on_the_paper_in_whole_dots(width):
+    ct, mri, fused = random_slices((60, 64))
+    figure = comparison({'CT': ct, 'MRI': mri, 'net': fused}, boxes=0, width=width)
+    paper, tile = pixels(figure), drawn(figure)['net']
+    assert abs(figure.get_size_inches()[0] - width) < 1e-6 and paper.shape[1] == round(width * figure.dpi)
+    axis = figure.axes[2].get_window_extent()
+    left, right, low, high = (round(side) for side in (axis.x0, axis.x1, axis.y0, axis.y1))
+    assert (right - left) % 64 == 0 and (high - low) % 60 == 0
+    dots = (right - left) // 64
+    part = paper[::-1][low:high, left:right][::-1][dots // 2::dots, dots // 2::dots, 0]
+    assert np.abs(part - tile).max() < .01
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_named_boxes_are_enlarged_in_every_tile(inside):
+    rows = {f'pair {i}': dict(zip(('CT', 'MRI', 'a', 'b'), random_slices((64, 64), 4, seed=i))) for i in range(2)}
+    boxes = [Box(3, 5, 8, 9), Box(40, 30, 16, 10)]
+    figure = comparison(rows, boxes, inside=inside)
+    shown = drawn_all(figure)
+    wanted = [image for row in rows.values() for slice_ in row.values() for image in (slice_, *(box.crop(slice_) for box in boxes))]
+    assert len(shown) == len(wanted) and all(np.array_equal(one, other) for one, other in zip(shown, wanted))
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert len(texts) == 2 and texts[0].startswith('× ')      # once a row
+
+
+def test_boxes_are_found_where_the_methods_differ():
     ct, mri, fused = random_slices((64, 64))
-    assert np.array_equal(drawn(inset(ct, mri, fused, box=Box(3, 5, 8, 9)))['CT, magnified'], ct[3:11, 5:14])
+    other = fused.copy()
+    other[8:16, 40:48], other[50:58, 2:10] = 1 - fused[8:16, 40:48], .5
+    found = chosen_boxes({'CT': ct, 'MRI': mri, 'a': fused, 'b': other}, 2, size=8)
+    assert found[0] == Box(8, 40, 8, 8) and found[1] == Box(50, 2, 8, 8)
+    assert chosen_boxes({'CT': ct, 'MRI': mri, 'a': fused}, 1, size=8) == [largest_disagreement([ct, mri], size=8)]
+
+
+def test_boxes_do_not_lie_over_each_other():
+    images = dict(enumerate(random_slices((64, 64), 4)))
+    boxes = chosen_boxes(images, 3, size=20)
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            assert abs(one.top - other.top) >= 20 or abs(one.left - other.left) >= 20
+
+
+def test_rows_may_differ_in_size_and_colour():
+    grey, colour = random_slices((64, 48), 3), random_slices((32, 32, 3), 3)
+    figure = comparison({'grey': dict(zip('abc', grey)), 'colour': dict(zip('abc', colour))}, size=8)
+    assert [image.shape[2:] for image in drawn_all(figure)[::6]] == [(), (3,)]
+
+
+def drawn_all(figure):
+    return [axis.get_images()[0].get_array() for axis in figure.axes]
+
+
+@pytest.mark.parametrize('wrong, words', [
+    ({'boxes': [Box(60, 0, 8, 8)]}, 'not inside a slice of 64 × 64'), ({'scale': 9, 'size': 16}, 'can be enlarged 4 times'),
+    ({'scale': 9, 'size': 16, 'inside': True}, 'can be enlarged 3 times'), ({'width': 1}, 'larger width')])
+def test_what_does_not_fit_is_said(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        comparison(dict(zip(('CT', 'MRI', 'a', 'b'), random_slices((64, 64), 4))), **wrong)
+    with pytest.raises(ValueError, match='nothing to show'):
+        comparison({})
+
+
+@pytest.mark.parametrize('ending', ['pdf', 'svg', 'png'])
+def test_text_is_text_and_the_same_figure_the_same_file(tmp_path, ending):
+    rows = dict(zip(('CT', 'MRI', 'Tübingen − 3'), random_slices((32, 32), 3)))
+    files = [save_figure(difference_figure(rows, width=3), tmp_path / f'{i}.{ending}').read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+    if ending == 'svg':
+        assert '>Tübingen − 3</text>' in files[0].decode()
+    if ending == 'pdf':
+        assert b'/FontFile2' in files[0] and b'/Type3' not in files[0]
+    with pytest.raises(ValueError, match='endings'):
+        save_figure(comparison(rows), tmp_path / 'figure.gif')
 
 
 def test_figures_do_not_pile_up():
@@ -127,7 +208,7 @@ def test_figures_do_not_pile_up():
 
 
 @pytest.mark.parametrize('make', [overlay, checkerboard, blend, difference, lambda a, b: panel(a, b, a),
-                                  lambda a, b: inset(a, b, a), lambda a, b: largest_disagreement([a, b])])
+                                  lambda a, b: comparison({'CT': a, 'MRI': b}), lambda a, b: largest_disagreement([a, b])])
 def test_slices_of_two_sizes_are_refused(make):
     with pytest.raises(ValueError, match=r'\(16, 16\), \(16, 17\).*register'):
         make(np.zeros((16, 16)), np.zeros((16, 17)))

@@ -16,7 +16,7 @@ from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters, read_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'MODEL_CARD.md', 'results/README.md', 'docs/notebooks.md']
+PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'results/README.md', 'docs/notebooks.md', 'docs/index.md']
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 sys.path.insert(0, str(ROOT / '.ci'))
 import tables  # noqa: E402  (it lies in .ci)

@@ -1,0 +1,178 @@
+"""Figures of a paper: where slices come from, what a record becomes, and the command."""
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from medfusion.cli import app
+from medfusion.figures import Box, as_picture, save_figure
+from medfusion.files import list_pairs, write_image
+from medfusion.paper_figures import (bars_figure, box_figure, box_of, chosen_pairs, figure_kinds, finished_slices, named_method, pairs_of, paper_figure,
+                                     radar_figure, record_table, slice_of)
+from medfusion.runs import write_run
+
+CHARTS = {'bars': bars_figure, 'boxes': box_figure, 'radar': radar_figure}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Two pairs, one in colour, and somebody's finished slices."
+    root = tmp_path_factory.mktemp('figures')
+    noise = np.random.default_rng(0)
+    for part in ('CT', 'MRI', 'theirs', 'others'):
+        (root / part).mkdir()
+    for name, depth in (('41003', np.uint8), ('41004', np.uint16)):
+        write_image(root / f'CT/{name}.png', (noise.random((40, 32)) * np.iinfo(depth).max).astype(depth))
+        write_image(root / f'MRI/{name}.png', (noise.random((40, 32, 3)) * 255).astype(np.uint8))
+        write_image(root / f'theirs/{name}.png', (noise.random((40, 32)) * 255).astype(np.uint8))
+        write_image(root / f'others/{name}_fused.png', (noise.random((40, 32)) * 255).astype(np.uint8))
+    return root
+
+
+def record(patients, slices=2, methods=3):
+    "The rows of a benchmark that nobody ran."
+    rows = [{'name': f'{case}{number:03d}.png', 'method': f'method_{m}', 'case': str(case)} for m in range(methods) for case in range(1, 1 + patients)
+            for number in range(slices)]
+    values = np.random.default_rng(1).random((len(rows), 4))
+    return pd.concat([pd.DataFrame(rows), pd.DataFrame(values, columns=['EN', 'VIF', 'Qabf', 'invented'])], axis=1).set_index('name')
+
+
+@pytest.fixture
+def benchmark(folder, tmp_path):
+    "The folder of a benchmark: its record, numbers and slices."
+    write_run(tmp_path, method='benchmark', parameters={'ct_dir': str(folder / 'CT'), 'mri_dir': str(folder / 'MRI'), 'join': []},
+              state='finished', started=0., split={'test': ['41']})
+    (tmp_path / 'metrics.csv').write_text('# a convention, with commas\n' + record(3).to_csv())
+    for method in ('theirs', 'network'):
+        (tmp_path / 'fused' / method).mkdir(parents=True)
+        for pair in list_pairs(folder / 'CT', folder / 'MRI'):
+            write_image(tmp_path / 'fused' / method / pair.name, np.zeros((40, 32), np.uint8))
+    return tmp_path
+
+
+def words(figure):
+    "All that is written on a figure."
+    import matplotlib
+    return ' '.join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+@pytest.mark.parametrize('spec, wanted', [('wavelet', ('wavelet', 'wavelet')), ('run:resnet_fusion/x_1', ('x 1', 'run:resnet_fusion/x_1')),
+                                          ('Ours, 2=a/b.pt', ('Ours, 2', 'a/b.pt')), ('a/b_c.pt', ('b c', 'a/b_c.pt')), ('=x', ('=x', '=x'))])
+def test_a_method_has_a_title_and_a_meaning(spec, wanted):
+    assert named_method(spec) == wanted
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
+    (tmp_path / 'a=b').mkdir()
+    assert named_method(tmp_path / 'a=b') == ('a=b', str(tmp_path / 'a=b'))
+
+
+def test_finished_slices_are_a_folder_a_file_or_a_pattern(folder):
+    [first, _] = list_pairs(folder / 'CT', folder / 'MRI')
+    for spec, file in ((folder / 'theirs', 'theirs/41003.png'), (folder / 'theirs/41003.png', 'theirs/41003.png'),
+                       (folder / 'others/{name}_fused.png', 'others/41003_fused.png')):
+        assert np.array_equal(slice_of(first, spec), as_picture(folder / file))
+    assert finished_slices('wavelet') is None and finished_slices(folder) is None
+    assert slice_of(first, 'maximum').shape == (40, 32, 3)      # in the colours of the second source
+
+
+def test_pairs_are_named_with_an_ending_or_without(folder):
+    pairs = pairs_of([folder / 'CT', folder / 'MRI'])
+    assert chosen_pairs(pairs, ['41004', '41003.png']) == pairs[::-1] and chosen_pairs(pairs) == pairs
+    with pytest.raises(ValueError, match='no pair 41005; there are 41003 to 41004'):
+        chosen_pairs(pairs, ['41005'])
+    with pytest.raises(ValueError, match='shows those that you name, as in --pair'):
+        chosen_pairs(4 * pairs)
+
+
+@pytest.mark.parametrize('kind', ['slices', 'difference'])
+def test_a_figure_of_folders_and_of_a_record(folder, benchmark, kind):
+    given = paper_figure([folder / 'CT', folder / 'MRI'], kind, models=['maximum', f'them={folder}/theirs'], boxes=[Box(4, 4, 9, 9)], width=5)
+    assert {'maximum', 'them'} <= set(words(given).split()) and '41003' in words(given)
+    shown = words(paper_figure([benchmark], kind, pairs=['41004'], width=5))
+    assert 'network' in shown and 'theirs' in shown and '41004' in shown and '41003' not in shown
+    assert 'network' not in words(paper_figure([benchmark], kind, models=['theirs'], width=5))
+
+
+@pytest.mark.parametrize('kind', CHARTS)
+def test_charts_say_of_whom_they_are(benchmark, tmp_path, kind):
+    columns = ['VIF', 'Qabf', 'invented']
+    text = words(paper_figure([benchmark], kind, columns=columns, width=4))
+    assert '6 slices of 3 patients' in text and 'method 2' in text and all(column in text for column in columns)
+    with pytest.raises(ValueError, match='record of one benchmark'):
+        paper_figure([benchmark], kind, boxes=2)
+
+
+def test_bars_are_means_over_patients_with_their_intervals():
+    from scipy import stats
+    table = record(patients=5, slices=3)
+    axis = bars_figure(table, ['VIF'], ['method_1', 'method_2']).axes[0]
+    of_patients = table[table.method.isin(['method_1', 'method_2'])].groupby(['method', 'case']).VIF.mean().unstack()
+    names = [text.get_text().replace(' ', '_') for text in axis.get_yticklabels()]
+    assert np.allclose([bar.get_width() for bar in axis.patches], of_patients.mean(axis=1)[names])
+    low, high = stats.t.interval(.95, 4, of_patients.loc[names[0]].mean(), stats.sem(of_patients.loc[names[0]]))
+    whisker = axis.collections[0].get_segments()[0]
+    assert np.allclose(whisker[:, 0], [low, high])
+
+
+def test_what_has_one_patient_or_means_alone_has_no_interval():
+    assert 'no interval without several patients' in words(bars_figure(record(patients=1)))
+    means = record(patients=1, slices=1).assign(case=None)
+    assert 'means as recorded' in words(bars_figure(means)) and 'means as recorded' in words(radar_figure(means, ['EN', 'VIF', 'Qabf']))
+    with pytest.raises(ValueError, match='holds means alone'):
+        box_figure(means)
+
+
+def test_a_radar_needs_spokes_and_room():
+    with pytest.raises(ValueError, match='on three columns or more'):
+        radar_figure(record(1), ['EN', 'VIF'])
+    many = record(1, methods=10)
+    assert 'Rank among the 8 methods' in words(radar_figure(many, ['EN', 'VIF', 'Qabf']))
+    with pytest.raises(ValueError, match='up to eight methods'):
+        radar_figure(many, ['EN', 'VIF', 'Qabf'], list(many.method.unique()))
+
+
+def test_records_of_every_kind_are_read(tmp_path, benchmark):
+    assert record_table(benchmark).method.nunique() == 3 and record_table(benchmark / 'metrics.csv').case.nunique() == 3
+    with pytest.raises(FileNotFoundError, match='holds no metrics.csv'):
+        record_table(benchmark / 'fused')
+    for case in '12':
+        (tmp_path / f'wavelet_shipped-without-{case}.json').write_text(json.dumps({
+            'format': 'medfusion fold 1', 'case': case, 'recipe_sha256': 'x', 'trained_on': [], 'numbers': {'network': {'VIF': 1.}, 'maximum': {'VIF': .5}}}))
+    (tmp_path / 'metrics.csv').unlink()
+    folds = record_table(tmp_path)
+    assert list(folds.method.unique()) == ['wavelet', 'maximum'] and folds.case.nunique() == 2
+
+
+@pytest.mark.parametrize('text', ['1,2', '1,2,x', '', '1,2,3,4'])
+def test_what_is_no_box_is_refused(text):
+    with pytest.raises(ValueError, match='is no box; write its left edge'):
+        box_of(text)
+
+
+def test_the_command_draws(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    call = ['figure', 'CT', 'MRI', '-m', 'maximum', '-m', 'Them=theirs', '--pair', '41003']
+    result = CliRunner().invoke(app, [*call, '--box', '3,4,8', '--titles', 'CT,PET', '-o', str(tmp_path / 'a.svg')])
+    assert result.exit_code == 0 and result.output.strip() == str(tmp_path / 'a.svg')
+    assert all(f'>{word}</text>' in (tmp_path / 'a.svg').read_text() for word in ('PET', 'Them', '41003', '× 4'))
+    for wrong, words_ in ((['-o', 'a.gif'], 'does not end in .pdf, .svg, .png'), (['-o', 'a.pdf', '--box', '1,2'], 'is no box'),
+                          (['-o', 'a.pdf', '--kind', 'pie'], 'no kind of figure; there are slices'), (['-o', 'a.pdf', '-m', 'Them=maximum'], 'Two columns')):
+        result = CliRunner().invoke(app, [*call, *wrong])
+        assert result.exit_code == 1 and re.search(words_, result.stderr) and result.stderr.count('\n') == 1
+    assert not (folder / 'a.pdf').exists()
+
+
+def test_the_table_of_kinds_is_what_the_help_names():
+    help_ = CliRunner().invoke(app, ['figure', '--help']).output
+    assert all(kind in help_ for kind in figure_kinds())
+
+
+def test_colour_and_depth_are_what_they_are(folder, tmp_path):
+    figure = paper_figure([folder / 'CT/41004.png', folder / 'MRI/41004.png'], models=['maximum'], boxes=0, width=4)
+    shapes = [axis.get_images()[0].get_array().shape for axis in figure.axes]
+    assert shapes == [(40, 32), (40, 32, 3), (40, 32, 3)]
+    assert save_figure(figure, tmp_path / 'colour.png').stat().st_size
