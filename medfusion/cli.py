@@ -6,11 +6,11 @@
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'in_shell_words',
            'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path', 'read_range', 'check_there',
            'phantom', 'import_slices', 'harvard', 'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary',
-           'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
+           'detection_task', 'evaluate', 'figure', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file',
            'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
            'check_method', 'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand',
-           'means_text', 'short_name', 'train', 'benchmark', 'phantom_scans', 'scans', 'models', 'export',
-           'run_as_module']
+           'means_text', 'short_name', 'train', 'benchmark', 'phantom_scans', 'scans', 'run_scan_notebook',
+           'scan_parameters', 'tell_study', 'scan', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -368,6 +368,37 @@ def evaluate(
     pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
     typer.echo(f'{pairs}; {convention(preset.value)}')
     typer.echo(metric_summary(table).to_string(float_format='{:.4f}'.format, na_rep=''))
+
+# %% ../nbs/50_cli.ipynb #fig10002
+@app.command()
+def figure(
+    sources: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI', help='two slices or two folders; or the folder of a benchmark alone')],
+    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='PATH', help='the figure, a .pdf, .svg or .png')],
+    model: Annotated[list[str], typer.Option('--model', '-m', metavar='[NAME=]MODEL', help='a column: as for fuse, or a folder of finished slices; '
+                                             'of a benchmark, the name of a method')] = [],
+    pair: Annotated[list[str], typer.Option(metavar='NAME', help='a row: a pair of the folders')] = [],
+    kind: Annotated[str, typer.Option(help='slices, difference; of a benchmark also bars, boxes, radar')] = 'slices',
+    box: Annotated[list[str], typer.Option(metavar='X,Y,SIZE', help='enlarge this square: left edge, upper edge, side in pixels')] = [],
+    boxes: Annotated[int | None, typer.Option(min=0, help='or so many, where the methods differ most')] = None,
+    scale: Annotated[float | None, typer.Option(help='how many times enlarged; by default what fits')] = None,
+    inside: Annotated[bool, typer.Option('--inside', help='enlarge inside the slices, not below')] = False,
+    columns: Annotated[str, typer.Option(metavar='NAMES', help='metrics of a chart, as in VIF,Qabf')] = '',
+    titles: Annotated[str, typer.Option(metavar='NAMES', help='of the sources')] = 'CT,MRI',
+    width: Annotated[float, typer.Option(help='inches')] = 7.0,
+    dpi: Annotated[float | None, typer.Option(help='at least so many dots an inch')] = None,
+    values: ValueRange = None,
+):
+    """Draw the figure of a paper: pairs and methods side by side, or a chart of a benchmark.
+
+    Example: medfusion figure ct/ mri/ --pair 41003 -m wavelet -m "Theirs=theirs/" --box 120,90,40 -o figure.pdf
+    """
+    from medfusion import figures, inference, paper_figures
+    check_there(*sources)
+    inference.check_output(out, sources, tuple(figures.figure_formats()))
+    given = {'boxes': [paper_figures.box_of(text) for text in box] or boxes, 'scale': scale, 'inside': inside or None, 'width': width, 'dpi': dpi}
+    drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in columns.split(',') if name], titles.split(','),
+                                       value_range=read_range(values), **{name: value for name, value in given.items() if value is not None})
+    typer.echo(figures.save_figure(drawn, out))
 
 # %% ../nbs/50_cli.ipynb #60e69718
 def read_value(text: str, kind):
@@ -741,6 +772,74 @@ def scans(
     """
     from medfusion.scans import scan_table, table_text
     typer.echo(in_shell_words(table_text(scan_table(path))))
+
+# %% ../nbs/50_cli.ipynb #b0c9313e
+def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
+    "Runs scan_fusion.ipynb with these parameters; `out` is then the folder of the study. Returns its run.json. Raises ValueError or OSError in a sentence."
+    from medfusion.files import read_json
+    from medfusion.runs import check_parameters
+    from medfusion.studies import new_folder_at, write_report
+    notebook = 'scan_fusion.ipynb'
+    check_parameters(notebook, given)
+    with new_folder_at(out, replace) as folder:
+        executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
+        execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
+        typed = [given.get(name, '') for name in ('ct', 'transform', 'study')] + [*given.get('mri', []), str(out), str(folder)]
+        write_report(folder, json.loads(executed.text), typed)
+        return read_json(folder / 'run.json')
+
+# %% ../nbs/50_cli.ipynb #a2030ba5
+def scan_parameters(typed: dict) -> dict:
+    "The parameters of scan_fusion.ipynb for what was typed after `medfusion scan`, {option: value}; what -p says comes last."
+    from medfusion.studies import windows_of
+    scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study') if typed[name]}
+    if len(scans) < 2 and 'study' not in paths:
+        raise typer.BadParameter('a CT and an MRI are needed, or --study with a finished one')
+    check_there(*scans, *paths.values())
+    windows_of(typed['window'])
+    plain = {name: typed[name] for name in ('window', 'grid', 'registered', 'different_patients', 'force', 'anonymous')}
+    given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous']}
+    given |= {name: str(path.absolute()) for name, path in paths.items()}
+    if scans:
+        given |= {'ct': str(scans[0].absolute()), 'mri': [str(path.absolute()) for path in scans[1:]]}
+    return given | given_parameters('scan_fusion.ipynb', [], typed['parameter'])
+
+# %% ../nbs/50_cli.ipynb #bcbff4dc
+def tell_study(record: dict, out: Path) -> None:
+    "Says what became of a study by its run.json; exits with 1 where a registration failed and nothing was fused."
+    words = {'good': 'good', 'doubtful': 'DOUBTFUL: look at the pictures before you use it', 'failed': 'FAILED', 'given': 'given, not judged'}
+    for label, told in record['mri'].items():
+        reasons = f' ({"; ".join(told["reasons"])})' if told['reasons'] else ''
+        typer.echo(f'registration{f" of {label}" if label else ""}: {words[told["verdict"]]}{reasons}')
+    typer.echo(f'done: {out}\nlook at it: {out}/report.html')
+    if record['verdict'] == 'failed' and not record['forced']:
+        say('nothing was fused, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
+        raise typer.Exit(1)
+
+# %% ../nbs/50_cli.ipynb #3f1d8a7f
+@app.command()
+def scan(
+    context: typer.Context,
+    scans: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI...', help='folders of DICOM, or NIfTI, NRRD, MetaImage files')] = [],
+    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='STUDY', help='the folder of the study')] = Path('study'),
+    model: ModelName = 'wavelet',
+    window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
+    grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
+    transform: Annotated[Path | None, typer.Option(parser=typed_path, help='take this .tfm or .h5 and do not register')] = None,
+    study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI')] = None,
+    registered: Annotated[bool, typer.Option('--registered', help='the scans lie on each other already')] = False,
+    different_patients: Annotated[bool, typer.Option('--different-patients', help='fuse scans whose PatientID differs')] = False,
+    force: Annotated[bool, typer.Option('--force', help='fuse after a failed registration too')] = False,
+    dicom: Annotated[bool, typer.Option('--dicom', help='write a derived DICOM series too, with the patient in it')] = False,
+    anonymous: Annotated[bool, typer.Option('--anonymous', help='without the patient in it')] = False,
+    replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there')] = False,
+    parameter: Parameters = [],
+):
+    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spacing=1 -p plane=coronal -p n4=true ...
+
+    Example: medfusion scan ct/ mri/ -o study --window brain,bone
+    """
+    tell_study(run_scan_notebook(scan_parameters(context.params), out, replace), out)
 
 # %% ../nbs/50_cli.ipynb #bea0966e
 @app.command()
