@@ -7,8 +7,8 @@ __all__ = ['View', 'look_at', 'view_modes', 'mode_tiles', 'view_tiles', 'caption
            'fitted', 'legend', 'contact_sheet', 'png_bytes', 'place_under', 'Answers', 'shown_metrics',
            'fused_and_measured', 'SliceWork', 'SliceStore', 'PairList', 'Changes', 'slider', 'slices_of_cases',
            'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel', 'set_view', 'hide_idle', 'method_boxes',
-           'metric_table', 'control_rows', 'ExplorerFrame', 'slices_shown', 'Explorer', 'find_disagreement',
-           'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
+           'metric_table', 'control_rows', 'PictureBox', 'ExplorerFrame', 'slices_shown', 'Explorer',
+           'find_disagreement', 'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
@@ -491,8 +491,15 @@ def control_rows(controls, boxes, buttons):
     return [row(controls['dataset'], controls['case'], controls['slice']), row(*boxes.values(), buttons),
             *(row(*(controls[name] for name in names)) for names in views)]
 
+# %% ../nbs/40_explorer.ipynb #fbox0000
+class PictureBox(widgets.VBox):
+    "A box of widgets, among them `picture`, a PNG: what a page shows that has no kernel to ask."
+
+    def _repr_mimebundle_(self, **how):
+        return super()._repr_mimebundle_(**how) | {'image/png': b64encode(self.picture.value).decode()}
+
 # %% ../nbs/40_explorer.ipynb #67a0a95a
-class ExplorerFrame(widgets.VBox):
+class ExplorerFrame(PictureBox):
     "The controls and outputs of an explorer, laid out; nothing is drawn yet."
 
     def __init__(self, store, first=2):
@@ -538,9 +545,6 @@ class Explorer(ExplorerFrame):
     def __repr__(self):
         slices = sum(len(data.names) for data in self.store.datasets.values())
         return f'Explorer({slices} slices, {len(self.methods)} methods; run this cell in JupyterLab to use it)'
-
-    def _repr_mimebundle_(self, **how):
-        return super()._repr_mimebundle_(**how) | {'image/png': b64encode(self.picture.value).decode()}   # for pages without a kernel
 
     def draw(self):
         "Draws what the controls say."

@@ -177,7 +177,7 @@ def box_figure(source, columns=(), methods=(), width=7.0):
         boxes = axis.boxplot(values, orientation='horizontal', positions=range(len(values)), manage_ticks=False, widths=0.6, patch_artist=True,
                              flierprops={'markersize': 2}, medianprops={'color': 'black'})
         for box, colour in zip(boxes['boxes'], best_first(pd.Series([np.median(one) if len(one) else np.nan for one in values]), column)):
-            box.set_facecolor(colour)
+            box.set(facecolor=colour, edgecolor=colour)      # seen, however thin
     return column_panels(columns, list(groups), draw, f'Boxes: quartiles and median of {sample_told(rows)}; whiskers: to the last value within 1.5 boxes. '
                          'Orange: best median; ↑ more is better.', width)
 
