@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['JoinedPairs', 'fused_image', 'fuse_pairs', 'write_fused', 'find_fused', 'reported_columns', 'evaluate', 'summarise',
            'ranks', 'cases_trained_on', 'lesion_table', 'lesions_kept_table', 'read_three', 'evaluate_files',
-           'evaluate_folders', 'read_published', 'holm', 'compare', 'run_numbers', 'number_text', 'markdown_table',
-           'replace_blocks', 'write_tables']
+           'evaluate_folders', 'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'pairwise',
+           'reading_notes', 'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import wilcoxon
+from scipy.stats import rankdata, wilcoxon
 from torch.utils.data import ConcatDataset
 
 from .data import case_of
 from .files import (format_of, list_images, match_images, name_key, read_image, read_json, stem_of, to_depth, to_float,
-                             unused_range, write_atomically, write_image)
+                             unused_range, write_image)
 from .inference import fuse
 from .metrics import evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
 
@@ -226,26 +227,70 @@ def holm(p_values) -> np.ndarray:
     adjusted = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
     return adjusted[np.argsort(order)]
 
-# %% ../nbs/21_evaluation.ipynb #994f6adc
-def compare(table, contenders, against, columns=None) -> pd.DataFrame:
-    """Paired Wilcoxon tests of methods against another (or {column: another}), a row for each contender and column.
+# %% ../nbs/21_evaluation.ipynb #fde1d203
+def rank_biserial(differences) -> float:
+    "The matched-pairs rank-biserial correlation of paired differences, -1 to 1 (Kerby, Comprehensive Psychology 3, 2014); NaN without any."
+    differences = np.asarray(differences, dtype=float)
+    differences = differences[np.isfinite(differences) & (differences != 0)]
+    weights = rankdata(np.abs(differences))
+    return float((np.sign(differences) * weights).sum() / weights.sum()) if len(differences) else float('nan')
 
-    `advantage` is the median difference, positive where the contender is better; `p_holm` is corrected over all rows; `verdict` is
-    better, worse, or open (p_holm from 0.05 up); `over` says what was paired. Without any difference, or a value, p is 1.
+# %% ../nbs/21_evaluation.ipynb #994f6adc
+def paired_tests(table, questions) -> pd.DataFrame:
+    """Paired Wilcoxon tests of a table of `evaluate`, a row for each question (method, column, against).
+
+    `advantage` is the median difference, positive where the method is better, in `wins` of `pairs`; `effect` the matched-pairs
+    rank-biserial correlation, from -1 to 1; `p_holm` is corrected over all rows; `verdict` is better, worse, or open (p_holm from
+    0.05 up); `over` says what was paired: patients from six on, else slices. Without any difference, or a value, p is 1.
     """
-    columns = list(summarise(table).columns) if columns is None else list(columns)
-    against, patients = dict.fromkeys(columns, against) if isinstance(against, str) else against, table.case.nunique()
-    unit = ['case'] if patients >= 6 else ['case', 'name']
-    values, rows = table.reset_index().groupby(['method', *unit])[columns].mean(), []
-    for contender, column in ((contender, column) for contender in contenders for column in columns):
-        ahead = values.loc[contender][column] - values.loc[against[column]][column]
+    patients, columns = table.case.nunique(), list(dict.fromkeys(column for _, column, _ in questions))
+    unit, rows = ['case'] if patients >= 6 else ['case', 'name'], []
+    values = table.reset_index().groupby(['method', *unit])[columns].mean()
+    for method, column, against in questions:
+        ahead = values.loc[method][column] - values.loc[against][column]
         ahead = -ahead if lower_is_better(column) else ahead
         tested = ahead.notna().all() and (ahead != 0).any()
-        rows.append((contender, column, against[column], ahead.median(), wilcoxon(ahead).pvalue if tested else 1.0))
-    tests = pd.DataFrame(rows, columns=['method', 'column', 'against', 'advantage', 'p']).assign(p_holm=lambda tests: holm(tests.p))
+        p = wilcoxon(ahead).pvalue if tested else 1.0
+        rows.append((method, column, against, ahead.median(), (ahead > 0).sum(), len(ahead), rank_biserial(ahead), p))
+    names = ['method', 'column', 'against', 'advantage', 'wins', 'pairs', 'effect', 'p']
+    tests = pd.DataFrame(rows, columns=names).assign(p_holm=lambda tests: holm(tests.p))
     tests['verdict'] = np.where(tests.p_holm >= 0.05, 'open', np.where(tests.advantage > 0, 'better', 'worse'))
     slices = f'{table.index.nunique()} slices of {patients} patient{"s" * (patients > 1)}'
     return tests.assign(over=f'{patients} patients' if patients >= 6 else slices)
+
+# %% ../nbs/21_evaluation.ipynb #d41f1a21
+def compare(table, contenders, against, columns=None) -> pd.DataFrame:
+    "`paired_tests` of each contender in each column (by default all reported ones) against a method, or {column: another}."
+    columns = list(summarise(table).columns) if columns is None else list(columns)
+    against = dict.fromkeys(columns, against) if isinstance(against, str) else against
+    return paired_tests(table, [(contender, column, against[column]) for contender in contenders for column in columns])
+
+# %% ../nbs/21_evaluation.ipynb #d7a1900c
+def pairwise(table, methods=None, columns=None) -> pd.DataFrame:
+    "`paired_tests` of any two of the methods (by default all in the table) in each column; ValueError for a method that is not there."
+    there = list(dict.fromkeys(table.method))
+    methods = there if methods is None else list(methods)
+    if unknown := [name for name in methods if name not in there]:
+        raise ValueError(f'There is no method {unknown[0]!r} in the table; there are {", ".join(there)}.')
+    columns = list(summarise(table).columns) if columns is None else list(columns)
+    return paired_tests(table, [(one, column, other) for one, other in combinations(methods, 2) for column in columns])
+
+# %% ../nbs/21_evaluation.ipynb #f158ef8c
+def reading_notes(tests) -> list[str]:
+    "Sentences on what a table of `paired_tests` cannot tell: equal values, one side ahead in every pair, too few pairs for a verdict."
+    notes = [f'The tests are over {tests.over.iloc[0]}, Holm-corrected over {len(tests)} tests.'] if len(tests) else []
+    for column, own in tests.groupby('column', sort=False):
+        if own.effect.isna().all():
+            notes.append(f'{column}: no difference is possible to test, for the values are equal, or undefined, in every pair.')
+        elif (own.effect.abs() == 1).all() and len(own):
+            ahead = ', '.join(dict.fromkeys(np.where(own.effect > 0, own.method, own.against)))
+            notes.append(f'{column}: {ahead} ahead in all {own.pairs.iloc[0]} pairs of every comparison, so p is the least that so many '
+                         'pairs can give and says nothing of size; read the advantage.')
+    least = 2 / 2 ** tests.pairs.iloc[0] * len(tests) if len(tests) else 0
+    if least >= 0.05:
+        notes.append(f'No verdict was possible: with {tests.pairs.iloc[0]} pairs and {len(tests)} tests the smallest corrected p is '
+                     f'{min(1, least):.2g}; ask for fewer methods or columns, or measure more patients.')
+    return notes
 
 # %% ../nbs/21_evaluation.ipynb #f8e46a7e
 def run_numbers(table, lesions=None, validation=None, best_epoch=None) -> dict:
@@ -258,37 +303,3 @@ def run_numbers(table, lesions=None, validation=None, best_epoch=None) -> dict:
     return {'best_epoch': best_epoch, 'means': summarise(table).to_dict('index'),
             'validation': None if validation is None else summarise(validation).iloc[0].to_dict(),
             'lesions_kept': None if kept is None else kept.to_dict('index')}
-
-# %% ../nbs/21_evaluation.ipynb #033450c3
-def number_text(value, column: str) -> str:
-    "A number of a column as it is printed, with the digits that the column deserves; NaN is a dash, and what is no float its text."
-    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5}.get(column.split()[0], 3)
-    return str(value) if not isinstance(value, float) else '–' if np.isnan(value) else f'{value:.{digits}f}'
-
-# %% ../nbs/21_evaluation.ipynb #0aea3312
-def markdown_table(table, bold=()) -> str:
-    "A table of numbers as Markdown, its index as the first column, the rows named in `bold` in bold; NaN is a dash."
-    lines = [[table.index.name or '', *table.columns], ['---'] * (1 + len(table.columns))]
-    for name, row in zip(table.index, table.itertuples(index=False)):
-        lines.append([f'**{name}**' if name in bold else str(name), *map(number_text, row, table.columns)])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-# %% ../nbs/21_evaluation.ipynb #5ff0c7cb
-def replace_blocks(text, blocks) -> str:
-    "`text` with the content between `<!-- NAME -->` and `<!-- end of NAME -->` replaced for every {NAME: content}."
-    for name, content in blocks.items():
-        start, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->'
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f'The text needs one line {start.strip()} and, below it, one line {end}.')
-        head, rest = text.split(start)
-        text = f'{head}{start}{content.strip()}\n{end}{rest.split(end)[1]}'
-    return text
-
-# %% ../nbs/21_evaluation.ipynb #d22ed2c5
-def write_tables(path, blocks) -> bool:
-    "Whether the file changed, in which the text between the comments of every {NAME: content} was written anew."
-    old = Path(path).read_text(encoding='utf-8')
-    new = replace_blocks(old, blocks)
-    if new != old:
-        write_atomically(path, new.encode())
-    return new != old

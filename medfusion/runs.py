@@ -722,13 +722,15 @@ def data_sha256(*data_sets) -> str | None:
 
 # %% ../nbs/09_runs.ipynb #875be09a
 def git_revision() -> dict | None:
-    "The revision of the clone that the notebooks lie in, and whether its tracked files were changed; None without git."
+    "The revision of the clone that the package was imported from, and whether its tracked files were changed; None where it lies in no clone, or without git."
+    home = Path(medfusion.__file__).resolve().parents[1]
+
     def git(*arguments):
-        done = subprocess.run(['git', *arguments], cwd=nbs_dir().parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(['git', *arguments], cwd=home, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
     try:
         root, revision = git('rev-parse', '--show-toplevel', 'HEAD')
-        if Path(root).resolve() != nbs_dir().parent:
+        if Path(root).resolve() != home:
             return None    # the folder lies inside somebody else's repository
         return {'revision': revision, 'dirty': bool(git('status', '--porcelain', '--untracked-files=no'))}
     except (OSError, subprocess.CalledProcessError):

@@ -164,6 +164,19 @@ def test_no_difference_and_no_value_are_open():
     assert equal.p[0] == absent.p[0] == 1 and equal.verdict[0] == absent.verdict[0] == 'open'
 
 
+def test_the_size_of_an_effect_and_what_cannot_be_read_from_a_test():
+    few = E.pairwise(paired([0.1, -0.2, 0.3, 0.4, 0.5, 0.6]), ['theirs', 'ours'])
+    assert few.effect[0] == pytest.approx(-(21 - 2 * 2) / 21) and few.wins[0] == 1 and few.pairs[0] == 6
+    assert 'over 6 patients, Holm-corrected over 1 tests' in E.reading_notes(few)[0] and len(E.reading_notes(few)) == 1
+    always = E.reading_notes(E.pairwise(paired([0.1] * 7)))
+    assert 'VIF: ours ahead in all 7 pairs' in always[1]
+    never = E.reading_notes(E.pairwise(paired([0.0] * 7)))
+    assert 'no difference is possible' in never[1]
+    assert 'No verdict was possible: with 4 pairs' in E.reading_notes(E.pairwise(paired([0.1, -0.1])))[-1]
+    with pytest.raises(ValueError, match="no method 'nobody' in the table; there are ours, theirs"):
+        E.pairwise(paired([0.1]), ['nobody'])
+
+
 def test_holm_is_the_textbook_procedure():
     p_values = np.random.default_rng(0).random(20) ** 3
     order, rejected = np.argsort(p_values), set()
@@ -187,9 +200,3 @@ def test_published_numbers_are_checked(tmp_path, content, words):
     (tmp_path / 'published.csv').write_text(content)
     with pytest.raises(ValueError, match=words):
         E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD'])
-
-
-@pytest.mark.parametrize('text', ['<!-- a -->\nold\n', 'old\n<!-- end of a -->', '<!-- a -->\n<!-- end of a -->\n' * 2])
-def test_a_text_without_its_two_comments_is_refused(text):
-    with pytest.raises(ValueError, match='<!-- end of a -->'):
-        E.replace_blocks(text, {'a': 'new'})
