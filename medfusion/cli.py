@@ -10,7 +10,8 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files',
            'execute', 'check_sides', 'check_method', 'open_run_folder', 'without_run', 'run_notebook',
            'parameters_text', 'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep',
-           'print_table', 'check_tables', 'write_texts', 'runs', 'benchmark', 'models', 'run_as_module']
+           'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark',
+           'benchmark', 'models', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -790,6 +791,43 @@ def runs(
     if curves is not None:
         sweeps.draw_histories(table).savefig(curves)
 
+# %% ../nbs/50_cli.ipynb #d5f14533
+def check_external(given: dict) -> None:
+    "Raises ValueError or OSError where the pairs of a benchmark cannot be read, or a folder of fused images from outside lacks some of them."
+    from medfusion import runs
+    from medfusion.evaluation import find_external, judged_pairs
+    p = SimpleNamespace(**runs.check_parameters('90_benchmark.ipynb', given))
+    folder = runs.resolve_path(p.external_dir)
+    if folder.is_dir():
+        find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
+
+# %% ../nbs/50_cli.ipynb #34c4057a
+def named_models(texts: list[str]) -> list[str]:
+    "Texts NAME=MODEL or MODEL as the benchmark takes them: paths made absolute."
+    from medfusion.inference import named_model
+    told = [(text, *named_model(text)) for text in texts]
+    return [absolute_path('checkpoints', spec) if spec == text else f'{name}={absolute_path("checkpoints", spec)}' for text, name, spec in told]
+
+# %% ../nbs/50_cli.ipynb #160264ee
+def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Path | None = None, markdown: Path | None = None) -> None:
+    "Writes the table of a benchmark in its forms; where methods are chosen, prints it, and the tests of any two of them."
+    import pandas as pd
+
+    from medfusion.evaluation import pairwise, reading_notes
+    from medfusion.runs import read_run
+    from medfusion.tables import paper_table, split_values
+    asked = split_values(columns) if columns else read_run(folder)['parameters']['columns']
+    names = split_values(chosen) if chosen else None
+    table = pd.read_csv(folder / 'metrics.csv', comment='#', dtype={'name': str, 'case': str}, index_col='name')
+    paper = paper_table(table, asked, names)
+    write_texts({latex: lambda: paper.text('latex'), markdown: lambda: paper.text('markdown')})
+    if names:
+        typer.echo(f'{paper.cells.to_string()}\n{paper.note}')
+    if names and len(names) > 1:
+        tests = pairwise(table, names, asked)
+        typer.echo(tests.drop(columns=['p', 'over']).to_string(index=False, float_format='{:.4g}'.format))
+        typer.echo('\n'.join(reading_notes(tests)))
+
 # %% ../nbs/50_cli.ipynb #bd4f6271
 @app.command(cls=NotebookCommand)
 def benchmark(
@@ -797,15 +835,28 @@ def benchmark(
     parameter: Parameters = [],
     file: Files = [],
     run: RunName = None,
+    model: Annotated[list[str], typer.Option('--model', '-m', metavar='[NAME=]MODEL', help='a network, and what it is called; any that -m takes')] = [],
+    columns: Annotated[str, typer.Option(metavar='NAMES', help='the metrics of ranking and table, as in VIF,Qabf')] = '',
+    methods: Annotated[str, typer.Option(metavar='NAMES', help='the methods of the table, in this order; any two are tested')] = '',
+    latex: Latex = None,
+    markdown: Markdown = None,
+    pattern: Annotated[str, typer.Option(metavar='PATTERN', help='how files of external_dir are named, as in {name}_fused.png')] = '',
+    record: Annotated[Path | None, typer.Option(parser=typed_path, metavar='FOLDER', help='tables of this finished benchmark; nothing is measured')] = None,
     detection: Annotated[bool, typer.Option('--detection', help='ask too whether painted lesions can still be found (minutes)')] = False,
 ):
     """Compare all methods in one table. Works inside a clone of the repository.
 
-    Example: medfusion benchmark -p 'checkpoints=[wavelet, mine.pt]' -p ct_dir=Dataset/val/CT -p mri_dir=Dataset/val/MRI
+    Example: medfusion benchmark -m ours=mine.pt -m wavelet -p ct_dir=Dataset/val/CT -p mri_dir=Dataset/val/MRI --latex table.tex
     """
-    notebook = '90_benchmark.ipynb'
-    given = given_parameters(notebook, file, parameter) | ({'detection': True} if detection else {})
-    typer.echo(f'done: {run_notebook(notebook, given, run, context)}')
+    check_tables(None, latex, markdown)
+    if record is None:
+        more = {'checkpoints': model, 'columns': columns and columns.split(','), 'external_pattern': pattern, 'detection': detection}
+        given = given_parameters('90_benchmark.ipynb', file, parameter) | {name: value for name, value in more.items() if value}
+        given |= {'checkpoints': named_models(given['checkpoints'])} if isinstance(given.get('checkpoints'), list) else {}
+        check_external(given)
+        typer.echo(f'done: {(folder := run_notebook("90_benchmark.ipynb", given, run, context))}')
+    if latex or markdown or methods:
+        write_benchmark(folder if record is None else record.absolute(), columns, methods, latex, markdown)
 
 # %% ../nbs/50_cli.ipynb #bea0966e
 @app.command()
