@@ -945,7 +945,7 @@ def make_room(folder: Path, files: CheckpointFiles | None) -> Path:
 # %% ../nbs/09_runs.ipynb #3366eb42
 def resume_settings(parameters) -> dict:
     "The parameters that a run must share with the one that it continues: all but places, length and what is only kept."
-    free = 'run resume replace epochs num_epochs save_every cache_gb device'.split()
+    free = 'run resume replace epochs num_epochs save_every cache_gb device tracker'.split()
     values = parameters if isinstance(parameters, dict) else vars(parameters)
     return plain({name: value for name, value in values.items() if name not in free and not name.endswith('_dir')})
 
