@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'Latex', 'Markdown',
            'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path',
-           'read_range', 'check_there', 'phantom', 'import_slices', 'harvard', 'check', 'fuse_files', 'fuse', 'Preset',
-           'metric_summary', 'detection_task', 'evaluate', 'read_value', 'absolute_path', 'check_yaml',
-           'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files',
-           'execute', 'check_sides', 'check_method', 'open_run_folder', 'without_run', 'run_notebook',
-           'parameters_text', 'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep',
-           'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark',
-           'benchmark', 'models', 'run_as_module']
+           'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard', 'flat_folder_sentence',
+           'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'evaluate', 'read_value',
+           'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
+           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'open_run_folder',
+           'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand', 'means_text', 'short_name', 'train',
+           'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models',
+           'write_benchmark', 'benchmark', 'models', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -187,6 +187,15 @@ def phantom(
     write_phantom(root, cases=cases, slices=slices, size=size, seed=seed, replace=replace)
     typer.echo(str(inspect_dataset(root)))
 
+# %% ../nbs/50_cli.ipynb #1163805a
+def named_split(source: Path, val_cases: str, test_cases: str) -> dict | None:
+    "The cases of each part of a folder with CT/ and MRI/, where some are named, as the method notebooks take them; None where none is."
+    from medfusion.data import case_of
+    from medfusion.files import list_pairs
+    from medfusion.runs import named_cases, sides
+    chosen = named_cases(SimpleNamespace(val_cases=val_cases, test_cases=test_cases))
+    return chosen and sides({case_of(pair.name) for pair in list_pairs(source / 'CT', source / 'MRI')}, chosen, source)
+
 # %% ../nbs/50_cli.ipynb #6d637050
 @data_app.command('import')
 def import_slices(
@@ -196,6 +205,8 @@ def import_slices(
     val: Annotated[int, typer.Option(min=0, help='cases for validation')] = 1,
     test: Annotated[int, typer.Option(min=0, help='cases for testing')] = 1,
     seed: Annotated[int, typer.Option(min=0, help='which cases these are')] = 0,
+    val_cases: Annotated[str, typer.Option(metavar='CASES', help='name them instead, as in 34')] = '',
+    test_cases: Annotated[str, typer.Option(metavar='CASES', help='likewise, as in 41 or 34,41')] = '',
     values: ValueRange = None,
     replace: Annotated[bool, typer.Option('--replace', help='replace the data set that is there')] = False,
 ):
@@ -203,7 +214,8 @@ def import_slices(
     from medfusion.data import inspect_dataset, prepare_dataset
     from medfusion.inference import check_output
     check_output(root, [source, source / 'CT', source / 'MRI'])
-    prepare_dataset(source, root, val=val, test=test, seed=seed, replace=replace, value_range=read_range(values))
+    split = named_split(source, val_cases, test_cases)
+    prepare_dataset(source, root, split, val=val, test=test, seed=seed, replace=replace, value_range=read_range(values))
     typer.echo(str(inspect_dataset(root)))
 
 # %% ../nbs/50_cli.ipynb #2ba14aef
@@ -218,6 +230,14 @@ def harvard(
     from medfusion.data import download_harvard, inspect_dataset
     download_harvard(root, cache=cache, base_url=base_url, replace=replace)
     typer.echo(str(inspect_dataset(root)))
+
+# %% ../nbs/50_cli.ipynb #951a53c9
+def flat_folder_sentence(root: Path) -> str:
+    "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split it by case."
+    place = shlex.quote(str(root))
+    return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
+            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases=34 -p test_cases=41), and records the split; or make a data set with parts: '
+            f'medfusion data import {place} Dataset --val-cases 34 --test-cases 41')
 
 # %% ../nbs/50_cli.ipynb #3625d514
 @data_app.command()
@@ -237,7 +257,11 @@ def check(
         audit = audit_split(names_in_part(train, 'train'), names_in_part(test, 'test'), case_pattern)
         typer.echo(str(audit))
         raise typer.Exit(int(audit.leaks))
-    typer.echo(str(inspect_dataset(root)))
+    report = inspect_dataset(root)
+    typer.echo(str(report))
+    if 'all' in set(report.files.part) and not (root / 'split_info.json').is_file():
+        typer.echo(flat_folder_sentence(root))
+        raise typer.Exit(int(bool(report.problems)))
     check_split(root)
     typer.echo(f'{root} is in order: every file is the recorded one, and no case is on two sides.')
 
