@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'write_fused', 'find_fused', 'find_external',
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
-           'lesions_kept_table', 'read_three', 'evaluate_files', 'evaluate_folders', 'read_published', 'holm',
-           'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes', 'run_numbers']
+           'lesions_kept_table', 'read_three', 'is_coloured', 'evaluate_files', 'evaluate_folders', 'colour_table',
+           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes',
+           'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import warnings
@@ -22,8 +23,8 @@ from torch.utils.data import ConcatDataset
 from .data import CTMRIDataset, case_of
 from .files import (files_for, find_naming, format_of, list_images, match_images, read_image, read_json, slice_name, source_folders,
                              split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
-from .inference import fuse
-from .metrics import evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
+from .inference import fuse, read_slice, with_luminance
+from .metrics import colour_kept, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
 
 # %% ../nbs/21_evaluation.ipynb #1ffb14a9
 class JoinedPairs(ConcatDataset):
@@ -187,11 +188,16 @@ def read_three(ct: Path, mri: Path, fused: Path, value_range=None, largest=None)
         raise ValueError(f'The three slices differ in size: {", ".join(sizes)}; name a fused slice with its own sources.')
     return [ct.name], *images
 
+# %% ../nbs/21_evaluation.ipynb #14b6010e
+def is_coloured(path) -> bool:
+    "Whether there is colour in an image file; grey that was stored in three channels is none."
+    return read_slice(path, quiet=True).ndim == 3
+
 # %% ../nbs/21_evaluation.ipynb #842ae9e9
 def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None) -> pd.DataFrame:
     """The table of `metrics.evaluate_batches` for three files: one row, index the CT's name.
 
-    `value_range` is that of the two sources (see `files.read_image`). Raises ValueError for sizes that differ.
+    A second source in colour adds `metrics.colour_kept`. `value_range` is that of the two sources (see `files.read_image`). Raises ValueError for sizes that differ.
     """
     return _measure_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range)
 
@@ -199,6 +205,9 @@ def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None
 def _measure_files(triples, preset, columns, value_range):
     largest = {}
     table = evaluate_batches((read_three(*paths, value_range, largest) for paths in triples), preset, columns)
+    colours = [colour_kept(*(to_float(read_slice(path, quiet=True)) for path in (fused, mri))) for _, mri, fused in triples if is_coloured(mri)]
+    if colours:
+        table = table.join(pd.DataFrame(colours, index=[ct.name for ct, mri, _ in triples if is_coloured(mri)]))
     for sentence in filter(None, (unused_range(folder, value, dtype) for (folder, dtype), value in largest.items())):
         warnings.warn(sentence, stacklevel=3)
     return table
@@ -217,6 +226,22 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     if alone:
         raise ValueError(faults[alone[0]])
     return _measure_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range)
+
+# %% ../nbs/21_evaluation.ipynb #f6289cb2
+def colour_table(data_set, methods) -> pd.DataFrame | None:
+    "A row for each method and pair whose second slice is in colour: `method`, `name`, `hue_error`, `saturation_loss`; None without such a pair. A method: see `fused_image`."
+    rows = []
+    for item, pair in zip(data_set, data_set.pairs):
+        source = to_float(read_slice(pair.mri, quiet=True))
+        for name, method in methods.items() if source.ndim == 3 else ():
+            given = None if callable(method) else method[item['name']]
+            if isinstance(given, (str, Path)):
+                fused = to_float(read_slice(given, quiet=True))
+            else:
+                rgb = torch.from_numpy(source).permute(2, 0, 1)[None]
+                fused = with_luminance(rgb, fused_image(method, item))[0].permute(1, 2, 0).numpy()
+            rows.append({'method': name, 'name': item['name'], **colour_kept(fused, source)})
+    return pd.DataFrame(rows) if rows else None
 
 # %% ../nbs/21_evaluation.ipynb #360e2678
 def read_published(path, names, columns=None) -> pd.DataFrame:

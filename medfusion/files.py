@@ -7,7 +7,7 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
            'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'append_line', 'read_lines', 'is_slice_name',
-           'split_pattern', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key',
+           'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key',
            'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for',
            'read_pair']
 
@@ -417,6 +417,11 @@ def split_pattern(folder) -> tuple[Path, str]:
     if folder.name.count('{name}') > 1:
         raise ValueError(f'{folder.name} holds {{name}} more than once; a pattern of names has it in one place.')
     return (folder.parent, folder.name) if '{name}' in folder.name else (folder, '')
+
+# %% ../nbs/00_files.ipynb #2349de7f
+def is_folder(path) -> bool:
+    "Whether a path is that of a folder, or of one with a pattern."
+    return split_pattern(path)[0].is_dir()
 
 # %% ../nbs/00_files.ipynb #e0b0713e
 def slice_name(path, pattern='') -> str | None:

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
-from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, stem_of,
+from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, read_image, read_json, sha256_of, split_pattern, stem_of,
                              to_depth, unused_range, window, write_atomically)
 from .runs import build_model, find_run, load_checkpoint, run_checkpoint
 
@@ -705,7 +705,7 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
     if os.path.lexists(out) and not (out.is_file() if suffixes else out.is_dir()):
         raise FileExistsError(f'{out} is there and is no {kind}; name another place to write.')
     if out.exists():
-        read = [Path(given) for given in inputs if Path(given).exists()]
+        read = [place for place in (split_pattern(given)[0] for given in inputs) if place.exists()]
         inside = [file for given in read if suffixes and given.is_dir() for file in given.iterdir() if file.is_file()]
         for given in [*read, *inside]:
             if out.samefile(given):

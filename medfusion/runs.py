@@ -50,7 +50,7 @@ import torch
 
 import medfusion
 from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
-from .files import absolute_path, clear_abandoned, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
 
 # %% ../nbs/09_runs.ipynb #30a9135f
 def nbs_dir() -> Path:
@@ -606,7 +606,7 @@ def check_folders(parameters) -> None:
     "Raises FileNotFoundError for a folder of slices that is not there, with what was meant and where to get data."
     for part in ('train', 'val', 'test') if hasattr(parameters, 'ct_val_dir') else ('train',):
         for kind, place in zip(('ct', 'mri'), part_folders(parameters, part) or ()):
-            if place.is_dir():
+            if is_folder(place):
                 continue
             name = f'{kind}_dir' if part == 'train' else f'{kind}_{part}_dir'
             given = getattr(parameters, name) or 'empty'

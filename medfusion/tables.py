@@ -21,7 +21,7 @@ from .metrics import lower_is_better
 # %% ../nbs/25_tables.ipynb #83197ed5
 def number_text(value, column: str) -> str:
     "A number of a column as it is printed, with the digits that the column deserves; NaN is a dash, and what is no float its text."
-    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5}.get(column.split()[0], 3)
+    digits = {'EN': 2, 'SD': 1, 'SF': 1, 'MI': 2, 'SCD': 2, 'invented': 5, 'hue_error': 1}.get(column.split()[0], 3)
     return str(value) if not isinstance(value, float) else '–' if np.isnan(value) else f'{value:.{digits}f}'
 
 # %% ../nbs/25_tables.ipynb #61ed899c
