@@ -6,8 +6,8 @@
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'Latex', 'Markdown',
            'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path',
            'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard', 'flat_folder_sentence',
-           'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'evaluate', 'read_value',
-           'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
+           'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate',
+           'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
            'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'open_run_folder',
            'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand', 'means_text', 'short_name', 'train',
            'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models',
@@ -155,8 +155,8 @@ def read_range(text: str | None) -> tuple[float, float] | None:
 # %% ../nbs/50_cli.ipynb #cec2d3e2
 def check_there(*paths: Path) -> None:
     "Raises FileNotFoundError for the first path at which there is nothing."
-    from medfusion.files import absolute_path, missing_sentence
-    for path in map(absolute_path, paths):
+    from medfusion.files import absolute_path, missing_sentence, split_pattern
+    for path in (split_pattern(absolute_path(path))[0] for path in paths):
         if not path.exists():
             raise FileNotFoundError(missing_sentence(path, 'file or folder'))
 
@@ -288,7 +288,7 @@ def fuse_files(ct: Path, mri: Path, out: Path, model='wavelet', device='auto', v
 @app.command()
 def fuse(
     context: typer.Context,
-    ct: Annotated[Path, typer.Argument(parser=typed_path, metavar='CT', help='a CT slice, or a folder of them')],
+    ct: Annotated[Path, typer.Argument(parser=typed_path, metavar='CT', help='a CT slice, or a folder of them, also FOLDER/{name}_CT.png')],
     mri: Annotated[Path, typer.Argument(parser=typed_path, metavar='MRI',
                                         help='the MRI (PET, SPECT) slice, or the folder with those of the same names')],
     out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='PATH', help='the fused file, or the folder for fused files')],
@@ -299,10 +299,11 @@ def fuse(
     values: ValueRange = None,
 ):
     "Fuse a pair of slices, or every pair of two folders."
+    from medfusion.files import is_folder
     check_there(ct, mri)
-    if ct.is_dir() != mri.is_dir():
+    if is_folder(ct) != is_folder(mri):
         raise ValueError(f'{ct} and {mri} must be two files or two folders.')
-    if not ct.is_dir():
+    if not is_folder(ct):
         typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))
         return
     from medfusion.inference import fuse_folder
@@ -360,6 +361,16 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
         typer.echo(f'efficiency, {title}\n{efficiency_table(table, search).to_string(float_format="{:.2f}".format)}')
     typer.echo(heads_note(table))
 
+# %% ../nbs/50_cli.ipynb #e47c3407
+def measure_paths(ct: Path, mri: Path, fused: Path, preset: str, value_range=None):
+    "The table of metrics of three files, or of three folders. Raises ValueError where some are files and some are folders."
+    from medfusion.evaluation import evaluate_files, evaluate_folders
+    from medfusion.files import is_folder
+    folders = [is_folder(path) for path in (ct, mri, fused)]
+    if any(folders) and not all(folders):
+        raise ValueError(f'{ct}, {mri} and {fused} must be three files or three folders.')
+    return (evaluate_folders if all(folders) else evaluate_files)(ct, mri, fused, preset=preset, value_range=value_range)
+
 # %% ../nbs/50_cli.ipynb #ec03e3bd
 @app.command()
 def evaluate(
@@ -370,21 +381,18 @@ def evaluate(
     values: ValueRange = None,
     csv: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='write a row for each pair here')] = None,
     task: Task = None,
+    pattern: Annotated[str, typer.Option(metavar='PATTERN', help='how the files of FUSED are named, as in {name}_fused.png')] = '',
 ):
     "Measure fused slices against their sources; or, with --task, whether lesions can still be found in them."
     if task is not None or fused is None:
         return detection_task(list(filter(None, (ct, mri, fused))), task, csv)
+    fused = fused / pattern if pattern else fused
     check_there(ct, mri, fused)
-    folders = [path.is_dir() for path in (ct, mri, fused)]
-    if any(folders) and not all(folders):
-        raise ValueError(f'{ct}, {mri} and {fused} must be three files or three folders.')
-    from medfusion.evaluation import evaluate_files, evaluate_folders
     from medfusion.inference import check_output
     from medfusion.metrics import convention, write_table
     if csv is not None:
         check_output(csv, [ct, mri, fused], ('.csv',))
-    measure = evaluate_folders if all(folders) else evaluate_files
-    table = measure(ct, mri, fused, preset=preset.value, value_range=read_range(values))
+    table = measure_paths(ct, mri, fused, preset.value, read_range(values))
     if csv is not None:
         write_table(table, csv)
     pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
