@@ -101,13 +101,20 @@ def test_records_are_of_the_shipped_networks(record):
 
 def test_the_other_commands_run(workplace, monkeypatch):
     "Fusing, importing and checking, in the order of the page."
-    others = [command for command in commands(TEXT) if command not in RUNS and 'harvard' not in command]
+    others = [command for command in commands(TEXT) if command not in RUNS and 'harvard' not in command and 'sweep' not in command]
     assert len(others) >= 3
     monkeypatch.chdir(workplace)
     for command in others:
         done = invoke(command)
         assert done.exit_code == 0, done.output
     assert len(list((workplace / 'fused').glob('*.png'))) == len(list((workplace / 'ct').iterdir()))
+
+
+def test_the_sweep_is_understood(workplace):
+    [command] = [command for command in commands(TEXT) if command.split()[1] == 'sweep']
+    done = invoke(f'{command} --dry-run', *(word for kind in ('CT', 'MRI') for word in ('-p', f'{kind.lower()}_dir={workplace}/my_slices/{kind}')),
+                  '-p', f'save_dir={workplace}/sweeps')
+    assert done.exit_code == 0 and done.stdout.count('begin') == 4, done.output
 
 
 def test_the_download_fails_with_a_sentence_where_there_is_no_server(workplace):
