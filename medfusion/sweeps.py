@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -294,8 +295,9 @@ def over_seeds(table, over: str = 'seed', columns=None) -> pd.DataFrame:
 # %% ../nbs/26_sweeps.ipynb #47239f08
 def draw_histories(table, quantities=('loss',)) -> Figure:
     "A Figure with a graph for each quantity, such as 'loss' or 'ssim': a line for each run of a table, training dashed, validation whole."
-    figure = Figure(figsize=(5.2 * len(quantities), 3.2), layout='constrained')
-    for axis, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities):
+    figure, axes = plt.subplots(1, len(quantities), squeeze=False, figsize=(5.2 * len(quantities), 3.2), layout='constrained')
+    plt.close(figure)  # the notebook shows what a cell returns
+    for axis, quantity in zip(axes[0], quantities):
         for number, (name, folder) in enumerate(table.folder.items()):
             history = read_history(folder)
             for part, style in (('train', '--'), ('val', '-')):
