@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from medfusion.cross_validation import against_rival, folds_table, half_widths, missing_folds, read_folds
-from medfusion.evaluation import markdown_table, number_text, ranks, replace_blocks, reported_columns, summarise, write_tables
+from medfusion.evaluation import ranks, reported_columns, summarise
 from medfusion.inference import load_model, methods, shipped_models
 from medfusion.runs import load_checkpoint, read_run
+from medfusion.tables import render, replace_blocks, titles, with_spread, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / 'results' / 'recorded'
@@ -28,9 +29,7 @@ COMMANDS = {
                 'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
                 '-p mri_dir=results/phantom/test/MRI'],
 }
-TITLES = {'wavelet': 'wavelet (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults',
-          'laplacian_pyramid': 'Laplacian pyramid', 'wavelet_maximum': 'wavelet rule', 'guided_filter': 'guided filter',
-          'copy_ct': 'copy of CT', 'copy_mri': 'copy of MRI'}
+TITLES = titles() | {'wavelet': 'wavelet (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults'}
 # Leaving one case out: the recipes, by their titles, and the commands. They make no folder with a run.json, so `make record` leaves them.
 RECIPES = {'wavelet_shipped': 'wavelet', 'resnet_shipped': 'ResNet'}
 FOLDS = ['medfusion data harvard', 'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{}]"']
@@ -53,7 +52,7 @@ def as_markdown(table, record):
     "A table of methods as Markdown: shipped networks bold, those that saw a judged case in training marked."
     summary = recorded(record).set_index('method')
     marks = {name: f'{name} †' for name in summary.index if isinstance(summary.get('trained_on', {}).get(name), str)}
-    text = markdown_table(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in SHIPPED])
+    text = render(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in SHIPPED])
     return text + (SEEN if '†' in text else '')
 
 
@@ -95,9 +94,7 @@ def with_intervals(table):
     columns = reported_columns()
     shown, half = summarise(table, columns), half_widths(table, columns)
     order = ranks(shown[columns[:columns.index('SSIM2') + 1]]).index
-    cells = [[text if (text := number_text(shown.at[name, column], column)) == '–' else f'{text} ± {number_text(half.at[name, column], column)}'
-              for column in columns] for name in order]
-    return pd.DataFrame(cells, index=order, columns=columns).rename_axis('method')
+    return with_spread(shown.loc[order], half.loc[order]).rename_axis('method')
 
 
 def folds_told(folds):
@@ -117,7 +114,7 @@ def folds_told(folds):
     return (f'Means over {len(patients)} patients, each judged by a network that was trained on the others by one recipe, number of epochs included, '
             f'± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes and is one of them. In brackets: in how many patients '
             f'the network is better.\n\n```sh\n{commands}\n```\n\n'
-            f'{markdown_table(shown, bold=list(folds))}\n\n{" ".join(told)}')
+            f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
 
 def headline():
@@ -157,7 +154,7 @@ def networks():
         rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.1f} MB)', f'{weights:,}',
                      about['epoch'], f'`{about["recipe"].split(" ")[0]}`', f'`{about["sha256"][:12]}…`'))
     columns = ['network', 'file in `medfusion/shipped/`', 'weights', 'best epoch', 'recipe', 'SHA-256']
-    return markdown_table(pd.DataFrame(rows, columns=columns).set_index('network'))
+    return render(pd.DataFrame(rows, columns=columns).set_index('network'))
 
 
 def notebooks():
@@ -169,13 +166,13 @@ def notebooks():
         line = re.search(r'^> (.*(?:\n(?=\S).*)*)', cells[0], re.MULTILINE)
         module = next((found[1] for cell in cells if (found := re.search(r'#\s*\|\s*default_exp (\w+)', cell))), '')
         rows.append((f'[{path.stem}](../nbs/{path.name})', f'`medfusion.{module}`' if module else '', ' '.join(line[1].split())))
-    return markdown_table(pd.DataFrame(rows, columns=['notebook', 'module', 'what it is']).set_index('notebook'))
+    return render(pd.DataFrame(rows, columns=['notebook', 'module', 'what it is']).set_index('notebook'))
 
 
 def peers():
     "Where the published networks come from."
     table = pd.read_csv(ROOT / 'results' / 'published' / 'networks.csv', dtype=str, index_col='method')
-    return markdown_table(table.rename(columns={'trained_for': 'trained for', 'seconds_per_pair': 's per 256×256 pair, one CPU thread'}))
+    return render(table.rename(columns={'trained_for': 'trained for', 'seconds_per_pair': 's per 256×256 pair, one CPU thread'}))
 
 
 def blocks():

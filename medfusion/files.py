@@ -7,7 +7,9 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
            'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'append_line', 'read_lines', 'is_slice_name',
-           'list_images', 'Pair', 'name_key', 'sort_by_key', 'match_images', 'list_pairs', 'read_pair']
+           'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key',
+           'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for',
+           'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import hashlib
@@ -408,16 +410,53 @@ def is_slice_name(name):
     "Whether a file name is one of a slice: a known ending, and not hidden."
     return bool(suffix_of(name)) and not name.startswith('.')
 
+# %% ../nbs/00_files.ipynb #e431a620
+def split_pattern(folder) -> tuple[Path, str]:
+    "(folder, pattern) of a folder that may end in a pattern of the names in it, such as `fused/{name}_fused.png`; '' without one."
+    folder = Path(folder)
+    if folder.name.count('{name}') > 1:
+        raise ValueError(f'{folder.name} holds {{name}} more than once; a pattern of names has it in one place.')
+    return (folder.parent, folder.name) if '{name}' in folder.name else (folder, '')
+
+# %% ../nbs/00_files.ipynb #2349de7f
+def is_folder(path) -> bool:
+    "Whether a path is that of a folder, or of one with a pattern."
+    return split_pattern(path)[0].is_dir()
+
+# %% ../nbs/00_files.ipynb #e0b0713e
+def slice_name(path, pattern='') -> str | None:
+    "The name of a slice, with its ending, by a pattern of file names; None for a file that is not named so."
+    name = unicodedata.normalize('NFC', Path(path).name)
+    text = name if not pattern or suffix_of(pattern) else stem_of(name)
+    head, _, tail = unicodedata.normalize('NFC', pattern).partition('{name}')
+    if not pattern:
+        return Path(path).name
+    if not (text.startswith(head) and text.lower().endswith(tail.lower()) and len(text) > len(head + tail)):
+        return None
+    return text[len(head):len(text) - len(tail)] + suffix_of(name)
+
+# %% ../nbs/00_files.ipynb #99d9c9e2
+def some_names(paths) -> str:
+    "The first three names of files, and whether there are more, for sentences."
+    names = [Path(path).name for path in paths]
+    return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
+
 # %% ../nbs/00_files.ipynb #eb9ce429
 def list_images(folder) -> list[Path]:
-    "The paths of the slices in a folder, sorted by name; a missing or empty folder is an error."
-    folder = absolute_path(folder)
-    if not folder.is_dir():
-        raise (ValueError if folder.exists() else FileNotFoundError)(missing_sentence(folder, 'folder'))
-    paths = sorted(path for path in folder.iterdir() if is_slice_name(path.name) and not path.is_dir())
+    """The paths of the slices in a folder, sorted by name; a missing or empty folder is an error.
+
+    The folder may end in a pattern, `folder/{name}_CT.png`: then those alone that are named so.
+    """
+    place, pattern = split_pattern(absolute_path(folder))
+    if not place.is_dir():
+        raise (ValueError if place.exists() else FileNotFoundError)(missing_sentence(place, 'folder'))
+    paths = sorted(path for path in place.iterdir() if is_slice_name(path.name) and not path.is_dir())
     if not paths:
-        raise ValueError(f'{folder} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
-    return paths
+        raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
+    named = [path for path in paths if slice_name(path, pattern) is not None]
+    if not named:
+        raise ValueError(f'{place} holds no slice that is named like {pattern}; it holds {some_names(paths)}.')
+    return named
 
 # %% ../nbs/00_files.ipynb #c803f015
 class Pair(NamedTuple):
@@ -434,30 +473,62 @@ def name_key(name, by_stem=False):
 # %% ../nbs/00_files.ipynb #73e60571
 def sort_by_key(folder, title, by_stem):
     "{key: path} of the slices of a folder, and {name: sentence} of those of which two would be the same slice."
-    stems = {}
+    stems, pattern = {}, split_pattern(folder)[1]
     for path in list_images(folder):
-        stems.setdefault(name_key(path.name, True), []).append(path)
+        stems.setdefault(name_key(slice_name(path, pattern), True), []).append(path)
     faults = {path.name: f'{title} {" and ".join(other.name for other in paths)} in {paths[0].parent} are the same '
                          f'slice; remove or rename one.' for paths in stems.values() if len(paths) > 1 for path in paths}
-    return {name_key(path.name, by_stem): path for paths in stems.values() for path in paths}, faults
+    return {name_key(slice_name(path, pattern), by_stem): path for paths in stems.values() for path in paths}, faults
+
+# %% ../nbs/00_files.ipynb #a2589b3e
+def kind_pattern(names) -> dict[str, str]:
+    "{word for a kind of image, in lower case: pattern} of the names that end or begin in one (`34010_CT`); '' for names without."
+    words, found = 'ct|mri|mr|t1|t2|flair|pet|spect', {}
+    for name in names:
+        told = re.fullmatch(rf'(?i)((?P<first>{words})[-_. ]+)?(?P<name>.+?)([-_. ]+(?P<last>{words}))?', stem_of(name))
+        word = (told['last'] or told['first'] or '').lower() if told and not (told['first'] and told['last']) else ''
+        found.setdefault(word, set()).add(stem_of(name).replace(told['name'], '{name}', 1) if word else '')
+    return {word: min(patterns) for word, patterns in found.items() if len(patterns) == 1}
+
+# %% ../nbs/00_files.ipynb #35c75ddf
+def source_folders(ct_dir, mri_dir) -> tuple:
+    """The two folders, with patterns where no name is in both and both name their kind (see `kind_pattern`).
+
+    One folder may be given for both. ValueError where its names tell some kinds, but not which is which.
+    """
+    if any(split_pattern(folder)[1] or not absolute_path(folder).is_dir() for folder in (ct_dir, mri_dir)):
+        return ct_dir, mri_dir
+    ct, mri = ([path.name for path in list_images(folder)] for folder in (ct_dir, mri_dir))
+    one = os.path.samefile(absolute_path(ct_dir), absolute_path(mri_dir))
+    if not one and {name_key(name, True) for name in ct} & {name_key(name, True) for name in mri}:
+        return ct_dir, mri_dir
+    here, there = kind_pattern(ct), {word: pattern for word, pattern in kind_pattern(mri).items() if word != 'ct'}
+    if here.get('ct') and len(there) == 1 and '' not in there:
+        return absolute_path(ct_dir) / here['ct'], absolute_path(mri_dir) / next(iter(there.values()))
+    if one and any(here):
+        raise ValueError(f'{absolute_path(ct_dir)} is given for CT and MRI, and its names ({some_names(ct)}) do not tell which is which; '
+                         'say it by patterns, FOLDER/{name}_CT.png and FOLDER/{name}_MRI.png.')
+    return ct_dir, mri_dir
 
 # %% ../nbs/00_files.ipynb #93fb1595
 def match_images(folders, by_stem=False):
     """({name: [its path in each folder]}, {name: sentence about a slice that is lonely or there twice}).
 
-    `folders` is a dict like {'CT': ct_dir, 'MRI': mri_dir}; names are those of the first folder. With `by_stem` the
-    endings may differ, as they do between slices and what was fused from them.
+    `folders` is a dict like {'CT': ct_dir, 'MRI': mri_dir}; names are those of the first folder. With `by_stem`, or a
+    pattern, the endings may differ, as they do between slices and what was fused from them.
     """
-    sides, faults = {}, {}
+    if {'CT', 'MRI'} <= folders.keys():
+        folders = folders | dict(zip(('CT', 'MRI'), source_folders(folders['CT'], folders['MRI'])))
+    patterns, sides, faults = [split_pattern(folder)[1] for folder in folders.values()], {}, {}
     for title, folder in folders.items():
-        sides[title], doubled = sort_by_key(folder, title, by_stem)
+        sides[title], doubled = sort_by_key(folder, title, by_stem or any(patterns))
         faults |= doubled
     for here, there in permutations(folders, 2):
         for key, path in sides[here].items():
             if key not in sides[there]:
                 faults.setdefault(path.name, f'{here} slice {path.name} has no {there} slice of the same name in '
                                              f'{absolute_path(folders[there])}; remove it or add the {there}.')
-    rows = {path.name: [side[key] for side in sides.values()] for key, path in next(iter(sides.values())).items()
+    rows = {slice_name(path, patterns[0]): [side[key] for side in sides.values()] for key, path in next(iter(sides.values())).items()
             if all(key in side and side[key].name not in faults for side in sides.values())}
     return rows, faults
 
@@ -474,6 +545,48 @@ def list_pairs(ct_dir, mri_dir) -> list[Pair]:
         more = f' The same holds for {len(sentences) - 3} more slices.' if len(sentences) > 3 else ''
         raise ValueError(' '.join(sentences[:3]) + more)
     return [Pair(name, *paths) for name, paths in rows.items()]
+
+# %% ../nbs/00_files.ipynb #65858158
+def naming_ways(stems, wanted) -> list[str]:
+    "The patterns, such as `fused_{name}`, by which all wanted names are among the stems, or all stems are of wanted names."
+    stems, wanted = set(stems), set(wanted)
+
+    def around(stem, name):
+        return [(stem[:found.start()], stem[found.start() + len(name):]) for found in re.finditer(f'(?={re.escape(name)})', stem)]
+    tried = {way for stem in stems for way in around(stem, min(wanted))} | {way for name in wanted for way in around(min(stems), name)}
+    made = {(head, tail): {head + name + tail for name in wanted} for head, tail in tried}
+    return [f'{head}{{name}}{tail}' for (head, tail), names in sorted(made.items()) if names <= stems or stems <= names]
+
+# %% ../nbs/00_files.ipynb #61001c15
+def find_naming(folder, names):
+    "The folder, with the pattern by which slices of these names are called there if none is there by its name. ValueError for several ways."
+    if split_pattern(folder)[1]:
+        return folder
+    stems, wanted = ({name_key(name, True) for name in some} for some in ((path.name for path in list_images(folder)), names))
+    ways = [] if stems & wanted or not wanted else naming_ways(stems, wanted)
+    if len(ways) > 1:
+        raise ValueError(f'The names in {folder} can be read as {" or as ".join(ways[:3])}; say which, by a pattern such as {ways[0]}.')
+    return absolute_path(folder) / ways[0] if ways else folder
+
+# %% ../nbs/00_files.ipynb #4ab985b4
+def files_for(folder, names) -> dict[str, Path]:
+    """{name: the file in a folder that is for the slice of this name}; endings may differ, and the folder may have a pattern.
+
+    Raises ValueError, with what is there beside what is wanted, where a slice has no file.
+    """
+    named = find_naming(folder, names)
+    there, faults = sort_by_key(named, 'fused', by_stem=True)
+    files = {name: there.get(name_key(name, by_stem=True)) for name in names}
+    missing = [name for name, path in files.items() if path is None]
+    if len(missing) == len(files):
+        raise ValueError(f'{named} has no fused image for {some_names(missing)}; it holds {some_names(list_images(folder))}. If these '
+                         'are they, say how they are named by a pattern, such as {name}_fused.png.')
+    if missing:
+        raise ValueError(f'{named} has no fused image for {some_names(missing)}; add {"it" if len(missing) == 1 else f"all {len(missing)}"}, '
+                         'or remove the folder.')
+    if doubled := [faults[path.name] for path in files.values() if path.name in faults]:
+        raise ValueError(doubled[0])
+    return files
 
 # %% ../nbs/00_files.ipynb #0a16d7c7
 def read_pair(pair, value_range=None, quiet=False):

@@ -11,8 +11,8 @@ __all__ = ['quantise', 'check_images', 'safe_power', 'safe_ratio', 'joint_histog
            'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise', 'lesion_contrast',
            'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns', 'psnr_columns',
            'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names', 'lower_is_better',
-           'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'evaluate_batches', 'write_table',
-           'read_table']
+           'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept', 'evaluate_batches',
+           'write_table', 'read_table']
 
 # %% ../nbs/05_metrics.ipynb #c0cca051
 import math
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .anatomy import label_names, lesion_kinds
-from .files import write_atomically
+from .files import luminance, write_atomically
 
 # %% ../nbs/05_metrics.ipynb #317e6045
 def quantise(image):
@@ -775,8 +775,8 @@ def _row_of(column):
 
 # %% ../nbs/05_metrics.ipynb #631875de
 def lower_is_better(name):
-    "Whether less of a column of `measure` is better; ValueError for a column that does not exist."
-    return _row_of(name).better == 'down'
+    "Whether less of a column of `measure` or `colour_kept` is better; ValueError for a column that does not exist."
+    return name in ('hue_error', 'saturation_loss') or _row_of(name).better == 'down'
 
 # %% ../nbs/05_metrics.ipynb #5d8424f2
 def convention(preset='cvpr'):
@@ -846,6 +846,25 @@ def _measure(triple, columns):
     rows = dict.fromkeys(map(_row_of, columns))
     values = {column: value for row in rows for column, value in row.measured(triple).items()}
     return {column: values[column] for column in columns}
+
+# %% ../nbs/05_metrics.ipynb #58f34e19
+def colour_kept(fused: np.ndarray, source: np.ndarray) -> dict[str, float]:
+    """{'hue_error': degrees, 'saturation_loss': 0 to 1} of a fused image beside its source, (H, W, 3) floats in [0, 1], or (H, W) for grey.
+
+    A source without any colour has none to keep: both are NaN; so is the hue of a grey fused image.
+    """
+    def chroma(image):
+        image = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+        image = image.astype(np.float64)
+        return (image[..., 2] - luminance(image)) / 1.772 + 1j * (image[..., 0] - luminance(image)) / 1.402
+    there, here = chroma(source), chroma(fused)
+    weights = np.abs(there)
+    if weights.max() < 1e-3:
+        return {'hue_error': float('nan'), 'saturation_loss': float('nan')}
+    angles = np.abs(np.angle(here * np.conj(there), deg=True))
+    shown = weights * (np.abs(here) > 1e-3)
+    error = (shown * angles).sum() / shown.sum() if shown.any() else float('nan')
+    return {'hue_error': float(error), 'saturation_loss': float(1 - np.minimum(weights, np.abs(here)).sum() / weights.sum())}
 
 # %% ../nbs/05_metrics.ipynb #6c346b7c
 def evaluate_batches(batches, preset='cvpr', names=None):

@@ -50,7 +50,7 @@ import torch
 
 import medfusion
 from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
-from .files import absolute_path, clear_abandoned, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
 
 # %% ../nbs/09_runs.ipynb #30a9135f
 def nbs_dir() -> Path:
@@ -606,7 +606,7 @@ def check_folders(parameters) -> None:
     "Raises FileNotFoundError for a folder of slices that is not there, with what was meant and where to get data."
     for part in ('train', 'val', 'test') if hasattr(parameters, 'ct_val_dir') else ('train',):
         for kind, place in zip(('ct', 'mri'), part_folders(parameters, part) or ()):
-            if place.is_dir():
+            if is_folder(place):
                 continue
             name = f'{kind}_dir' if part == 'train' else f'{kind}_{part}_dir'
             given = getattr(parameters, name) or 'empty'
@@ -722,13 +722,15 @@ def data_sha256(*data_sets) -> str | None:
 
 # %% ../nbs/09_runs.ipynb #875be09a
 def git_revision() -> dict | None:
-    "The revision of the clone that the notebooks lie in, and whether its tracked files were changed; None without git."
+    "The revision of the clone that the package was imported from, and whether its tracked files were changed; None where it lies in no clone, or without git."
+    home = Path(medfusion.__file__).resolve().parents[1]
+
     def git(*arguments):
-        done = subprocess.run(['git', *arguments], cwd=nbs_dir().parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(['git', *arguments], cwd=home, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
     try:
         root, revision = git('rev-parse', '--show-toplevel', 'HEAD')
-        if Path(root).resolve() != nbs_dir().parent:
+        if Path(root).resolve() != home:
             return None    # the folder lies inside somebody else's repository
         return {'revision': revision, 'dirty': bool(git('status', '--porcelain', '--untracked-files=no'))}
     except (OSError, subprocess.CalledProcessError):
@@ -943,7 +945,7 @@ def make_room(folder: Path, files: CheckpointFiles | None) -> Path:
 # %% ../nbs/09_runs.ipynb #3366eb42
 def resume_settings(parameters) -> dict:
     "The parameters that a run must share with the one that it continues: all but places, length and what is only kept."
-    free = 'run resume replace epochs num_epochs save_every cache_gb device'.split()
+    free = 'run resume replace epochs num_epochs save_every cache_gb device tracker'.split()
     values = parameters if isinstance(parameters, dict) else vars(parameters)
     return plain({name: value for name, value in values.items() if name not in free and not name.endswith('_dir')})
 

@@ -8,7 +8,8 @@ __all__ = ['random_states', 'restore_random_states', 'EpochSampler', 'seed_worke
            'remember', 'save_state', 'first_difference', 'check_same_run', 'replay_schedule', 'restore_state',
            'continue_run', 'best_checkpoint', 'write_epoch', 'progress_mode', 'Progress', 'check_request',
            'check_optimizer', 'short', 'what_is_kept', 'interruptible', 'History', 'Loop', 'claim_for_fit',
-           'settings_of', 'prepare', 'close_training', 'settings_before', 'begin_training', 'finish_epoch', 'fit']
+           'settings_of', 'tracked', 'prepare', 'close_training', 'settings_before', 'begin_training', 'finish_epoch',
+           'fit']
 
 # %% ../nbs/10_training.ipynb #28c466ad
 import contextlib
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Sampler
@@ -514,12 +516,23 @@ def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict)
     seen = {name: getattr(train_set, name) for name in ('crop', 'augment') if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen
 
+# %% ../nbs/10_training.ipynb #b5dac6b7
+def tracked(tracker: str, folder: Path) -> dict:
+    "The arguments of an Accelerator that sends each epoch to the tracker of this name, its files in folder/tracker; none without a name. ValueError for one that is not installed."
+    there = [kind.value for kind in get_available_trackers()]
+    if tracker and tracker not in there:
+        raise ValueError(f'There is no tracker {tracker!r} here; {"installed: " + ", ".join(there) if there else "none is installed"} '
+                         "(pip install tensorboard brings one, by the name 'tensorboard').")
+    return {'log_with': tracker, 'project_dir': str(folder / 'tracker')} if tracker else {}
+
 # %% ../nbs/10_training.ipynb #45666d97
 def prepare(model, step, parts, optimizer, scheduler, facts: dict, settings: dict, epochs: int,
-            companion=None) -> Loop:
-    "The loop of a run before its first epoch: everything on its device, in its precision. `parts` are the loaders."
+            companion=None, **tracking) -> Loop:
+    "The loop of a run before its first epoch: everything on its device, in its precision. `parts` are the loaders, `tracking` is that of `tracked`."
     AcceleratorState._reset_state()    # a second fit in the same kernel may ask for another precision
-    accelerator = Accelerator(mixed_precision=settings['precision'])
+    accelerator = Accelerator(mixed_precision=settings['precision'], **tracking)
+    if tracking:
+        accelerator.init_trackers('medfusion', {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))})
     network, stepper, *parts = accelerator.prepare(model, optimizer, *parts)
     shared = plain(settings | facts) | optimizer_settings(optimizer, scheduler)
     average = Average(model, settings['ema'])
@@ -566,7 +579,8 @@ def begin_training(loop: Loop, locks: contextlib.ExitStack, files: CheckpointFil
     if main and done:
         write_epoch(loop.state, files, best=True, save=False, run=run)
     loop.progress = Progress(mode if main else 'none', loop.state.planned, done, len(loop.loaders[0]))
-    locks.callback(loop.progress.bar.close)
+    for closing in (loop.progress.bar.close, *(one.finish for one in loop.accelerator.trackers)):
+        locks.callback(closing)
 
 # %% ../nbs/10_training.ipynb #eaeaa625
 def finish_epoch(loop: Loop, row: dict, files: CheckpointFiles, run: Run | None, save: bool) -> None:
@@ -574,20 +588,21 @@ def finish_epoch(loop: Loop, row: dict, files: CheckpointFiles, run: Run | None,
     best = remember(loop.state, row)
     if loop.accelerator.is_main_process:
         write_epoch(loop.state, files, best, save, run)
+    loop.accelerator.log({name: value for name, value in row.items() if name != 'epoch'}, step=row['epoch'])    # to a tracker, if there is one
     loop.progress.epoch(row, best)
 
 # %% ../nbs/10_training.ipynb #da4270e3
 def fit(model, step, train_set, val_set, files: CheckpointFiles | Run, *, epochs: int, batch_size: int, optimizer,
         method: str, config: dict, scheduler=None, every: int = 1, resume: bool = False, seed: int = 0,
         precision: str = 'no', workers: int = 0, progress: str | None = None, clip: float | None = None,
-        ema: float | None = None, settings: dict | None = None, companion=None) -> History:
+        ema: float | None = None, settings: dict | None = None, companion=None, tracker: str = '') -> History:
     """The history of a training: a dict of epoch, lr, train_<name> and val_<name> for each epoch, and the `best` one.
 
     `step(model, batch)` returns a dict of scalar tensors, one of them 'loss'. `files` is an open run, or says where
     checkpoints go: the best (lowest val_loss; the last if `val_set` is None), and after every `every` epochs one
     from which `resume` goes on; `settings` is what else such runs must share. `clip` bounds the gradient's norm; with
     `ema` averaged weights are validated and kept; `companion` is a part of the step that learns too, and whose state is
-    kept with a checkpoint (`state_dict`, `load_state_dict`). The model is left in eval mode with the last weights. Raises
+    kept with a checkpoint (`state_dict`, `load_state_dict`); for `tracker` see `tracked`. The model is left in eval mode with the last weights. Raises
     ValueError, FileExistsError where another run works or was, FloatingPointError for what is not finite.
     """
     files, run = (files.files, files) if isinstance(files, Run) else (files, None)
@@ -599,7 +614,8 @@ def fit(model, step, train_set, val_set, files: CheckpointFiles | Run, *, epochs
         parts = loaders(train_set, val_set, batch_size, seed, workers)
         facts = {'method': method, 'config': config, 'data_sha256': data_sha256(train_set, val_set)}
         shared = settings_of(train_set, run, settings, chosen)
-        loop = prepare(model, step, parts, optimizer, scheduler, facts, shared, epochs, companion)
+        where = tracked(tracker, files.final if run is None else run_folder(run.parameters))
+        loop = prepare(model, step, parts, optimizer, scheduler, facts, shared, epochs, companion, **where)
         stack.callback(loop.accelerator.unwrap_model, loop.network, keep_fp32_wrapper=False)
         begin_training(loop, stack, files, run, resume, progress_mode(progress))
         for epoch in range(len(loop.state.history) + 1, epochs + 1):

@@ -152,10 +152,10 @@ def test_an_external_folder_must_be_complete_and_of_the_right_size(dataset, tmp_
     for name in names[1:]:
         write_image(tmp_path / 'external' / 'theirs' / name, np.zeros((32, 32), np.uint8))
     with pytest.raises(ValueError, match=f'no fused image for {names[0]}'):
-        execute(given, until='metrics')
+        execute(given, until='groups')
     write_image(tmp_path / 'external' / 'theirs' / names[0], np.zeros((32, 32), np.uint8))
     with pytest.raises(ValueError, match='32 x 32 pixels, its sources 64 x 64'):
-        execute(given, until='metrics')
+        execute(given, until='groups')
 
 
 def test_names_must_differ(dataset, tmp_path):
@@ -164,3 +164,18 @@ def test_names_must_differ(dataset, tmp_path):
         write_image(tmp_path / 'external' / 'average' / path.name, read_image(path))
     with pytest.raises(ValueError, match='share a name'):
         execute(arguments(dataset, external_dir=str(tmp_path / 'external'), rules=[]), until='kinds')
+
+
+def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, tmp_path):
+    (tmp_path / 'external' / 'theirs').mkdir(parents=True)
+    for path in (dataset / 'Dataset' / 'test' / 'CT').iterdir():
+        write_image(tmp_path / 'external' / 'theirs' / f'fused_{path.stem}_v2.png', read_image(path))
+    given = arguments(dataset, external_dir=str(tmp_path / 'external'), rules=[], columns=['EN'])
+    mine = str(dataset / 'mine.pt')
+    result = execute(given | {'checkpoints': [f'ours={mine}', f'again={mine}', 'rule=maximum']}, until='duels')
+    assert {'ours', 'again', 'rule', 'theirs'} <= set(result['order']) and result['seen']['ours'] and 'rule' not in result['weights']
+    assert set(result['duels'].against) == {'again', 'rule', 'theirs'} and len(result['duels']) == 3 + 3
+    with pytest.raises(ValueError, match='share a name .*as in mine=PATH'):
+        execute(given | {'checkpoints': [mine, mine]}, until='kinds')
+    with pytest.raises(ValueError, match='theirs holds no slice that is named like .name._fused.png; it holds fused_'):
+        execute(given | {'external_pattern': '{name}_fused.png'}, until='groups')

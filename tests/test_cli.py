@@ -458,7 +458,7 @@ def clone(tmp_path, monkeypatch):
              new_code_cell("if num_epochs == 13:\n    raise ValueError('thirteen epochs')\nif num_epochs == 14:\n    1 / 0\n"
                            "if num_epochs == 15:\n    os._exit(1)\nif num_epochs == 16:\n    time.sleep(60)")]
     nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / 'trainable-wavelet-fusion.ipynb')
-    cells = [new_code_cell("save_dir: str = '../results/benchmark'\nrun: str = 'latest'\ncheckpoints: list[str] = ['wavelet', 'resnet']",
+    cells = [new_code_cell("save_dir: str = '../results/benchmark'\nrun: str = 'latest'\ncheckpoints: list[str] = ['wavelet', 'resnet']\nexternal_dir: str = '../external'",
                            metadata={'tags': ['parameters']}),
              new_code_cell("import json, pathlib\n(pathlib.Path(save_dir) / f'seen-{run}.json').write_text(json.dumps(checkpoints))")]
     nbformat.write(new_notebook(cells=cells), tmp_path / 'nbs' / '90_benchmark.ipynb')

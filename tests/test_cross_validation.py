@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from medfusion.cross_validation import fold_name, fold_record, pool_slices, read_folds
-from medfusion.evaluation import replace_blocks, reported_columns
+from medfusion.evaluation import reported_columns
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.inference import methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, open_parts, save_checkpoint, split_of, write_metadata, write_run
+from medfusion.tables import replace_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / '.ci'))

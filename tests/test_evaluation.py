@@ -1,5 +1,6 @@
 """What 21_evaluation.ipynb does not show: files of other depths and kinds, complaints, and the statistics' corners."""
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -164,6 +165,19 @@ def test_no_difference_and_no_value_are_open():
     assert equal.p[0] == absent.p[0] == 1 and equal.verdict[0] == absent.verdict[0] == 'open'
 
 
+def test_the_size_of_an_effect_and_what_cannot_be_read_from_a_test():
+    few = E.pairwise(paired([0.1, -0.2, 0.3, 0.4, 0.5, 0.6]), ['theirs', 'ours'])
+    assert few.effect[0] == pytest.approx(-(21 - 2 * 2) / 21) and few.wins[0] == 1 and few.pairs[0] == 6
+    assert 'over 6 patients, Holm-corrected over 1 tests' in E.reading_notes(few)[0] and len(E.reading_notes(few)) == 1
+    always = E.reading_notes(E.pairwise(paired([0.1] * 7)))
+    assert 'VIF: ours ahead in all 7 pairs' in always[1]
+    never = E.reading_notes(E.pairwise(paired([0.0] * 7)))
+    assert 'no difference is possible' in never[1]
+    assert 'No verdict was possible: with 4 pairs' in E.reading_notes(E.pairwise(paired([0.1, -0.1])))[-1]
+    with pytest.raises(ValueError, match="no method 'nobody' in the table; there are ours, theirs"):
+        E.pairwise(paired([0.1]), ['nobody'])
+
+
 def test_holm_is_the_textbook_procedure():
     p_values = np.random.default_rng(0).random(20) ** 3
     order, rejected = np.argsort(p_values), set()
@@ -189,7 +203,30 @@ def test_published_numbers_are_checked(tmp_path, content, words):
         E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD'])
 
 
-@pytest.mark.parametrize('text', ['<!-- a -->\nold\n', 'old\n<!-- end of a -->', '<!-- a -->\n<!-- end of a -->\n' * 2])
-def test_a_text_without_its_two_comments_is_refused(text):
-    with pytest.raises(ValueError, match='<!-- end of a -->'):
-        E.replace_blocks(text, {'a': 'new'})
+def test_files_in_colour_are_judged_in_luminance_and_by_their_colour(tmp_path):
+    rng = np.random.default_rng(0)
+    colour = rng.integers(60, 190, (48, 40, 3)).astype(np.uint8)
+    for name, image in {'ct': colour[..., 1], 'pet': colour, 'same': colour, 'turned': colour[..., ::-1].copy(), 'grey': colour[..., 0]}.items():
+        write_image(tmp_path / f'{name}.png', image)
+    same, turned, grey = (E.evaluate_files(tmp_path / 'ct.png', tmp_path / 'pet.png', tmp_path / f'{name}.png', columns=['SSIM2']).iloc[0] for name in ('same', 'turned', 'grey'))
+    assert same.hue_error < 1e-6 and abs(same.saturation_loss) < 1e-6 and same.SSIM2 > grey.SSIM2
+    assert turned.hue_error > 45 and np.isnan(grey.hue_error) and grey.saturation_loss == pytest.approx(1)
+    assert 'hue_error' not in E.evaluate_files(*[tmp_path / 'ct.png'] * 3, columns=['SD'])
+
+
+def test_sources_and_results_keep_their_names(pairs, tmp_path):
+    "`1000_CT.png` and `1000_MRI.png` in one folder, `fused_1000_v2.png` in another."
+    made = E.fuse_pairs(pairs, {'x': maximum})['x']
+    for pair, file in zip(pairs.pairs, E.write_fused(tmp_path / 'fused', pairs, made)):
+        file.rename(file.with_name(f'fused_{file.stem}_v2.png'))
+        for path, kind in ((pair.ct, 'CT'), (pair.mri, 'MRI')):
+            (tmp_path / 'sources').mkdir(exist_ok=True)
+            write_image(tmp_path / 'sources' / f'{path.stem}_{kind}.png', read_image(path))
+    plain = E.evaluate(pairs, {'x': E.find_fused(tmp_path / 'fused', pairs)}, ['SD', 'VIF'])
+    there = E.evaluate_folders(tmp_path / 'sources', tmp_path / 'sources', tmp_path / 'fused', columns=['SD', 'VIF'])
+    said = E.evaluate_folders(tmp_path / 'sources/{name}_CT.png', tmp_path / 'sources/{name}_MRI.png', tmp_path / 'fused/fused_{name}_v2', columns=['SD', 'VIF'])
+    assert list(there.index) == list(said.index) == [f'{name[:-4]}_CT.png' for name in pairs.names]
+    assert np.allclose(there.VIF, plain.VIF) and np.allclose(said.VIF, plain.VIF)
+    assert CTMRIDataset(tmp_path / 'sources', tmp_path / 'sources').names == pairs.names
+    with pytest.raises(ValueError, match='has no fused image for .*; it holds fused_'):
+        E.find_fused(tmp_path / 'fused', SimpleNamespace(names=['9001.png']))

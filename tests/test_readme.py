@@ -110,6 +110,13 @@ def test_the_other_commands_run(workplace, monkeypatch):
     assert len(list((workplace / 'fused').glob('*.png'))) == len(list((workplace / 'ct').iterdir()))
 
 
+def test_the_sweep_is_understood(workplace):
+    [command] = [command for command in commands(TEXT) if command.split()[1] == 'sweep']
+    done = invoke(f'{command} --dry-run', *(word for kind in ('CT', 'MRI') for word in ('-p', f'{kind.lower()}_dir={workplace}/my_slices/{kind}')),
+                  '-p', f'save_dir={workplace}/sweeps')
+    assert done.exit_code == 0 and done.stdout.count('begin') == 4, done.output
+
+
 def test_the_download_fails_with_a_sentence_where_there_is_no_server(workplace):
     "The one command that needs a network; the downloads themselves are tested in test_data.py."
     assert 'medfusion data harvard' in COMMANDS

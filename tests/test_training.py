@@ -729,3 +729,20 @@ def test_papermill(tmp_path, straight):
     complaint = continued.communicate()[1]
     assert continued.returncode == 0, complaint
     assert written(folder) == straight
+
+
+def test_a_tracker_gets_every_epoch(tmp_path):
+    "TensorBoard, where it is installed; it takes no part in what a run that goes on must share."
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = open_run('toy', parameters(tmp_path, tracker='tensorboard'), toy_files(tmp_path))
+    net = Net(2)
+    history = fit(net, step, Numbers(), Numbers(), run, epochs=2, batch_size=4, optimizer=torch.optim.Adam(net.parameters()), method='toy', config={},
+                  progress='none', tracker='tensorboard')
+    run.finish()
+    [events] = [path for path in (tmp_path / 'a' / 'tracker').rglob('events*') if 'medfusion' == path.parent.name]
+    read = EventAccumulator(str(events.parent)).Reload()
+    assert [scalar.value for scalar in read.Scalars('val_loss')] == pytest.approx([row['val_loss'] for row in history], rel=1e-5)
+    with pytest.raises(ValueError, match="no tracker 'tensorbord'"):
+        fit(net, step, Numbers(), None, toy_files(tmp_path, run='b'), epochs=1, batch_size=4, optimizer=torch.optim.Adam(net.parameters()), method='toy',
+            config={}, progress='none', tracker='tensorbord')
