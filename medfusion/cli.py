@@ -751,7 +751,9 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     with new_folder_at(out, replace) as folder:
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
-        typed = [given.get(name, '') for name in ('ct', 'transform', 'study')] + [*given.get('mri', []), str(out), str(folder)]
+        texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and os.sep in text]
+        ours = [Path(package.__file__).parents[1], sys.prefix, Path.home()]         # a warning may name the place of a module
+        typed = [*texts, *map(str, (out, out.absolute(), folder, *ours))]
         write_report(folder, json.loads(executed.text), typed)
         return read_json(folder / 'run.json')
 
