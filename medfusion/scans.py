@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
-           'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'told_apart', 'fingerprint',
-           'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
-           'Series', 'judged', 'list_series', 'decoded', 'stored_frames', 'meant_values', 'in_hounsfield', 'placed',
-           'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of',
-           'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
-           'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table', 'table_text']
+           'file_slices', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'told_apart',
+           'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry',
+           'fault_of_steps', 'Series', 'judged', 'list_series', 'decoded', 'stored_frames', 'meant_values',
+           'in_hounsfield', 'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack',
+           'read_series', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
+           'read_pixels_of', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader',
+           'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table', 'table_text']
 
-# %% ../nbs/30_scans.ipynb #ecfe0803
+# %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
 import os
 import tempfile
@@ -36,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError(f'Scans are read by SimpleITK and pydicom ({error}); pip install "medfusion[scans]" brings them.') from None
 
-# %% ../nbs/30_scans.ipynb #cc7ef5a7
+# %% ../nbs/30_scans.ipynb #00a364a4
 @dataclass
 class Scan:
     """One volume. `image`: float32, LPS, mm; `is_hu`: whether its values are Hounsfield units; `protocol`: facts such as EchoTime; `notes`: sentences
@@ -55,20 +55,20 @@ class Scan:
         unit = ' in HU' if self.is_hu else ''
         return f'Scan({self.modality or "unknown modality"} {self.description!r}, {shape_text(self.image)}{unit}{"".join(f"; {note}" for note in self.notes)})'
 
-# %% ../nbs/30_scans.ipynb #f3354e0d
+# %% ../nbs/30_scans.ipynb #f19c13da
 def plane_of(direction) -> str:
     "'axial', 'coronal' or 'sagittal': the plane nearest to the slices of a direction matrix (3, 3), with 'oblique' before it beyond 10°."
     normal = np.abs(np.reshape(direction, (3, 3))[:, 2])
     name = ('sagittal', 'coronal', 'axial')[int(normal.argmax())]
     return name if normal.max() > np.cos(np.deg2rad(10)) else f'oblique {name}'
 
-# %% ../nbs/30_scans.ipynb #cd2242ac
+# %% ../nbs/30_scans.ipynb #8ae5f658
 def shape_text(image: sitk.Image) -> str:
     "Size, spacing and plane of a volume in words."
     size, step = '×'.join(map(str, image.GetSize())), '×'.join(f'{s:.3g}' for s in image.GetSpacing())
     return f'{size} voxels of {step} mm, {plane_of(image.GetDirection())}'
 
-# %% ../nbs/30_scans.ipynb #c00a513d
+# %% ../nbs/30_scans.ipynb #2cdbe097
 @lru_cache
 def _salt():
     return os.urandom(16)
@@ -79,7 +79,7 @@ def patient_key(identifier: str) -> str:
     identifier = str(identifier or '').strip()
     return sha256(_salt() + identifier.encode()).hexdigest() if identifier else ''
 
-# %% ../nbs/30_scans.ipynb #e5926fa6
+# %% ../nbs/30_scans.ipynb #137ad703
 def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[str]:
     "Sentences about what should be known of two scans that are to be fused. Raises ValueError where their patients differ, unless that is meant."
     if not (ct.patient and mri.patient):
@@ -91,7 +91,7 @@ def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[st
                          'where one person has two identifiers.')
     return ['The two scans have different patient identifiers, which was allowed.']
 
-# %% ../nbs/30_scans.ipynb #919be00e
+# %% ../nbs/30_scans.ipynb #5a167d2e
 def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
     "The header of a DICOM file, with its `pixels` if wanted; None where the file is none. Raises ValueError where it breaks off."
     with open(path, 'rb') as file:
@@ -108,7 +108,7 @@ def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
         header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if header.original_encoding[0] else pydicom.uid.ExplicitVRLittleEndian
     return header
 
-# %% ../nbs/30_scans.ipynb #7151a57a
+# %% ../nbs/30_scans.ipynb #d562ff89
 def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
     "The header of each frame as a classic slice would have it: what the functional groups say of the frame stands on top."
     shared, frames = (header.get(f'{name}FunctionalGroupsSequence') for name in ('Shared', 'PerFrame'))
@@ -129,7 +129,7 @@ def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
                 setattr(flat, classic, flat[enhanced].value)
         yield flat
 
-# %% ../nbs/30_scans.ipynb #cb3238d1
+# %% ../nbs/30_scans.ipynb #915e59c0
 @dataclass(eq=False)
 class Slice:
     "One slice: its file and frame, where it is (`position` and `orientation` as in DICOM, `spacing` of rows and columns; None where not said), and its header."
@@ -158,14 +158,25 @@ class Slice:
         across, down = np.reshape(found, (2, 3)) / np.linalg.norm(np.reshape(found, (2, 3)), axis=1, keepdims=True)
         return np.stack([across, down, np.cross(across, down)], 1)
 
-# %% ../nbs/30_scans.ipynb #88c4f98a
+# %% ../nbs/30_scans.ipynb #ad1b4b6b
 class Folder(NamedTuple):
     "What was found in a folder: `slices`; `others`, the modalities or kinds of DICOM files that are no scans; `broken`, sentences."
     slices: list
     others: list
     broken: list
 
-# %% ../nbs/30_scans.ipynb #2b9e72ee
+# %% ../nbs/30_scans.ipynb #c87d9f7f
+def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
+    "The slices of one file. Raises ValueError where what its header holds cannot be understood."
+    try:
+        found = [Slice(file, index, flat) for index, flat in enumerate(flat_frames(header))]
+        for one in found:
+            one.position, one.axes, [one.header.get(tag) for tag in ('PixelSpacing', 'RescaleSlope', 'PatientID', 'ImageType', 'SeriesDescription')]
+    except Exception as error:                       # whatever a broken file makes the parser raise
+        raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy it again') from None
+    return found
+
+# %% ../nbs/30_scans.ipynb #0bcf9c55
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
     path, found = Path(path), Folder([], [], [])
@@ -173,24 +184,22 @@ def find_slices(path) -> Folder:
         raise FileNotFoundError(missing_sentence(path, 'folder or file'))
     for file in sorted(file for file in path.rglob('*') if file.is_file()) if path.is_dir() else [path]:
         try:
-            header = dicom_header(file)
+            if (header := dicom_header(file)) is None:
+                continue
+            storage = pydicom.uid.UID(str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', ''))).name
+            if header.get('Modality') in ('SEG', 'RTDOSE', 'RTSTRUCT', 'RTPLAN', 'RTIMAGE', 'PR', 'SR', 'KO', 'REG', 'DOC'):
+                found.others.append(str(header.Modality))
+            elif header.get('Rows') and header.get('Columns'):
+                found.slices.extend(file_slices(file, header))
+            elif 'Image Storage' in storage or not storage:
+                found.broken.append(f'{file.name} breaks off before its image')
+            else:
+                found.others.append(str(header.get('Modality') or storage))
         except ValueError as error:
             found.broken.append(str(error))
-            continue
-        if header is None:
-            continue
-        storage = pydicom.uid.UID(str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', ''))).name
-        if header.get('Modality') in ('SEG', 'RTDOSE', 'RTSTRUCT', 'RTPLAN', 'RTIMAGE', 'PR', 'SR', 'KO', 'REG', 'DOC'):
-            found.others.append(str(header.Modality))
-        elif header.get('Rows') and header.get('Columns'):
-            found.slices.extend(Slice(file, index, flat) for index, flat in enumerate(flat_frames(header)))
-        elif 'Image Storage' in storage or not storage:
-            found.broken.append(f'{file.name} breaks off before its image')
-        else:
-            found.others.append(str(header.get('Modality') or storage))
     return found
 
-# %% ../nbs/30_scans.ipynb #67c0831e
+# %% ../nbs/30_scans.ipynb #796baa98
 def slice_group(one: Slice) -> tuple:
     "What all slices of a volume share but for their orientation: series, patient, frame of reference, size, spacing, and whether it is a localiser."
     header, spacing = one.header, one.numbers('PixelSpacing', 2)
@@ -198,7 +207,7 @@ def slice_group(one: Slice) -> tuple:
     return (str(header.get('SeriesInstanceUID', '')), patient_key(header.get('PatientID', '')), str(header.get('FrameOfReferenceUID', '')), header.Rows,
             header.Columns, int(header.get('SamplesPerPixel') or 1), localiser, None if spacing is None else tuple(spacing.round(4)))
 
-# %% ../nbs/30_scans.ipynb #293d4cab
+# %% ../nbs/30_scans.ipynb #f19c7567
 def parallel(slices: list) -> list[list]:
     "The slices in groups of one orientation, to a thousandth; those without one are a group too."
     groups = []
@@ -210,24 +219,24 @@ def parallel(slices: list) -> list[list]:
         group.append(one)
     return [group for _, group in groups]
 
-# %% ../nbs/30_scans.ipynb #e1f5e19a
+# %% ../nbs/30_scans.ipynb #d6dd88cb
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
             'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'TriggerTime', 'AcquisitionNumber', 'StackID')
 
-# %% ../nbs/30_scans.ipynb #0dcbdf35
+# %% ../nbs/30_scans.ipynb #aedb6eb9
 def places(slices: list) -> np.ndarray:
     "Where slices with one orientation are along its normal, in mm: float64."
     return np.array([one.position for one in slices]) @ slices[0].axes[:, 2]
 
-# %% ../nbs/30_scans.ipynb #7269d35f
+# %% ../nbs/30_scans.ipynb #f4f98965
 def are_apart(slices: list) -> bool:
     "Whether no two of the slices (with one orientation) are at the same place, to a hundredth of a millimetre."
     steps = np.diff(np.sort(places(slices)))
     return bool((steps > .01).all())
 
-# %% ../nbs/30_scans.ipynb #630e673f
+# %% ../nbs/30_scans.ipynb #88dba005
 def told_apart(slices: list) -> dict[str, list]:
     "The slices as volumes in each of which no place is taken twice, by a tag or two: {what tells the volume: slices}; {'': slices} where none does."
     tags, found = telling_tags(), {}
@@ -244,13 +253,13 @@ def told_apart(slices: list) -> dict[str, list]:
 def _words(value):
     return '\\'.join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else f'{value:g}' if isinstance(value, float) else str(value)
 
-# %% ../nbs/30_scans.ipynb #1f6c557e
+# %% ../nbs/30_scans.ipynb #66e6e376
 def fingerprint(one: Slice) -> tuple:
     "What two copies of a slice have in common: a hash of its pixels as they are stored, and what they mean."
     pixels = dicom_header(one.path, pixels=True).get('PixelData', b'')
     return sha256(pixels).hexdigest(), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
 
-# %% ../nbs/30_scans.ipynb #842c8b87
+# %% ../nbs/30_scans.ipynb #75bd04c9
 def without_copies(slices: list) -> list:
     "The slices without those that are a copy of another at the same place."
     order, kept = np.argsort(places(slices), kind='stable'), []
@@ -261,7 +270,7 @@ def without_copies(slices: list) -> list:
             kept.append(index)
     return [slices[index] for index in sorted(kept)]
 
-# %% ../nbs/30_scans.ipynb #70e31c79
+# %% ../nbs/30_scans.ipynb #4d8c19be
 class Stack(NamedTuple):
     "Sorted slices: their direction matrix; `heights` along the normal, mm; `drift` (n, 2) along rows and columns from the first slice, mm."
     slices: list
@@ -274,7 +283,7 @@ class Stack(NamedTuple):
         "The usual distance between neighbours, mm."
         return float(np.median(np.diff(self.heights)))
 
-# %% ../nbs/30_scans.ipynb #109dcd6c
+# %% ../nbs/30_scans.ipynb #8eb3dc5c
 def stacked(slices: list) -> Stack:
     "The slices from the lowest place along the normal to the highest."
     axes = np.mean([one.axes for one in slices], 0)
@@ -284,20 +293,20 @@ def stacked(slices: list) -> Stack:
     local = positions[order] @ axes
     return Stack([slices[index] for index in order], axes, local[:, 2], local[:, :2] - local[0, :2])
 
-# %% ../nbs/30_scans.ipynb #0fa2bc76
+# %% ../nbs/30_scans.ipynb #f4d8cf06
 def uneven_steps(stack: Stack) -> np.ndarray:
     "The indices of slices after which the step is not the usual one, to 1 % of it or 0.02 mm."
     steps = np.diff(stack.heights)
     return np.flatnonzero(np.abs(steps - stack.step) > max(.01 * stack.step, .02))
 
-# %% ../nbs/30_scans.ipynb #f73ec626
+# %% ../nbs/30_scans.ipynb #a1bd2ffe
 def drift_of(stack: Stack) -> np.ndarray:
     "The steady drift (2,) along rows and columns in mm for each mm along the normal; zeros where it is less than 0.1 mm over the whole stack."
     rise = stack.heights - stack.heights[0]
     slope = rise @ stack.drift / max(rise @ rise, 1e-9)
     return slope * (np.abs(slope).max() * rise[-1] > .1)
 
-# %% ../nbs/30_scans.ipynb #2bee893f
+# %% ../nbs/30_scans.ipynb #d59f59b5
 def fault_of_geometry(slices: list) -> str:
     "Why slices of one group can be no volume, whatever their steps; '' where nothing is wrong."
     header, count = slices[0].header, len(slices)
@@ -319,7 +328,7 @@ def fault_of_geometry(slices: list) -> str:
         return 'it has no PixelSpacing; export the series from the scanner or archive with its geometry'
     return 'it is one slice; name the folder that holds the others' if count == 1 else ''
 
-# %% ../nbs/30_scans.ipynb #c3b08e4a
+# %% ../nbs/30_scans.ipynb #9eb7cfc5
 def fault_of_steps(stack: Stack) -> str:
     "Why a stack is no regular one, with the places along its normal; '' where it is. Where only steps are uneven, the sentence names `fill_gaps`."
     heights, uneven = stack.heights, uneven_steps(stack)
@@ -342,7 +351,7 @@ def fault_of_steps(stack: Stack) -> str:
     return (f'slices are missing or uneven: the usual step is {stack.step:.2f} mm, but {told}{more}; add the missing files, '
             'or say fill_gaps=True to interpolate there')
 
-# %% ../nbs/30_scans.ipynb #80980d74
+# %% ../nbs/30_scans.ipynb #202b1955
 @dataclass
 class Series:
     "Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others."
@@ -368,7 +377,7 @@ class Series:
         "Whether it is meant as a volume, be it with gaps."
         return not self.fault or self.gaps
 
-# %% ../nbs/30_scans.ipynb #01b46de7
+# %% ../nbs/30_scans.ipynb #f0f0d73e
 def judged(slices: list, told='') -> list[Series]:
     "The slices of one group as series: copies dropped, volumes told apart, what is wrong with each said."
     fault = fault_of_geometry(slices)
@@ -384,7 +393,7 @@ def judged(slices: list, told='') -> list[Series]:
         found.append(Series(stack.slices, label, fault, 'fill_gaps' in fault, list(notes)))
     return found
 
-# %% ../nbs/30_scans.ipynb #cc9abf71
+# %% ../nbs/30_scans.ipynb #fcde4ca3
 def list_series(path) -> tuple[list[Series], Folder]:
     "The series of a folder or file of DICOM, numbered from 1 and the largest volumes first, and what else was found there."
     found, groups = find_slices(path), {}
@@ -399,7 +408,7 @@ def list_series(path) -> tuple[list[Series], Folder]:
         one.notes += [f'{sentence}.' for sentence in found.broken]
     return series, found
 
-# %% ../nbs/30_scans.ipynb #b1383cab
+# %% ../nbs/30_scans.ipynb #e17e3314
 def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
     "The stored numbers (rows, columns) of one compressed frame, decoded by SimpleITK. Raises ValueError where it cannot."
     bare = pydicom.Dataset()
@@ -417,7 +426,7 @@ def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
         except (RuntimeError, IndexError):
             raise ValueError(f'its pixels cannot be decoded ({header.file_meta.TransferSyntaxUID.name}); copy the file again') from None
 
-# %% ../nbs/30_scans.ipynb #cdfc794f
+# %% ../nbs/30_scans.ipynb #90600ee3
 def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     "The stored numbers (frames, rows, columns) of a DICOM file that was read whole. Raises ValueError where pixels are missing or broken."
     count = int(header.get('NumberOfFrames') or 1)
@@ -437,7 +446,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     unused = header.BitsAllocated - header.BitsStored
     return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
 
-# %% ../nbs/30_scans.ipynb #f38374a9
+# %% ../nbs/30_scans.ipynb #8677fbec
 def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarray, int]:
     "What stored numbers (rows, columns) mean, float32, and how many of them are padding, which becomes −1000 in a CT and 0 elsewhere."
     slope, intercept = float(header.get('RescaleSlope') or 1), float(header.get('RescaleIntercept') or 0)
@@ -453,7 +462,7 @@ def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarra
     values[outside] = -1000 if header.get('Modality') == 'CT' else 0
     return values, int(outside.sum())
 
-# %% ../nbs/30_scans.ipynb #04ae39c7
+# %% ../nbs/30_scans.ipynb #e59e2cca
 def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
     "Whether the values of a volume are Hounsfield units: it is a CT, does not say that they are something else, and air is in it near −1000."
     if header.get('Modality') != 'CT' or str(header.get('RescaleType') or 'HU').upper() not in ('HU', 'US'):
@@ -461,7 +470,7 @@ def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
     sample = values.ravel()[::max(values.size // 1_000_000, 1)]
     return bool(((sample > -1100) & (sample < -850)).mean() > .002)
 
-# %% ../nbs/30_scans.ipynb #c0dd99a1
+# %% ../nbs/30_scans.ipynb #ca7dd011
 def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     "A slice on a larger grid of `shape`, its first pixel `at` (row, column), which need be no whole numbers (linear interpolation)."
     whole = np.floor(at).astype(int)
@@ -469,7 +478,7 @@ def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     larger[whole[0]:whole[0] + values.shape[0], whole[1]:whole[1] + values.shape[1]] = values
     return shift(larger, np.subtract(at, whole), order=1, mode='grid-constant', cval=outside)[:shape[0], :shape[1]]
 
-# %% ../nbs/30_scans.ipynb #be5927f2
+# %% ../nbs/30_scans.ipynb #61b5cde2
 def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
     """The values (slices, rows, columns) of a stack, float32, each slice moved within its plane where the stack drifts; its headers; and notes.
 
@@ -492,7 +501,7 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
         values[index] = placed(meant, values.shape[1:], start + moves[index], outside) if more.any() else meant
     return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else []
 
-# %% ../nbs/30_scans.ipynb #d6bcbcaa
+# %% ../nbs/30_scans.ipynb #a5a676e4
 def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
     "The values (n, rows, columns) of slices at `heights` (mm, rising), interpolated linearly to a regular `step` from the first height on."
     wanted = heights[0] + step * np.arange(int((heights[-1] - heights[0]) / step + 1e-3) + 1)
@@ -503,7 +512,7 @@ def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
         found[index] = (1 - part) * values[lower] + part * values[lower + 1]
     return found
 
-# %% ../nbs/30_scans.ipynb #6ec51254
+# %% ../nbs/30_scans.ipynb #e25e4b88
 def protocol_facts(header: pydicom.Dataset) -> dict:
     "How a scan was made, as far as its header says: numbers and words that name nobody."
     names = ('ScanningSequence', 'SequenceVariant', 'MRAcquisitionType', 'EchoTime', 'RepetitionTime', 'InversionTime', 'FlipAngle', 'MagneticFieldStrength',
@@ -512,7 +521,7 @@ def protocol_facts(header: pydicom.Dataset) -> dict:
     return {name: [str(one) for one in value] if isinstance(value, pydicom.multival.MultiValue) else
             float(value) if isinstance(value, (int, float)) else str(value) for name, value in found.items()}
 
-# %% ../nbs/30_scans.ipynb #9b7a64f4
+# %% ../nbs/30_scans.ipynb #decb7940
 def notes_on_header(header: pydicom.Dataset) -> list[str]:
     "What a header says that a user of the volume should know."
     syntax, notes = header.file_meta.TransferSyntaxUID, []
@@ -522,7 +531,7 @@ def notes_on_header(header: pydicom.Dataset) -> list[str]:
         notes.append('Viewers show it inverted (MONOCHROME1); the values are kept as they mean.')
     return notes
 
-# %% ../nbs/30_scans.ipynb #14f2717f
+# %% ../nbs/30_scans.ipynb #71318095
 def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
     "What was done to a stack to make it a regular, upright one, in sentences."
     drift, tag = drift_of(stack), abs(float(stack.slices[0].header.get('GantryDetectorTilt') or 0))
@@ -536,7 +545,7 @@ def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
         notes.append(f'Slices are missing or uneven ({missing}{", ..." if len(uneven_steps(stack)) > 4 else ""}); the volume is interpolated there.')
     return notes
 
-# %% ../nbs/30_scans.ipynb #d5f48571
+# %% ../nbs/30_scans.ipynb #b1c70afd
 def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     "The scan of one series. Raises ValueError, naming series and place, where it is no volume, or has gaps that are not to be filled."
     if series.fault and not (series.gaps and fill_gaps):
@@ -561,7 +570,7 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
-# %% ../nbs/30_scans.ipynb #aeb27522
+# %% ../nbs/30_scans.ipynb #2965ad16
 def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     "A volume as float32 with right-handed axes, and notes. Raises ValueError where it is no volume of one number a voxel."
     if image.GetNumberOfComponentsPerPixel() > 1:
@@ -584,13 +593,13 @@ def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     left_handed = np.linalg.det(np.reshape(image.GetDirection(), (3, 3))) < 0
     return (sitk.Flip(image, (True, False, False), False) if left_handed else image), notes
 
-# %% ../nbs/30_scans.ipynb #3a8bfa51
+# %% ../nbs/30_scans.ipynb #7f427f03
 def nifti_header(path) -> dict:
     "The fields of a NIfTI-1 header that are needed, by their names in the standard, as float64 arrays. Raises ValueError for other files."
     with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as file:
         try:
             data = file.read(348)
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             data = b''
     order = next((order for order in '<>' if len(data) == 348 and np.frombuffer(data, order + 'i4', 1)[0] == 348), None)
     if order is None:
@@ -600,7 +609,7 @@ def nifti_header(path) -> dict:
               'quatern': ('f4', 3, 256), 'qoffset': ('f4', 3, 268), 'srow': ('f4', 12, 280)}
     return {'order': order} | {name: np.frombuffer(data, order + kind, count, at).astype(float) for name, (kind, count, at) in places.items()}
 
-# %% ../nbs/30_scans.ipynb #11530ebc
+# %% ../nbs/30_scans.ipynb #424948d1
 def nifti_forms(header: dict) -> dict[str, np.ndarray]:
     "The geometries that a NIfTI header has set, {'sform' and 'qform': (4, 4)}: voxel index to LPS, mm."
     unit = {1: 1000., 3: .001}.get(int(header['xyzt_units'][0]) & 7, 1.)                       # metres, micrometres; else mm
@@ -614,7 +623,7 @@ def nifti_forms(header: dict) -> dict[str, np.ndarray]:
              if header[f'{name}_code'] > 0}
     return {name: np.vstack([form, [0, 0, 0, 1]]) for name, form in forms.items()}
 
-# %% ../nbs/30_scans.ipynb #b2993f26
+# %% ../nbs/30_scans.ipynb #11314e13
 def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
     "The geometry (4, 4) of a NIfTI file that is to be believed, and notes. Raises ValueError, with its `name`, where left and right are not certain."
     forms, notes = nifti_forms(header), []
@@ -634,7 +643,7 @@ def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
         notes.append(f'Its voxels measure {", ".join(f"{x:.3g}" for x in np.linalg.norm(chosen[:3, :3], axis=0))} mm; its unit may be wrong.')
     return chosen, notes
 
-# %% ../nbs/30_scans.ipynb #89724899
+# %% ../nbs/30_scans.ipynb #6d3750da
 def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     "The scan of an image whose header says nothing but its geometry. Raises ValueError where it is no volume."
     image, more = upright_image(image, name)
@@ -648,7 +657,7 @@ def _a_ct():
     header.Modality = 'CT'
     return header
 
-# %% ../nbs/30_scans.ipynb #f480ee81
+# %% ../nbs/30_scans.ipynb #95d40f1b
 def read_pixels_of(path) -> sitk.Image:
     "The image in a file that SimpleITK reads. Raises ValueError where it cannot."
     try:
@@ -656,12 +665,12 @@ def read_pixels_of(path) -> sitk.Image:
     except RuntimeError:
         raise ValueError(f'{Path(path).name} cannot be read as an image: it is cut off, or no such file; copy it again.') from None
 
-# %% ../nbs/30_scans.ipynb #4b8c999d
+# %% ../nbs/30_scans.ipynb #33bf4bf8
 def read_image_file(path) -> Scan:
     "The scan in a NRRD or MetaImage file. Raises ValueError where it is no volume."
     return image_scan(read_pixels_of(path), Path(path).name)
 
-# %% ../nbs/30_scans.ipynb #b85c6902
+# %% ../nbs/30_scans.ipynb #8804d986
 def nifti_values(path, header: dict) -> np.ndarray:
     """The values of a NIfTI file, float32, in the order of SimpleITK (last axis first). Raises ValueError where they break off, or are no plain numbers.
 
@@ -674,13 +683,14 @@ def nifti_values(path, header: dict) -> np.ndarray:
         with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as file:
             file.seek(int(header['vox_offset'][0]))
             values = np.frombuffer(file.read(int(np.prod(shape)) * np.dtype(kind).itemsize), header['order'] + kind).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error):
-        raise ValueError(f'{name} breaks off before its last voxel; copy it again.') from None
+            file.read()                                                      # to the end, where an archive says whether it is whole
+    except (OSError, EOFError, ValueError, MemoryError, OverflowError, zlib.error):
+        raise ValueError(f'{name} breaks off before its last voxel, or is damaged; copy it again.') from None
     slope, start = header['scl_slope'][0], header['scl_inter'][0]
     scaled = np.isfinite(slope) and slope != 0 and (slope, start) != (1, 0)
     return (values * slope + (start if np.isfinite(start) else 0) if scaled else values).astype(np.float32)
 
-# %% ../nbs/30_scans.ipynb #0f76b7d8
+# %% ../nbs/30_scans.ipynb #e782036f
 def read_nifti(path) -> Scan:
     "The scan in a NIfTI file (.nii, .nii.gz). Raises ValueError where it is no volume, or does not say for certain what is left and right."
     path, header = Path(path), nifti_header(path)
@@ -697,18 +707,18 @@ def read_nifti(path) -> Scan:
         image.SetOrigin(geometry[:3, 3].tolist())
     return image_scan(image, path.name, notes)
 
-# %% ../nbs/30_scans.ipynb #328fd854
+# %% ../nbs/30_scans.ipynb #44988e44
 def volume_formats() -> dict[str, Callable]:
     "The formats that hold one volume a file: suffix -> its reader. A new one is a line here."
     return {'.nii': read_nifti, '.nii.gz': read_nifti, '.nrrd': read_image_file, '.nhdr': read_image_file, '.mha': read_image_file, '.mhd': read_image_file}
 
-# %% ../nbs/30_scans.ipynb #897da4b3
+# %% ../nbs/30_scans.ipynb #4a185bf8
 def format_reader(path) -> Callable | None:
     "The reader of a file by its name; None where it is DICOM, whose names say nothing, or a folder."
     name = Path(path).name.lower()
     return next((reader for suffix, reader in volume_formats().items() if name.endswith(suffix) and Path(path).is_file()), None)
 
-# %% ../nbs/30_scans.ipynb #e01414c9
+# %% ../nbs/30_scans.ipynb #17ea827e
 def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
     refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
@@ -719,7 +729,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     what = f'{path} holds no volume: {refused}.' if series else f'{path} holds no DICOM images.'
     return ' '.join(filter(None, (what, others.strip(), broken, '' if series else hint)))
 
-# %% ../nbs/30_scans.ipynb #374c1ee9
+# %% ../nbs/30_scans.ipynb #3ed365c0
 def chosen_series(path, series: list, wanted=None) -> Series:
     "The one volume among series, or that which is `wanted`: its number, or a part of its name. Raises ValueError, listing them, where that is not one."
     volumes = [one for one in series if one.is_volume]
@@ -734,7 +744,7 @@ def chosen_series(path, series: list, wanted=None) -> Series:
         raise ValueError(f'series={wanted} means {len(found) or "none"} of the volumes of {path} ({listed}); give the number of one.')
     return found[0]
 
-# %% ../nbs/30_scans.ipynb #ebbfcf45
+# %% ../nbs/30_scans.ipynb #12bcb998
 def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
     """The volume in a folder of DICOM files (searched whole), in one DICOM file with many frames, or in a NIfTI, NRRD or MetaImage file.
 
@@ -751,7 +761,7 @@ def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
         scan.notes.append(f'{len(found.others)} file(s) beside it are no scans ({", ".join(sorted(set(found.others)))}) and were ignored.')
     return scan
 
-# %% ../nbs/30_scans.ipynb #f1af72f3
+# %% ../nbs/30_scans.ipynb #ff77a019
 def scan_row(number, name, scan: Scan | None, fault: str = '') -> dict:
     "A row of the table of `scan_table`."
     if scan is None:
@@ -759,7 +769,7 @@ def scan_row(number, name, scan: Scan | None, fault: str = '') -> dict:
     return {'series': number, 'what': name, 'size': '×'.join(map(str, scan.image.GetSize())), 'spacing': '×'.join(f'{s:.3g}' for s in scan.image.GetSpacing()),
             'plane': plane_of(scan.image.GetDirection()), 'notes': fault or ' '.join(scan.notes) or 'whole'}
 
-# %% ../nbs/30_scans.ipynb #55d7f0d8
+# %% ../nbs/30_scans.ipynb #e8404ade
 def series_row(one: Series) -> dict:
     "The row of a series of DICOM slices, from its headers alone."
     header, sound = one.header, one.slices[0].axes is not None and one.slices[0].position is not None and one.slices[0].numbers('PixelSpacing', 2) is not None
@@ -771,7 +781,7 @@ def series_row(one: Series) -> dict:
         notes += notes_on_stack(stack, False)
     return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes]) or 'whole'}
 
-# %% ../nbs/30_scans.ipynb #24288285
+# %% ../nbs/30_scans.ipynb #005b6ae5
 def scan_table(path) -> list[dict]:
     "A row for each series of a folder or file, DICOM first: number, what it is, size, spacing (mm), plane, and what is odd or wrong with it."
     path = Path(path)
@@ -785,7 +795,7 @@ def scan_table(path) -> list[dict]:
     rows += [scan_row('', kind, None, f'{found.others.count(kind)} file(s), no scans') for kind in sorted(set(found.others))]
     return rows or [scan_row('', 'nothing', None, nothing_sentence(path, found, series))]
 
-# %% ../nbs/30_scans.ipynb #182d77ba
+# %% ../nbs/30_scans.ipynb #c10f3e7c
 def table_text(rows: list[dict]) -> str:
     "Rows of one kind as aligned columns with their names above; the last column runs on."
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]

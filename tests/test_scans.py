@@ -563,10 +563,35 @@ def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
     sitk.WriteImage(image, str(tmp_path / 'a.nii'))
     (tmp_path / 'b.nii').write_bytes((tmp_path / 'a.nii').read_bytes()[:900])
     (tmp_path / 'c.nii.gz').write_bytes(gzip.compress((tmp_path / 'a.nii').read_bytes())[:-30])
+    damaged = bytearray(gzip.compress((tmp_path / 'a.nii').read_bytes() + np.random.default_rng(0).bytes(64)))
+    damaged[-40] ^= 1
+    (tmp_path / 'f.nii.gz').write_bytes(damaged)
     (tmp_path / 'd.nii').write_bytes(b'nothing')
     (tmp_path / 'e.mha').write_bytes(b'nothing')
-    for name in ('b.nii', 'c.nii.gz', 'd.nii', 'e.mha'):
+    for name in ('b.nii', 'c.nii.gz', 'd.nii', 'e.mha', 'f.nii.gz'):
         assert_refused(tmp_path / name, name, 'copy it again')
+
+
+@pytest.mark.parametrize('frames', ['one a file', 'all in one file'])
+@pytest.mark.filterwarnings('ignore')
+def test_a_damaged_header_is_read_or_refused_in_a_sentence(tmp_path, frames):
+    "Bytes are changed at random; whatever pydicom makes of them, no other error comes out."
+    rng, places = np.random.default_rng(5), stack_positions(3)
+    if frames == 'one a file':
+        damaged = sorted(write(tmp_path, [made(place) for place in places]).iterdir())[1]
+    else:
+        damaged = tmp_path / 'all'
+        save(enhanced(places), damaged)
+    whole = damaged.read_bytes()
+    for _ in range(40):
+        broken = bytearray(whole)
+        for at in rng.integers(132, len(whole) - 390, 2):
+            broken[at] = rng.integers(256)
+        damaged.write_bytes(broken)
+        try:
+            read_scan(tmp_path)
+        except ValueError as error:
+            assert str(error)
 
 
 # NIfTI, NRRD, MetaImage
