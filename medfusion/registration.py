@@ -8,7 +8,7 @@ __all__ = ['shrunk', 'graded', 'tissue_threshold', 'head_mask', 'points_in', 'qu
            'half_disagreement', 'mirrored', 'mirror_ratio', 'seen_share', 'judge', 'register', 'resampled',
            'write_transform', 'read_transform']
 
-# %% ../nbs/32_registration.ipynb #c623bbdb
+# %% ../nbs/32_registration.ipynb #fa15e5ad
 import tempfile
 import time
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ import numpy as np
 from .files import absolute_path, missing_sentence, write_atomically
 from .scans import sitk
 
-# %% ../nbs/32_registration.ipynb #1b983800
+# %% ../nbs/32_registration.ipynb #57457cda
 def shrunk(image: sitk.Image, mm: float) -> sitk.Image:
     "The image with means over blocks of voxels that reach about `mm` along each axis; an axis that is as coarse already is kept."
     factors = [max(1, int(mm / step + .25)) for step in image.GetSpacing()]
     return sitk.BinShrink(image, factors) if max(factors) > 1 else image
 
-# %% ../nbs/32_registration.ipynb #813da5db
+# %% ../nbs/32_registration.ipynb #dc5605d7
 def graded(image: sitk.Image) -> sitk.Image:
     "The image as float32; one in Hounsfield units (its air lies below −500) is clamped to −200 … 1300."
     values = sitk.GetArrayViewFromImage(image)[::4, ::8, ::8]
@@ -35,7 +35,7 @@ def graded(image: sitk.Image) -> sitk.Image:
         return sitk.Clamp(image, sitk.sitkFloat32, -200, 1300)
     return sitk.Cast(image, sitk.sitkFloat32)
 
-# %% ../nbs/32_registration.ipynb #a7ec7e75
+# %% ../nbs/32_registration.ipynb #4ad8d3e0
 def tissue_threshold(image: sitk.Image) -> float:
     "The value above which a graded image shows tissue and not air: −150 HU, or for an MRI a quarter of the way from background to tissue."
     values = sitk.GetArrayViewFromImage(image)
@@ -50,14 +50,14 @@ def tissue_threshold(image: sitk.Image) -> float:
 def _ball(image, mm):
     return [max(0, round(mm / step)) for step in image.GetSpacing()]
 
-# %% ../nbs/32_registration.ipynb #35e212c7
+# %% ../nbs/32_registration.ipynb #d03aaac3
 def head_mask(image: sitk.Image) -> sitk.Image:
     "1 inside the head and 0 elsewhere (uint8), on the grid of a graded image."
     tissue = sitk.BinaryMorphologicalOpening(image > tissue_threshold(image), _ball(image, 6), sitk.sitkBall)
     largest = sitk.RelabelComponent(sitk.ConnectedComponent(tissue), sortByObjectSize=True) == 1
     return sitk.BinaryMorphologicalClosing(largest, _ball(image, 12), sitk.sitkBall)
 
-# %% ../nbs/32_registration.ipynb #3d6b2d8c
+# %% ../nbs/32_registration.ipynb #1ac15934
 def points_in(mask: sitk.Image, most: int = 2000) -> np.ndarray:
     "About `most` points (N, 3), in mm, evenly drawn from where a mask is 1."
     z, y, x = np.nonzero(sitk.GetArrayViewFromImage(mask))
@@ -65,7 +65,7 @@ def points_in(mask: sitk.Image, most: int = 2000) -> np.ndarray:
     index = np.stack([x[kept], y[kept], z[kept]], 1) * np.array(mask.GetSpacing())
     return index @ np.reshape(mask.GetDirection(), (3, 3)).T + mask.GetOrigin()
 
-# %% ../nbs/32_registration.ipynb #b8729905
+# %% ../nbs/32_registration.ipynb #761c436d
 def quarter_turns() -> list[np.ndarray]:
     "The 24 rotation matrices (3, 3) that map axes onto axes, the identity first."
     found = []
@@ -75,7 +75,7 @@ def quarter_turns() -> list[np.ndarray]:
         found += [matrix] if np.linalg.det(matrix) > 0 else []
     return sorted(found, key=lambda matrix: -np.trace(matrix))
 
-# %% ../nbs/32_registration.ipynb #7c4f2a72
+# %% ../nbs/32_registration.ipynb #5e447350
 def pose_of(matrix, ct_centre, mri_centre) -> sitk.VersorRigid3DTransform:
     "The rigid transform that turns by a rotation matrix (3, 3) and maps the point `ct_centre` onto `mri_centre` (mm)."
     pose = sitk.VersorRigid3DTransform()
@@ -84,18 +84,18 @@ def pose_of(matrix, ct_centre, mri_centre) -> sitk.VersorRigid3DTransform:
     pose.SetTranslation([float(value) for value in np.subtract(mri_centre, ct_centre)])
     return pose
 
-# %% ../nbs/32_registration.ipynb #af48471f
+# %% ../nbs/32_registration.ipynb #5d23854b
 def moved(transform, points) -> np.ndarray:
     "Where a rigid or affine SimpleITK transform maps points (N, 3), in mm."
     matrix, centre = np.reshape(transform.GetMatrix(), (3, 3)), np.array(transform.GetCenter())
     return (np.asarray(points) - centre) @ matrix.T + centre + transform.GetTranslation()
 
-# %% ../nbs/32_registration.ipynb #6746993e
+# %% ../nbs/32_registration.ipynb #025556b3
 def distance_between(one, other, points) -> float:
     "The mean distance, in mm, between where two transforms map points (N, 3): the target registration error, where one of them is the truth."
     return float(np.linalg.norm(moved(one, points) - moved(other, points), axis=1).mean())
 
-# %% ../nbs/32_registration.ipynb #1f533f62
+# %% ../nbs/32_registration.ipynb #3651f60b
 def rigid(transform: sitk.Transform, centre=(0., 0., 0.)) -> sitk.VersorRigid3DTransform:
     "A transform of any kind as turn about `centre` and shift. Raises ValueError where it stretches or mirrors, as no head does between two scans."
     there = np.array(transform.TransformPoint([float(value) for value in centre]))
@@ -105,7 +105,7 @@ def rigid(transform: sitk.Transform, centre=(0., 0., 0.)) -> sitk.VersorRigid3DT
     left, _, right = np.linalg.svd(matrix)
     return pose_of(left @ right, centre, there)
 
-# %% ../nbs/32_registration.ipynb #07629537
+# %% ../nbs/32_registration.ipynb #f35b2756
 @dataclass
 class Registration:
     """Two scans brought together. `transform` maps CT points to MRI points (mm, LPS), as SimpleITK's resampler takes it to put the MRI onto the CT's grid;
@@ -128,7 +128,7 @@ class Registration:
         told = ', '.join(f'{name} {value:.3g}' for name, value in self.signs.items())
         return f'Registration({self.sentence} {told})'
 
-# %% ../nbs/32_registration.ipynb #1eb67b6e
+# %% ../nbs/32_registration.ipynb #f6d52f9a
 @dataclass(repr=False)
 class ScanPyramid:
     "Two scans at three sizes, {mm: image}: `ct`, `mri` and where the CT shows the head, `mask`; `points` in the CT's head, and the middle of both heads."
@@ -155,7 +155,7 @@ class ScanPyramid:
         mask = {mm: sitk.Resample(near, first[mm], sitk.Transform(), sitk.sitkNearestNeighbor) for mm in first}
         return cls(first, second, mask, points_in(heads[0]), points_in(heads[1]).mean(0))
 
-# %% ../nbs/32_registration.ipynb #d4391408
+# %% ../nbs/32_registration.ipynb #0907d5b6
 @contextmanager
 def one_thread():
     "While this lasts, SimpleITK computes with one thread: several add up in another order each time, and the last bits differ."
@@ -166,7 +166,7 @@ def one_thread():
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../nbs/32_registration.ipynb #c926216c
+# %% ../nbs/32_registration.ipynb #94af174b
 def descend(pyramid: ScanPyramid, mm: int, start, step=2., least=.05, rounds=40, share=1., mask=None):
     """The pose near `start` with the most mutual information on the scans of `mm`, and that information: (sitk.VersorRigid3DTransform, float).
 
@@ -194,7 +194,7 @@ def descend(pyramid: ScanPyramid, mm: int, start, step=2., least=.05, rounds=40,
         return rigid(start, middle), 0.
     return rigid(sitk.CompositeTransform([start, small]), middle), -method.GetMetricValue()
 
-# %% ../nbs/32_registration.ipynb #4e2e2732
+# %% ../nbs/32_registration.ipynb #05949981
 def search_pose(pyramid: ScanPyramid) -> tuple:
     "The best pose on voxels of 4 mm, and what was tried: [(number of the start, mutual information at 8 mm)], the best first."
     middle = pyramid.points.mean(0)
@@ -206,7 +206,7 @@ def search_pose(pyramid: ScanPyramid) -> tuple:
     pose, _ = max((descend(pyramid, 4, pose) for _, pose, _ in better[:2]), key=lambda one: one[1])
     return pose, [(number, value) for number, _, value in [*better, *tried[6:]]]
 
-# %% ../nbs/32_registration.ipynb #23519d21
+# %% ../nbs/32_registration.ipynb #228666c5
 def half_disagreement(pyramid: ScanPyramid, pose) -> list[float]:
     "How far apart, in mm, opposite halves of the head come to lie (left and right, front and back, lower and upper) when each is registered for itself from `pose`."
     grid, found = pyramid.mask[4], []
@@ -222,7 +222,7 @@ def half_disagreement(pyramid: ScanPyramid, pose) -> list[float]:
         found.append(distance_between(*poses, pyramid.points))
     return found
 
-# %% ../nbs/32_registration.ipynb #7f9b0895
+# %% ../nbs/32_registration.ipynb #d622d822
 def mirrored(image: sitk.Image, middle, normal) -> sitk.Image:
     "The image as a mirror through the point `middle` (mm), perpendicular to `normal`, shows it; voxels stay, their geometry is reflected."
     normal = np.asarray(normal) / np.linalg.norm(normal)
@@ -231,7 +231,7 @@ def mirrored(image: sitk.Image, middle, normal) -> sitk.Image:
     seen.SetOrigin((reflection @ (np.array(image.GetOrigin()) - middle) + middle).tolist())
     return seen
 
-# %% ../nbs/32_registration.ipynb #6dfc7bd2
+# %% ../nbs/32_registration.ipynb #a1ee33f4
 def mirror_ratio(pyramid: ScanPyramid, pose) -> float:
     "The mutual information of the CT with the mirrored MRI, registered from `pose`, as a share of that with the MRI as it is: beyond 1, the mirrored one fits better."
     left_right = np.reshape(pose.GetMatrix(), (3, 3))[:, 0]
@@ -240,13 +240,13 @@ def mirror_ratio(pyramid: ScanPyramid, pose) -> float:
     plain = descend(pyramid, 4, pose, 1., share=.5)[1]
     return descend(other, 4, pose, share=.5)[1] / max(plain, 1e-6)
 
-# %% ../nbs/32_registration.ipynb #ec38c64b
+# %% ../nbs/32_registration.ipynb #2e77eb69
 def seen_share(mri: sitk.Image, pose, points) -> float:
     "The share of points (N, 3) of the CT's head that a pose maps into the volume that the MRI covers."
     places = (moved(pose, points) - mri.GetOrigin()) @ np.linalg.inv(np.reshape(mri.GetDirection(), (3, 3))).T / mri.GetSpacing()
     return float(((places > -.5) & (places < np.array(mri.GetSize()) - .5)).all(1).mean())
 
-# %% ../nbs/32_registration.ipynb #ab88641c
+# %% ../nbs/32_registration.ipynb #3b94256f
 def judge(signs: dict) -> tuple[str, list[str]]:
     "The verdict on signs of `register`, 'good', 'doubtful' or 'failed', and why, in sentences."
     halves, mirror, seen = signs['halves_mm'], signs['mirror_ratio'], signs['seen_share']
@@ -265,7 +265,7 @@ def judge(signs: dict) -> tuple[str, list[str]]:
         doubtful.append(f'the MRI shows only {seen:.0%} of the head in the CT')
     return ('failed' if failed else 'doubtful' if doubtful else 'good'), failed + doubtful
 
-# %% ../nbs/32_registration.ipynb #d63cd062
+# %% ../nbs/32_registration.ipynb #f97f6b06
 def register(ct: sitk.Image, mri: sitk.Image, start=None) -> Registration:
     """The rigid `Registration` of two images of one head: SimpleITK images (float32, LPS), the CT in Hounsfield units.
 
@@ -281,19 +281,19 @@ def register(ct: sitk.Image, mri: sitk.Image, start=None) -> Registration:
         signs['second_start'] = tried[1][1] / max(tried[0][1], 1e-6)
     return Registration(pose, *judge(signs), signs, tried, time.perf_counter() - began)
 
-# %% ../nbs/32_registration.ipynb #d0ffbfad
+# %% ../nbs/32_registration.ipynb #327909ad
 def resampled(image: sitk.Image, grid: sitk.Image, transform=None, outside: float = 0., spline: bool = False) -> sitk.Image:
     "The image (float32) on the grid of another; `transform` maps points of that grid to points of the image. Linear, or by a cubic B-spline; `outside` beyond its volume."
     return sitk.Resample(image, grid, transform or sitk.Transform(), sitk.sitkBSpline if spline else sitk.sitkLinear, outside, sitk.sitkFloat32)
 
-# %% ../nbs/32_registration.ipynb #40fe7366
+# %% ../nbs/32_registration.ipynb #5e070632
 def write_transform(path, transform: sitk.Transform) -> Path:
     "The path of the .tfm file in which a transform stands now, whole."
     with tempfile.TemporaryDirectory() as folder:
         sitk.WriteTransform(transform, f'{folder}/transform.tfm')
         return write_atomically(path, Path(folder, 'transform.tfm').read_bytes())
 
-# %% ../nbs/32_registration.ipynb #b30f0136
+# %% ../nbs/32_registration.ipynb #b5ee495c
 def read_transform(path) -> sitk.Transform:
     "The linear transform in a .tfm, .txt, .h5 or .mat file, as 3D Slicer or SimpleITK write it. Raises FileNotFoundError, or ValueError for what is no linear 3-D transform."
     path = absolute_path(path)

@@ -10,7 +10,7 @@ __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'f
            'new_folder_at', 'write_volume', 'fill_study', 'read_study', 'derived_header', 'source_item',
            'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
 
-# %% ../nbs/33_studies.ipynb #e0018649
+# %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
 import html
 import json
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import uniform_filter
 
 from .figures import checkerboard, mosaic
 from .files import absolute_path, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
@@ -34,7 +35,7 @@ from .registration import Registration, graded, head_mask, read_transform, regis
 from .runs import versions
 from .scans import Scan, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
 
-# %% ../nbs/33_studies.ipynb #6ad0ecfb
+# %% ../nbs/33_studies.ipynb #edc6b4a6
 class Window(NamedTuple):
     "Which values of a CT are drawn from black to white: `width` Hounsfield units about `level`."
     name: str
@@ -45,13 +46,13 @@ class Window(NamedTuple):
         "Hounsfield units (an array) as grey values in [0, 1], float32."
         return np.clip((np.asarray(hu, np.float32) - np.float32(self.level - self.width / 2)) / np.float32(self.width), 0, 1)
 
-# %% ../nbs/33_studies.ipynb #f065e95e
+# %% ../nbs/33_studies.ipynb #5bf31dc9
 def windows() -> dict[str, Window]:
     "The windows by name, {name: Window}."
     table = {'brain': (40, 80), 'subdural': (75, 215), 'stroke': (32, 8), 'stroke-wide': (40, 40), 'bone': (480, 2500)}
     return {name: Window(name, *values) for name, values in table.items()}
 
-# %% ../nbs/33_studies.ipynb #f790f58d
+# %% ../nbs/33_studies.ipynb #2e017c2e
 def windows_of(text: str) -> list[Window]:
     "The windows that a text names, separated by commas: names, or two numbers, level and width, as in 'brain,600,2800'. Raises ValueError."
     words, found = [word.strip() for word in str(text).split(',') if word.strip()], []
@@ -71,7 +72,7 @@ def windows_of(text: str) -> list[Window]:
         raise ValueError(f'No window is named; write {", ".join(windows())}, or level,width in HU.')
     return list(dict.fromkeys(found))
 
-# %% ../nbs/33_studies.ipynb #51220123
+# %% ../nbs/33_studies.ipynb #83c551c1
 def mri_limits(image: sitk.Image) -> tuple[float, float]:
     "The values of an MRI that become black and white: percentiles 1 and 99.5 inside the head."
     small = shrunk(graded(image), 4)
@@ -79,7 +80,7 @@ def mri_limits(image: sitk.Image) -> tuple[float, float]:
     low, high = np.percentile(inside, [1, 99.5]) if inside.size else (0., 1.)
     return float(low), float(max(high, low + 1e-6))
 
-# %% ../nbs/33_studies.ipynb #503901f6
+# %% ../nbs/33_studies.ipynb #17902c78
 def bias_corrected(mri: sitk.Image) -> sitk.Image:
     "The MRI (float32) without its slow bias field, by N4 (Tustison et al. 2010) on voxels of about 4 mm."
     small = shrunk(mri, 4)
@@ -88,12 +89,12 @@ def bias_corrected(mri: sitk.Image) -> sitk.Image:
     correct.Execute(sitk.Clamp(small, sitk.sitkFloat32, 1e-3), head_mask(graded(small)))
     return mri / sitk.Exp(correct.GetLogBiasFieldAsImage(mri))
 
-# %% ../nbs/33_studies.ipynb #0bce18e4
+# %% ../nbs/33_studies.ipynb #fe8bcd77
 def frame_of(image: sitk.Image) -> dict:
     "Where a volume's voxels are, as plain values: `size`, `spacing`, `origin`, `direction`."
     return {'size': image.GetSize(), 'spacing': image.GetSpacing(), 'origin': image.GetOrigin(), 'direction': image.GetDirection()}
 
-# %% ../nbs/33_studies.ipynb #2b251f55
+# %% ../nbs/33_studies.ipynb #fbdbef36
 def empty_volume(frame: dict) -> sitk.Image:
     "An image (uint8) of zeros with the frame that `frame_of` tells."
     image = sitk.Image([int(count) for count in frame['size']], sitk.sitkUInt8)
@@ -102,7 +103,7 @@ def empty_volume(frame: dict) -> sitk.Image:
     image.SetDirection(frame['direction'])
     return image
 
-# %% ../nbs/33_studies.ipynb #297b284e
+# %% ../nbs/33_studies.ipynb #814715d7
 def common_grid(ct: sitk.Image, mri: sitk.Image, pose, kind: str = 'ct', spacing: float = 0.) -> sitk.Image:
     "An empty image (uint8) on whose grid both scans are fused, in the space of the CT. `spacing`: isotropic, in mm; 0 keeps that of the scan."
     if kind not in ('ct', 'mri'):
@@ -121,7 +122,7 @@ def common_grid(ct: sitk.Image, mri: sitk.Image, pose, kind: str = 'ct', spacing
         origin, direction = np.array(back.TransformPoint(origin.tolist())), turn @ direction
     return empty_volume({'size': size, 'spacing': step.tolist(), 'origin': origin.tolist(), 'direction': direction.ravel().tolist()})
 
-# %% ../nbs/33_studies.ipynb #c745b481
+# %% ../nbs/33_studies.ipynb #625a3706
 def field_weight(image: sitk.Image, grid: sitk.Image, pose=None, ramp: float = 6.) -> np.ndarray:
     "How much a scan counts at each voxel of a grid, float32 (z, y, x): 1 inside its field of view, 0 from its border outwards, even in between over `ramp` mm."
     size, step = np.array(image.GetSize()), np.array(image.GetSpacing())
@@ -131,7 +132,7 @@ def field_weight(image: sitk.Image, grid: sitk.Image, pose=None, ramp: float = 6
     weight.CopyInformation(image)
     return sitk.GetArrayFromImage(resampled(weight, grid, pose))
 
-# %% ../nbs/33_studies.ipynb #358b5e28
+# %% ../nbs/33_studies.ipynb #279c8ffb
 def continued(image: sitk.Image, grid: sitk.Image, pose=None, spline: bool = False) -> np.ndarray:
     "The values of a scan on a grid, float32 (z, y, x), continued beyond its field of view by its last voxels; a B-spline stays within the scan's values."
     method = sitk.ResampleImageFilter()
@@ -146,14 +147,14 @@ def continued(image: sitk.Image, grid: sitk.Image, pose=None, spline: bool = Fal
         np.clip(values, known.min(), known.max(), out=values)
     return values
 
-# %% ../nbs/33_studies.ipynb #740847bc
+# %% ../nbs/33_studies.ipynb #aabed57f
 def joined(fused, ct, mri, ct_weight, mri_weight) -> np.ndarray:
     "The fused values where both scans are, led over to the scan that exists where one is not, 0 where none is. Arrays of one shape."
     both = np.minimum(ct_weight, mri_weight)
     alone = np.where(ct_weight >= mri_weight, ct, mri) * (np.maximum(ct_weight, mri_weight) > 0)
     return both * fused + (1 - both) * alone
 
-# %% ../nbs/33_studies.ipynb #39ee4336
+# %% ../nbs/33_studies.ipynb #095a0ef1
 def slices_along(values: np.ndarray, grid: sitk.Image, plane: str) -> np.ndarray:
     "A view (slices, H, W) of values (z, y, x) on a grid: 'axial' slices from the feet up with the face up, 'coronal' from front to back or 'sagittal' from right to left with the crown up."
     direction, orders = np.reshape(grid.GetDirection(), (3, 3)), {'axial': (2, 1, 0), 'coronal': (1, 2, 0), 'sagittal': (0, 2, 1)}
@@ -171,7 +172,7 @@ def slices_along(values: np.ndarray, grid: sitk.Image, plane: str) -> np.ndarray
             view = np.flip(view, axis)
     return view
 
-# %% ../nbs/33_studies.ipynb #5565dd75
+# %% ../nbs/33_studies.ipynb #f569f36a
 def fuse_volume(ct, mri, grid: sitk.Image, model='wavelet', plane: str = 'axial', batch_size: int = 8, device='auto', progress=None) -> np.ndarray:
     "Two volumes (z, y, x) in [0, 1] on a grid, fused slice by slice along a plane: float32 in [0, 1]. `progress` wraps the batches, as tqdm does."
     model, fused = model_of(model, device), np.empty(ct.shape, np.float32)
@@ -185,7 +186,7 @@ def fuse_volume(ct, mri, grid: sitk.Image, model='wavelet', plane: str = 'axial'
         out[part] = fuse_batch(model, *batch).numpy()[:, 0]
     return fused
 
-# %% ../nbs/33_studies.ipynb #57fa6560
+# %% ../nbs/33_studies.ipynb #ced8b3e9
 def slice_table(fused, ct, mri, both) -> pd.DataFrame:
     "The metrics of slices (N, H, W) in [0, 1], a row for each in which at least a tenth is seen by both scans: EN, SD, SF, MI, Qabf, SSIM255, invented."
     kept = [index for index in range(len(fused)) if (both[index] > 0).mean() > .1 and min(np.ptp(ct[index]), np.ptp(mri[index])) > .05]
@@ -194,15 +195,16 @@ def slice_table(fused, ct, mri, both) -> pd.DataFrame:
     table.index = pd.Index([int(name) for name in table.index], name='slice')
     return table[[name for name in table if not name.endswith(('_ct', '_mri', '_min'))]]
 
-# %% ../nbs/33_studies.ipynb #fda6de3d
+# %% ../nbs/33_studies.ipynb #d1728862
 def flicker(fused, ct, mri) -> float:
-    "The mean absolute difference of neighbouring fused slices (N, H, W) where both sources hardly change, as a multiple of the larger of the sources'."
+    "The mean absolute difference of neighbouring fused slices (N, H, W) where both sources show the same but for noise, as a multiple of the larger of the sources'."
     steps = [np.abs(np.diff(view, axis=0)) for view in (fused, ct, mri)]
-    still = (np.maximum(steps[1], steps[2]) < .02) & (np.maximum(ct[1:], mri[1:]) > .05)
+    around = [uniform_filter(step, (0, 7, 7)) for step in steps[1:]]
+    still = (np.maximum(*around) < .1) & (np.minimum(ct[1:], mri[1:]) > .05)
     means = [float(step[still].mean()) if still.any() else 0. for step in steps]
     return means[0] / max(*means[1:], 1e-6)
 
-# %% ../nbs/33_studies.ipynb #2981bd73
+# %% ../nbs/33_studies.ipynb #82c3c665
 @dataclass
 class FusedSeries:
     "One MRI series on the study's grid: `mri` (values of the scan, z, y, x), its `limits`, its `weight`, the `registration`, and what was `fused`, {window: (z, y, x)}."
@@ -223,7 +225,7 @@ class FusedSeries:
         low, high = self.limits
         return np.clip((self.mri - np.float32(low)) / np.float32(high - low), 0, 1)
 
-# %% ../nbs/33_studies.ipynb #a99da92d
+# %% ../nbs/33_studies.ipynb #e2b048d1
 @dataclass
 class Study:
     "A fused study: an empty image `grid`, the `ct` in HU on it (z, y, x), where it is seen (`ct_weight`), and a `FusedSeries` for each MRI; `tables`: {label: {window: metrics by slice}}; `record` is what run.json says."
@@ -245,7 +247,7 @@ class Study:
         told = [f'  {one.label or "mri"} ({one.description}): {one.registration.sentence} Fused: {", ".join(one.fused) or "nothing"}.' for one in self.series]
         return '\n'.join([f'Study on {shape_text(self.grid)}', *told])
 
-# %% ../nbs/33_studies.ipynb #d17a04c6
+# %% ../nbs/33_studies.ipynb #80b32f35
 def middle_slices(study: Study, values) -> dict[str, np.ndarray]:
     "The slice of values (z, y, x) through the middle of what both scans see, {plane: (H, W)}, with square pixels (by the nearest voxel)."
     both, found = study.series[0].weight * study.ct_weight > .5, {}
@@ -263,19 +265,19 @@ def _pixel(grid, plane):
     lattice = slices_along(np.empty((2, 3, 4), bool), grid, plane).shape[1:]       # which axis is which, by its length
     return [grid.GetSpacing()[4 - count] for count in lattice]
 
-# %% ../nbs/33_studies.ipynb #80d24f41
+# %% ../nbs/33_studies.ipynb #d1d724fb
 def marked(figure, study: Study):
     "The figure, with the verdict across its top where the registration is not to be trusted: on every picture, so that none travels without it."
     if study.verdict in ('doubtful', 'failed'):
         figure.suptitle(f'REGISTRATION {study.verdict.upper()}', color='#b00020', fontsize=13, fontweight='bold')
     return figure
 
-# %% ../nbs/33_studies.ipynb #de58a2e9
+# %% ../nbs/33_studies.ipynb #0c81ec7b
 def checkerboards(study: Study, before=None, label: str = ''):
     "A figure: CT and MRI as checkerboards in three planes after the registration; `before`: the MRI's values (z, y, x) without it, for a row above."
     one, tiles = _series(study, label), {}
     ct = middle_slices(study, windows()['subdural'].of(study.ct))
-    for word, values in (('before', before), ('after', one.mri)):
+    for word, values in (('before', before), ('after', one.mri * (one.weight > 0))):
         if values is not None:
             low, high = one.limits
             mri = middle_slices(study, np.clip((values - low) / (high - low), 0, 1))
@@ -286,11 +288,11 @@ def checkerboards(study: Study, before=None, label: str = ''):
 def _series(study, label):
     return next(one for one in study.series if not label or one.label == label)
 
-# %% ../nbs/33_studies.ipynb #2025ce01
+# %% ../nbs/33_studies.ipynb #1b0fbfde
 def bone_contours(study: Study, label: str = ''):
     "A figure: the MRI in three planes with the contour of the CT's bone (300 HU) in orange; it has to lie on the dark bone of the MRI."
     one = _series(study, label)
-    mri, bone, tiles = middle_slices(study, one.grey), middle_slices(study, study.ct > 300), {}
+    mri, bone, tiles = middle_slices(study, one.grey * (one.weight > 0)), middle_slices(study, study.ct > 300), {}
     for plane, picture in mri.items():
         inside = bone[plane]
         edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
@@ -299,14 +301,14 @@ def bone_contours(study: Study, label: str = ''):
         tiles[plane] = colours
     return marked(mosaic(tiles, size=2.6), study)
 
-# %% ../nbs/33_studies.ipynb #c7379287
+# %% ../nbs/33_studies.ipynb #10d5b581
 def fused_planes(study: Study, label: str = ''):
     "A figure: the fused volume of every window in three planes."
     one = _series(study, label)
     tiles = {f'{name}, {plane}': picture for name, values in one.fused.items() for plane, picture in middle_slices(study, values).items()}
     return marked(mosaic(tiles, columns=3, size=2.6), study)
 
-# %% ../nbs/33_studies.ipynb #4c61f8ca
+# %% ../nbs/33_studies.ipynb #601f5fa3
 def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
     "A `Scan`: itself, of a path, or of a SimpleITK image (float32; one with air near −1000 is a CT)."
     if isinstance(scan, Scan):
@@ -316,7 +318,7 @@ def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
         return Scan(sitk.Cast(scan, sitk.sitkFloat32), 'CT' if is_hu else 'MR', 'image', is_hu)
     return read_scan(absolute_path(scan), series or None, fill_gaps)
 
-# %% ../nbs/33_studies.ipynb #11a25674
+# %% ../nbs/33_studies.ipynb #8b8e1a04
 def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False) -> Registration:
     "The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds."
     if transform is not None and str(transform):
@@ -328,7 +330,7 @@ def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = Fal
         return Registration(sitk.Euler3DTransform(), 'given', ['both scans name the same frame of reference'])
     return register(ct.image, mri.image)
 
-# %% ../nbs/33_studies.ipynb #ee6261e9
+# %% ../nbs/33_studies.ipynb #2641637d
 def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Image, spline: bool = False, n4: bool = False) -> FusedSeries:
     "A series on a grid, not yet fused."
     image = bias_corrected(mri.image) if n4 else mri.image
@@ -337,7 +339,7 @@ def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Imag
     return FusedSeries(label, mri.description, continued(image, grid, pose, spline), mri_limits(image), field_weight(image, grid, pose), registration,
                        {}, digest, frame_of(mri.image), list(mri.notes))
 
-# %% ../nbs/33_studies.ipynb #0d9184a8
+# %% ../nbs/33_studies.ipynb #0ba14392
 def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=None) -> dict:
     "Fuses a series of a study in each window; returns {window: table of metrics by slice}, with the flicker in its `attrs`."
     tables, mri = {}, one.grey
@@ -351,7 +353,7 @@ def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', b
         tables[window.name].attrs['flicker'] = flicker(*views[:3])
     return tables
 
-# %% ../nbs/33_studies.ipynb #3a301a45
+# %% ../nbs/33_studies.ipynb #5239a50c
 def fuse_study(study: Study, window='brain', model='wavelet', force=False, batch_size=8, device='auto', progress=None) -> Study:
     "The study, its series fused (again) in the windows by the model; not those whose registration failed, without `force`. Its record says so."
     chosen = windows_of(window)
@@ -364,7 +366,7 @@ def fuse_study(study: Study, window='brain', model='wavelet', force=False, batch
     study.record |= {'windows': [item._asdict() for item in chosen], 'model': find, 'model_sha256': model_sha256(model), 'forced': force}
     return study
 
-# %% ../nbs/33_studies.ipynb #fb630f72
+# %% ../nbs/33_studies.ipynb #f6ef96e7
 def study_record(study: Study, ct: Scan, notes=()) -> dict:
     "What run.json says of a study that is not yet fused: no name, no path, no date, no identifier of the source."
     series = {one.label: {'description': one.description, 'frame': one.frame, 'voxels_sha256': one.sha256, 'limits': one.limits, 'notes': one.notes,
@@ -376,7 +378,7 @@ def study_record(study: Study, ct: Scan, notes=()) -> dict:
                   'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': digest, 'notes': list(ct.notes)},
                   'mri': series, 'notes': list(notes), 'versions': kinds})
 
-# %% ../nbs/33_studies.ipynb #b3c9f09a
+# %% ../nbs/33_studies.ipynb #2aa585e2
 def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=0., plane='', spline=False, n4=False, transform=None, registered=False,
                 force=False, different_patients=False, batch_size=8, device='auto', progress=None) -> Study:
     """The fused `Study` of a CT and an MRI of one head, or of a dict {label: MRI} of several series. Scans are paths, `Scan`s or SimpleITK images.
@@ -396,7 +398,7 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     study.record = study_record(study, ct, dict.fromkeys(notes)) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
 
-# %% ../nbs/33_studies.ipynb #99e72354
+# %% ../nbs/33_studies.ipynb #20bb9e54
 @contextmanager
 def new_folder_at(path, replace: bool = False):
     "A hidden folder beside `path` that takes its place when all went well and vanishes otherwise. FileExistsError for what is there, unless it is a study to `replace`."
@@ -418,7 +420,7 @@ def new_folder_at(path, replace: bool = False):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/33_studies.ipynb #4c961175
+# %% ../nbs/33_studies.ipynb #2a7e039b
 def write_volume(path, values, grid: sitk.Image) -> Path:
     "The path of the NIfTI file (.nii.gz) that holds values (z, y, x) on a grid now, and nothing else: no header of the source."
     image = sitk.GetImageFromArray(np.ascontiguousarray(values))
@@ -426,7 +428,7 @@ def write_volume(path, values, grid: sitk.Image) -> Path:
     sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
     return Path(path)
 
-# %% ../nbs/33_studies.ipynb #e259054f
+# %% ../nbs/33_studies.ipynb #4a116c2a
 def fill_study(folder, study: Study) -> Path:
     "The folder, which now holds the study's volumes, transforms, tables and run.json."
     folder = Path(folder)
@@ -445,7 +447,7 @@ def fill_study(folder, study: Study) -> Path:
     write_json(folder / 'run.json', study.record | {'files_sha256': files})
     return folder
 
-# %% ../nbs/33_studies.ipynb #54e7961c
+# %% ../nbs/33_studies.ipynb #12c22ebd
 def read_study(folder) -> Study:
     "The study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
     folder = absolute_path(folder)
@@ -466,7 +468,7 @@ def read_study(folder) -> Study:
     seen = field_weight(empty_volume(record['ct']['frame']), ct) if record['grid'] == 'mri' else np.ones(ct.GetSize()[::-1], np.float32)
     return Study(empty_volume(frame_of(ct)), sitk.GetArrayFromImage(ct).astype(np.float32), seen, series, record['plane'], {}, record)
 
-# %% ../nbs/33_studies.ipynb #70336c3e
+# %% ../nbs/33_studies.ipynb #ddffdc5e
 def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
     "The header that all slices of a derived series share, of a header of the `reference` series: its patient and study, and what was done, `told` in a sentence."
     header = pydicom.Dataset()
@@ -483,14 +485,14 @@ def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
         header.FrameOfReferenceUID = pydicom.uid.generate_uid()
     return header
 
-# %% ../nbs/33_studies.ipynb #7f8ab9f3
+# %% ../nbs/33_studies.ipynb #ffb58b07
 def source_item(header) -> pydicom.Dataset:
     "An item of SourceImageSequence: the slice from which another one was derived."
     item = pydicom.Dataset()
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = str(header.SOPClassUID), str(header.SOPInstanceUID)
     return item
 
-# %% ../nbs/33_studies.ipynb #a27bcf8e
+# %% ../nbs/33_studies.ipynb #532e8e4e
 def without_patient(header) -> None:
     "Replaces in place what PS3.15 Annex E's basic profile lists, UIDs consistently within this process. Raises ImportError in a sentence."
     try:
@@ -502,7 +504,7 @@ def without_patient(header) -> None:
     header.update(kept)
     header.PatientIdentityRemoved, header.DeidentificationMethod = 'YES', 'PS3.15 Annex E basic profile, by dicom-anonymizer'
 
-# %% ../nbs/33_studies.ipynb #c571a38f
+# %% ../nbs/33_studies.ipynb #69428906
 def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, description: str, anonymous: bool = False) -> list[Path]:
     "The files of a derived series, one a slice, of fused values (z, y, x) in [0, 1] on a grid; `reference`: the headers of the series beside which it lies."
     folder, direction, step = Path(folder), np.reshape(grid.GetDirection(), (3, 3)), grid.GetSpacing()
@@ -527,7 +529,7 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
         one.save_as(files[-1], enforce_file_format=True)
     return files
 
-# %% ../nbs/33_studies.ipynb #cd5349e8
+# %% ../nbs/33_studies.ipynb #559d8f70
 def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) -> None:
     "Writes a derived series for each fused volume into a study's folder: dicom_<window>/. `reference`: headers of the series whose grid the study has."
     for one in study.series:
@@ -540,7 +542,7 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
             word = f'{study.verdict.upper()} ' if study.verdict in ('doubtful', 'failed') else ''
             write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', values, grid, reference, told, f'{word}fused {name} {one.label}'.strip(), anonymous)
 
-# %% ../nbs/33_studies.ipynb #dc91635a
+# %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:
     "An executed notebook (its JSON) without papermill's metadata and without the paths `secrets`: neither whole nor a part of one that the notebook itself does not hold."
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
@@ -556,7 +558,7 @@ def scrubbed(notebook: dict, secrets: list) -> dict:
         return pattern.sub('…', value) if isinstance(value, str) and not name.startswith('image/') else value
     return clean(notebook)
 
-# %% ../nbs/33_studies.ipynb #b13f5488
+# %% ../nbs/33_studies.ipynb #3c8b9335
 def report_html(notebook: dict, title: str) -> str:
     "An executed notebook as one HTML page that fetches nothing: prose, tables and pictures, without its code. Raises ImportError in a sentence."
     try:
@@ -570,7 +572,7 @@ def report_html(notebook: dict, title: str) -> str:
              'td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}a.anchor-link{display:none}')
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>'
 
-# %% ../nbs/33_studies.ipynb #872e1850
+# %% ../nbs/33_studies.ipynb #9b794532
 def write_report(folder, notebook: dict, secrets: list) -> None:
     "Puts the executed notebook, scrubbed, and report.html into a study's folder, and their hashes into its run.json."
     folder, clean = Path(folder), scrubbed(notebook, secrets)
