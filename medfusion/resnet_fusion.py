@@ -51,6 +51,7 @@ class Config:
     cache_gb: float = 4.0
     resume: bool = False
     replace: bool = False
+    tracker: str = ''
     backbone_weights: str = 'IMAGENET1K_V2'
     deepest: str = 'layer3'
     residual: float = 0.2
