@@ -305,7 +305,7 @@ def fuse(
     check_there(ct, mri)
     if is_folder(ct) != is_folder(mri):
         raise ValueError(f'{ct} and {mri} must be two files or two folders.')
-    if shard and not is_folder(ct):
+    if shard is not None and not is_folder(ct):
         raise ValueError(f'--shard {shard} takes a part of two folders, and {ct} is a file; leave it out.')
     if not is_folder(ct):
         typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))

@@ -490,7 +490,7 @@ def shard_of(text) -> tuple[int, int]:
 def pairs_to_fuse(ct_dir, mri_dir, shard=None) -> tuple[list[Pair], dict[str, str]]:
     "The pairs of two folders, sorted, and {name: reason} of the slices that cannot be fused; of a `shard` (see `shard_of`), or all."
     rows, failed = match_images({'CT': ct_dir, 'MRI': mri_dir})
-    part, parts = shard_of(shard or '1/1')
+    part, parts = shard_of('1/1' if shard is None else shard)
     mine = {name for name in (*rows, *failed) if zlib.crc32(name_key(name).encode()) % parts == part - 1}
     return [Pair(name, *paths) for name, paths in rows.items() if name in mine], {name: why for name, why in failed.items() if name in mine}
 

@@ -1,5 +1,6 @@
 """Sweeps from outside: what is started, gone on with and left alone; failures and stops; the table of runs. A run here is a small script."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,9 +82,18 @@ def test_one_failing_run_does_not_stop_the_others(base, started, tmp_path):
 
 def test_stopped_and_gone_on_with(base, started, tmp_path):
     given = base | {'save_dir': str(tmp_path)}
-    threading.Timer(2.5, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        S.sweep('wavelet', {'w_sd': [0.0, 2.0, 3.0]}, given, progress='none')
+
+    def interrupt():
+        while not (tmp_path / 'w_sd=2/history.csv').exists():    # the second run is at work
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # what a shell starts in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            S.sweep('wavelet', {'w_sd': [0.0, 2.0, 3.0]}, given, progress='none')
+    finally:
+        signal.signal(signal.SIGINT, before)
     there = {path.name: read_run(path)['state'] for path in tmp_path.iterdir()}
     assert there == {'w_sd=0': 'finished', 'w_sd=2': 'interrupted'}
     first = len(started)
