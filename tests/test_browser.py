@@ -149,26 +149,31 @@ def press(page, key):
     return time.perf_counter() - start
 
 
-def changed(page, act):
+def changed(page, act, picture=PICTURE):
     "Does something and returns when the picture on the page is another one, and the last: the wheel and the hand may ask for several."
-    before = page.locator(PICTURE).first.get_attribute('src')
+    before = page.locator(picture).first.get_attribute('src')
     act()
     page.wait_for_function("""([selector, before]) => {
         const now = document.querySelector(selector).src, same = now === window.pictureSeen;
         window.pictureSeen = now;
         return same && now !== before;
-    }""", arg=[PICTURE, before], timeout=20_000, polling=100)
+    }""", arg=[picture, before], timeout=20_000, polling=100)
 
 
-def number(page, name):
+def slider_row(page, name, widget='.medfusion-explorer'):
+    "A slider of the explorer, by its description."
+    return page.locator(f'{widget} .widget-hslider').filter(has=page.get_by_text(name, exact=True))
+
+
+def number(page, name, widget='.medfusion-explorer'):
     "What a slider of the explorer says, by its description."
-    row = page.locator('.medfusion-explorer .widget-hslider').filter(has=page.get_by_text(name, exact=True)).first
+    row = slider_row(page, name, widget).first
     return float(row.locator('.widget-readout').inner_text())
 
 
-def photograph(page, path):
+def photograph(page, path, widget='.medfusion-explorer'):
     "A picture of the explorer, with a margin."
-    explorer = page.locator('.medfusion-explorer').first
+    explorer = page.locator(widget).first
     explorer.scroll_into_view_if_needed()
     box = explorer.bounding_box()
     page.screenshot(path=path, clip={'x': box['x'] - 8, 'y': box['y'] - 4, 'width': box['width'] + 12, 'height': box['height'] + 8})
@@ -241,6 +246,62 @@ def test_explorer_in_jupyterlab(lab, browser, name):
         assert errors(page) == []
     finally:
         page.screenshot(path=shots / f'{stem}-page.png')
+        page.close()
+
+
+def test_scan_viewer_in_jupyterlab(lab, browser, tmp_path):
+    "What `medfusion view` opens: wheel, click, opacity, nudge, save; nothing is fetched from elsewhere, and no picture is kept."
+    pytest.importorskip('SimpleITK')
+    from medfusion.phantom_volume import phantom_study
+    from medfusion.scan_viewer import viewer_notebook
+    from medfusion.studies import fill_study, scan_fusion
+    url, token, folder = lab
+    drawn = phantom_study(12, ct_spacing=(4., 4., 6.), mri_spacing=(4., 4., 6.), pose=(8., 10.))
+    fill_study(tmp_path, scan_fusion(drawn.ct, drawn.mri, 'brain', 'maximum', transform=drawn.truth))
+    (folder / 'study.ipynb').write_text(json.dumps(viewer_notebook(tmp_path)))
+    shots, viewer = ROOT / 'results/browser', '.medfusion-scan-viewer'
+    shots.mkdir(parents=True, exist_ok=True)
+    begin_kernel(url, token, 'study.ipynb')
+    page, asked = browser.new_page(viewport={'width': 1440, 'height': 1100}), []
+    page.on('request', lambda request: asked.append(request.url))
+    change, slices = lambda act: changed(page, act, f'{viewer} img'), lambda: {name: number(page, name, viewer) for name in ('axial', 'coronal', 'sagittal')}
+    try:
+        page.goto(f'{url}/lab/workspaces/study/tree/nbs/study.ipynb?token={token}')
+        page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
+        page.get_by_text('| Idle').wait_for(timeout=60_000)
+        run_all(page, seconds=200)
+        page.wait_for_selector(f'{viewer} img', timeout=30_000)
+        picture, before = page.locator(f'{viewer} img').first, slices()
+        picture.scroll_into_view_if_needed()
+        box = picture.bounding_box()
+        page.mouse.move(box['x'] + box['width'] / 6, box['y'] + box['height'] / 2)
+        change(lambda: page.mouse.wheel(0, -100))
+        assert slices() == before | {'axial': before['axial'] + 1}
+        change(lambda: page.mouse.click(box['x'] + box['width'] / 8, box['y'] + box['height'] / 3))
+        assert slices()['coronal'] < before['coronal'] and slices()['sagittal'] < before['sagittal'] and slices()['axial'] == before['axial'] + 1
+        photograph(page, shots / 'scan_viewer.png', viewer)
+        slider_row(page, 'opacity', viewer).nth(2).locator('.noUi-handle').focus()
+        change(lambda: page.keyboard.press('ArrowLeft'))
+        page.locator(viewer).get_by_text('checkerboard', exact=True).click()
+        page.locator(viewer).get_by_text('move the MRI').click()
+        slider_row(page, 'P mm', viewer).locator('.noUi-handle').focus()
+        change(lambda: page.keyboard.press('ArrowRight'))
+        page.locator(viewer).get_by_text('by hand').wait_for(timeout=10_000)
+        page.locator(viewer).get_by_role('button', name='save transform').click()
+        page.locator(viewer).get_by_text('Saved as').wait_for(timeout=10_000)
+        assert (tmp_path / 'mri_to_ct_nudged.tfm').is_file()
+        photograph(page, shots / 'scan_viewer-nudged.png', viewer)
+        page.get_by_role('menubar').get_by_text('File', exact=True).click()
+        page.get_by_text('Save Notebook', exact=True).click()
+        for _ in range(100):
+            saved = (folder / 'study.ipynb').read_text()
+            if 'widget-view' in saved:
+                break
+            page.wait_for_timeout(100)
+        assert 'widget-view' in saved and 'image/png' not in saved and len(saved) < 5000
+        assert errors(page) == [] and [one for one in asked if not one.startswith((url, 'data:', 'blob:'))] == []
+    finally:
+        page.screenshot(path=shots / 'scan_viewer-page.png')
         page.close()
 
 
