@@ -12,7 +12,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand', 'means_text',
            'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs',
            'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
-           'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'models', 'export', 'run_as_module']
+           'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -1026,6 +1026,18 @@ def scan(
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """
     tell_study(run_scan_notebook(scan_parameters(context.params), out, replace), out)
+
+# %% ../nbs/50_cli.ipynb #89c1b775
+@app.command()
+def view(
+    study: Annotated[Path, typer.Argument(parser=typed_path, metavar='STUDY', help='a folder that medfusion scan wrote')],
+):
+    """Look at a study in JupyterLab: three planes, layers, a checkerboard; move a registration that is doubtful. Ctrl-C ends it.
+
+    Example: medfusion view study
+    """
+    from medfusion.scan_viewer import open_viewer
+    raise typer.Exit(open_viewer(study))
 
 # %% ../nbs/50_cli.ipynb #bea0966e
 @app.command()

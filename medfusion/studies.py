@@ -7,7 +7,7 @@ __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'f
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
            'opened', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study', 'study_record', 'scan_fusion',
-           'new_folder_at', 'write_volume', 'fill_study', 'read_study', 'derived_header', 'source_item',
+           'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item',
            'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
@@ -447,15 +447,22 @@ def fill_study(folder, study: Study) -> Path:
     write_json(folder / 'run.json', study.record | {'files_sha256': files})
     return folder
 
-# %% ../nbs/33_studies.ipynb #12c22ebd
-def read_study(folder) -> Study:
-    "The study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
+# %% ../nbs/33_studies.ipynb #298b7366
+def record_in(folder) -> dict:
+    "What run.json says of the study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
     folder = absolute_path(folder)
     record = read_json(folder / 'run.json')
     if record.get('format') != 'medfusion study 1':
         raise ValueError(f'{folder} holds no study of medfusion; make one with medfusion scan.')
     if lost := [name for name in record.get('files_sha256', {}) if not (folder / name).is_file()]:
         raise ValueError(f'{folder} has lost {lost[0]}; make the study again.')
+    return record
+
+# %% ../nbs/33_studies.ipynb #12c22ebd
+def read_study(folder) -> Study:
+    "The study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
+    folder = absolute_path(folder)
+    record = record_in(folder)
     read = lambda name: sitk.GetArrayFromImage(sitk.ReadImage(str(folder / name))).astype(np.float32)
     ct, series = sitk.ReadImage(str(folder / 'ct.nii.gz')), []
     for label, told in record['mri'].items():
