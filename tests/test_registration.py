@@ -38,6 +38,7 @@ def turned(image, truth, matrix):
     return other, rigid(sitk.CompositeTransform([pose_of(matrix, middle, middle), truth]))
 
 
+@pytest.mark.long
 def test_refining_a_nudged_pose_finds_the_truth_and_the_same_bits(study):
     nudge = pose_of(np.eye(3), (0, 0, 0), (5, -4, 3))
     start = rigid(sitk.CompositeTransform([study.truth, nudge]))
