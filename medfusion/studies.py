@@ -551,10 +551,10 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
 
 # %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:
-    "An executed notebook (its JSON) without papermill's metadata and without the paths `secrets`: neither whole nor a part of one that the notebook itself does not hold."
+    "An executed notebook (its JSON) without papermill's metadata and without the paths `secrets`, whole or in parts; a single word that the notebook itself holds stays."
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
     parts = {part for secret in secrets for part in Path(secret).parts if len(part) > 2 and part not in own}
-    words = [re.escape(str(secret)) for secret in secrets if str(secret).strip()] + [rf'(?<!\w){re.escape(part)}(?!\w)' for part in parts]
+    words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<!\w){re.escape(part)}(?!\w)' for part in parts]
     pattern = re.compile('|'.join(sorted(words, key=len, reverse=True)) or r'(?!)')
 
     def clean(value, name=''):

@@ -212,7 +212,7 @@ def read_row(folder: Path) -> dict:
 
 # %% ../nbs/26_sweeps.ipynb #9ab57380
 def load_runs(*folders) -> pd.DataFrame:
-    """A row for every run in folders (by default ../results) and below, index `run`, those that began last at the end.
+    """A row for every training in folders (by default ../results) and below, index `run`, those that began last at the end; benchmarks are left out.
 
     Warns of a record that cannot be read. Raises FileNotFoundError for a missing folder, ValueError where there is no run.
     """
@@ -222,7 +222,7 @@ def load_runs(*folders) -> pd.DataFrame:
             raise FileNotFoundError(f'There is no folder {place} with runs.')
         for path in sorted(place.rglob('run.json')):
             try:
-                rows.append(read_row(path.parent))
+                rows += [row for row in [read_row(path.parent)] if row['method'] != 'benchmark']
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
     if not rows:
@@ -247,13 +247,15 @@ def column_of(table, name: str) -> str:
 
 # %% ../nbs/26_sweeps.ipynb #92e002bc
 def select_runs(table, where: dict | None = None, sort: str = '') -> pd.DataFrame:
-    "The runs whose columns have these values, {column: value or its text}; sorted by a column, of a metric the best first."
+    "The runs whose columns have these values, {column: value or its text}; sorted by a column, of a metric the best first. ValueError where none has."
     for name, wanted in (where or {}).items():
         column = column_of(table, name)
         there = table.index.to_series() if column == table.index.name else table[column]
         number = pd.to_numeric(pd.Series([str(wanted)]), errors='coerce')[0]
         same = there.map(lambda value: str(value).lower() == str(wanted).lower() or
                          isinstance(value, (int, float)) and not isinstance(value, bool) and value == number)
+        if not same.any():
+            raise ValueError(f'No run has {name}={wanted}; there is {", ".join(sorted(set(map(str, there))))}.')
         table = table[same.astype(bool)]
     if not sort:
         return table
