@@ -42,8 +42,9 @@ import medfusion as package
 # %% ../nbs/50_cli.ipynb #23a21838
 def in_shell_words(text: str) -> str:
     "A sentence of the package as the shell's user would say it."
-    text = re.sub(r'\b(replace|fill_gaps|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
-    return re.sub(r'\bseries=(\d+)\b', r'--series \1', text)
+    text = re.sub(r'\b(replace|force|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
+    text = re.sub(r'\bfill_gaps=True\b', '-p fill_gaps=true', text)
+    return re.sub(r'\bseries=(\d+)\b', r"-p ct_series=\1 (or -p 'mri_series=[\1]')", text)
 
 # %% ../nbs/50_cli.ipynb #ddeb1577
 def sentence_of(error: BaseException) -> str:

@@ -91,7 +91,7 @@ def export_onnx(model='wavelet', path='wavelet.onnx', opset: int = 17, replace: 
     """
     path, facts = check_output(path, [], ('.onnx',)), onnx_facts(model)
     if path.exists() and not replace:
-        raise FileExistsError(f'{path} is there already; name another file, or say replace=True (--replace).')
+        raise FileExistsError(f'{path} is there already; name another file, or say replace=True.')
     if not path.parent.is_dir():
         raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} into; make it first.')
     network = load_model(model, device='cpu')

@@ -7,8 +7,9 @@ __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'f
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
            'opened', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study', 'study_record', 'scan_fusion',
-           'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item',
-           'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
+           'check_replaceable', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
+           'derived_header', 'source_item', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
+           'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -398,25 +399,42 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     study.record = study_record(study, ct, dict.fromkeys(notes)) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
 
+# %% ../nbs/33_studies.ipynb #a6548f96
+def check_replaceable(path: Path, replace: bool = False) -> bool:
+    "Whether a study is at `path` that may be replaced; False where nothing is. FileExistsError for anything else, also for a study with other files in it."
+    if not path.exists() or path.is_dir() and not any(path.iterdir()):
+        return False
+    record = read_json(path / 'run.json') if (path / 'run.json').is_file() else {}
+    if record.get('format') != 'medfusion study 1':
+        raise FileExistsError(f'{path} is there and is no study; name another folder.')
+    if not replace:
+        raise FileExistsError(f'{path} holds a study already; name another folder, or replace it (replace=True).')
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
+    own = {'run.json', 'scan_fusion.ipynb', 'report.html', *record['files_sha256']}
+    if foreign := [name for name in names if name not in own and not re.fullmatch(r'dicom_[^/]*/[^/]*\.dcm', name)]:
+        raise FileExistsError(f'{path} holds {foreign[0]}, which is no part of its study, and would be lost; move it away, or name another folder.')
+    return True
+
 # %% ../nbs/33_studies.ipynb #20bb9e54
 @contextmanager
 def new_folder_at(path, replace: bool = False):
     "A hidden folder beside `path` that takes its place when all went well and vanishes otherwise. FileExistsError for what is there, unless it is a study to `replace`."
     path = absolute_path(path)
-    if path.exists():
-        if not path.is_dir() or (any(path.iterdir()) and not (path / 'run.json').is_file()):
-            raise FileExistsError(f'{path} is there and is no study; name another folder.')
-        if any(path.iterdir()) and not replace:
-            raise FileExistsError(f'{path} holds a study already; name another folder, or replace it (replace=True).')
+    there = check_replaceable(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, old = path.with_name(temporary_name(path.name)), path.with_name(temporary_name(f'{path.name}.old'))
     folder.mkdir()
     try:
         yield folder
+        record = read_json(folder / 'run.json') if there else {}
+        if record.get('verdict') == 'failed' and not record.get('forced'):
+            raise FileExistsError(f'The registration failed, and the study in {path} stays as it was; name another folder to see why, or fuse all the same (force=True).')
         if path.exists():
             os.replace(path, old)
         os.replace(folder, path)
     finally:
+        if old.exists() and not path.exists():      # stopped between the two
+            os.replace(old, path)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -454,8 +472,11 @@ def record_in(folder) -> dict:
     record = read_json(folder / 'run.json')
     if record.get('format') != 'medfusion study 1':
         raise ValueError(f'{folder} holds no study of medfusion; make one with medfusion scan.')
-    if lost := [name for name in record.get('files_sha256', {}) if not (folder / name).is_file()]:
-        raise ValueError(f'{folder} has lost {lost[0]}; make the study again.')
+    for name, known in record.get('files_sha256', {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f'{folder} has lost {name}; make the study again.')
+        if sha256_of(folder / name) != known:
+            raise ValueError(f'{folder / name} is not what the study was written with; make the study again.')
     return record
 
 # %% ../nbs/33_studies.ipynb #12c22ebd
@@ -542,7 +563,9 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
     for one in study.series:
         for name, values in one.fused.items():
             on_mri = study.record['grid'] == 'mri'
-            grid = empty_volume(one.frame) if on_mri else study.grid
+            grid = empty_volume(study.series[0].frame) if on_mri else study.grid     # that of the series which the headers are of
+            if grid.GetSize() != values.shape[::-1]:
+                raise ValueError('A DICOM series has the voxels of its source, and another spacing was asked for; leave dicom out, or the spacing.')
             window = next(item for item in study.record['windows'] if item['name'] == name)
             told = (f'CT and MRI ({one.description}) fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
                     f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
@@ -562,7 +585,8 @@ def scrubbed(notebook: dict, secrets: list) -> dict:
             return {key: clean(one, key) for key, one in value.items() if key not in ('papermill', 'execution', 'widgets')}
         if isinstance(value, list):
             return [clean(one, name) for one in value]
-        return pattern.sub('…', value) if isinstance(value, str) and not name.startswith('image/') else value
+        ours = name.startswith('image/') or name in ('output_type', 'cell_type', 'id', 'name', 'execution_state')
+        return pattern.sub('…', value) if isinstance(value, str) and not ours else value
     return clean(notebook)
 
 # %% ../nbs/33_studies.ipynb #3c8b9335

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
-from .files import plain
+from .files import plain, read_json
 from .inference import methods
 from .metrics import lower_is_better
 from .runs import (as_meant, check_folders, check_parameters, check_run_name, check_values, nbs_dir, notebook_parameters, read_run,
@@ -222,7 +222,8 @@ def load_runs(*folders) -> pd.DataFrame:
             raise FileNotFoundError(f'There is no folder {place} with runs.')
         for path in sorted(place.rglob('run.json')):
             try:
-                rows += [row for row in [read_row(path.parent)] if row['method'] != 'benchmark']
+                if read_json(path).get('format') != 'medfusion study 1':
+                    rows += [row for row in [read_row(path.parent)] if row['method'] != 'benchmark']
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
     if not rows:

@@ -1,6 +1,7 @@
 """From two scans to a study: the command, what it writes and never writes, and what it refuses."""
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from medfusion.studies import (
     new_folder_at,
     read_study,
     scan_fusion,
+    scrubbed,
 )
 
 PLANTED = ['ZQWPATIENT', 'XKID8151', '19330417', '20190228', 'VVCLINIC', 'JJDOCTOR', '1.2.826.0.99.', 'zzfamilyname']
@@ -176,3 +178,54 @@ def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
         data = path.read_bytes()
         assert not [secret for secret in PLANTED if secret.encode() in data]
+
+
+# What is there
+
+def test_only_a_study_and_nothing_else_is_replaced(tmp_path):
+    "A training's folder, a study with somebody's files in it, and a good study that a failed one would follow stay as they are."
+    def study(folder, verdict='good', forced=False):
+        folder.mkdir(exist_ok=True)
+        (folder / 'run.json').write_text(json.dumps({'format': 'medfusion study 1', 'verdict': verdict, 'forced': forced, 'files_sha256': {}}))
+        return folder
+    study(tmp_path / 'study')
+    (tmp_path / 'study/raw').mkdir()
+    (tmp_path / 'study/raw/1.dcm').write_text('the source')
+    (tmp_path / 'training').mkdir()
+    (tmp_path / 'training/run.json').write_text('{"format": "medfusion run 1"}')
+    for name, words in (('study', 'holds raw/1.dcm, which is no part of its study'), ('training', 'is no study')):
+        with pytest.raises(FileExistsError, match=words), new_folder_at(tmp_path / name, replace=True):
+            raise AssertionError('never begun')
+    (tmp_path / 'study/raw/1.dcm').unlink()
+    with pytest.raises(FileExistsError, match='the study in .* stays as it was'), new_folder_at(tmp_path / 'study', replace=True) as folder:
+        study(folder, 'failed')
+    assert json.loads((tmp_path / 'study/run.json').read_text())['verdict'] == 'good'
+    with new_folder_at(tmp_path / 'study', replace=True) as folder:
+        study(folder, 'failed', forced=True)
+    assert json.loads((tmp_path / 'study/run.json').read_text())['verdict'] == 'failed'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['study', 'training']
+
+
+def test_stopped_between_the_two_renames(tmp_path, monkeypatch):
+    (tmp_path / 'study').mkdir()
+    (tmp_path / 'study/run.json').write_text('{"format": "medfusion study 1", "files_sha256": {}}')
+    moved = []
+
+    def stops(source, target, real=os.replace):
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+    with pytest.raises(KeyboardInterrupt), new_folder_at(tmp_path / 'study', replace=True) as folder:
+        (folder / 'run.json').write_text('{"format": "medfusion study 1", "verdict": "good"}')
+        monkeypatch.setattr('medfusion.studies.os.replace', stops)
+    assert [path.name for path in tmp_path.iterdir()] == ['study'] and 'verdict' not in (tmp_path / 'study/run.json').read_text()
+
+
+def test_a_short_name_of_a_folder_garbles_no_report():
+    "What was typed is taken out as whole words, and never out of what a notebook is made of."
+    output = {'output_type': 'display_data', 'data': {'text/plain': ['Patient plum in /home/plum/scans']}, 'metadata': {}}
+    notebook = {'cells': [{'cell_type': 'code', 'id': 'data', 'metadata': {}, 'source': 'display(study)', 'outputs': [output]}], 'metadata': {}}
+    clean = scrubbed(notebook, ['plum', 'study', 'data', '/home/plum/scans'])
+    assert clean['cells'][0]['source'] == 'display(study)' and clean['cells'][0]['id'] == 'data'
+    assert clean['cells'][0]['outputs'][0]['output_type'] == 'display_data' and clean['cells'][0]['outputs'][0]['data']['text/plain'] == ['Patient … in …']

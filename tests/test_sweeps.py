@@ -156,7 +156,7 @@ def test_the_table_of_runs(runs):
     (runs / 'toy' / 'torn' / 'run.json').write_text('{')
     with pytest.warns(UserWarning, match='torn/run.json is not JSON'):
         table = S.load_runs(str(runs))
-    assert list(table.index) == ['r0', 'r1', 'r2', 'r3', 'bad', 'all'] and table['VIF test'].tolist()[:4] == [0.6] * 4
+    assert list(table.index) == ['r0', 'r1', 'r2', 'r3', 'bad'] and table['VIF test'].tolist()[:4] == [0.6] * 4
     toys = S.select_runs(table, {'method': 'toy'})
     assert S.varied(toys) == ['seed', 'w'] and table.loc['all'].filter(like=' test').isna().all(), 'a benchmark has many methods and no network of its own'
     assert list(S.select_runs(toys, {'w': '0.1', 'state': 'finished'}, 'VIF').index) == ['r3', 'r2']
