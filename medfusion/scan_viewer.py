@@ -483,7 +483,7 @@ def view_scan(study, ct=None, mri=None, keep_picture: bool = False) -> ScanViewe
     """A viewer of a study, to be the last expression of a cell in JupyterLab.
 
     `study`: a folder that `medfusion scan` wrote, or what `scan_fusion` returned; `ct`, `mri`: the scans from which it was made, as `scan_fusion` takes them, to refine its
-    registration. Transforms are saved into the study's folder, or the current one. The notebook keeps the picture only with `keep_picture`.
+    registration. Transforms are saved into the study's folder, or the current one. The notebook keeps the picture only with `keep_picture`. A saved widget state (JupyterLab's menu Settings, off by default) would keep it too.
     Raises FileNotFoundError or ValueError for what is no study."""
     folder = Path() if isinstance(study, Study) else absolute_path(study)
     viewer = ScanViewer(study if isinstance(study, Study) else shown_study(folder), keep_picture)
