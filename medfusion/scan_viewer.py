@@ -249,12 +249,12 @@ class LayerPanel:
     "The controls of a layer: `source` (whose first window is shown), `opacity`, `window` and `colours`. `sources`: {name: (low, high)}; `span`: the least and the greatest value."
 
     def __init__(self, name, sources, span, opacity, changes):
-        narrow, step = widgets.Layout(width='190px'), 1. if span[1] - span[0] > 200 else (span[1] - span[0]) / 100
+        narrow, step = widgets.Layout(width='180px'), 1. if span[1] - span[0] > 200 else (span[1] - span[0]) / 100
         self.source = widgets.Dropdown(options=[(word or name, word) for word in sources], description=name, layout=narrow)
         self.opacity = slider(widgets.FloatSlider, 'opacity', f'0: {name} is not seen; 1: nothing beneath it', min=0., max=1., step=.05, value=opacity)
         self.window = slider(widgets.FloatRangeSlider, 'window', 'the values drawn as the first and the last colour', min=span[0], max=span[1], step=step,
                              readout_format='.0f' if step == 1 else '.3g', value=next(iter(sources.values()), span))
-        self.window.layout.width = '360px'
+        self.opacity.layout.width, self.window.layout.width = '250px', '340px'        # all four in a row
         self.colours = widgets.Dropdown(options=colour_maps(), description='colours', layout=narrow)
         self.source.observe(lambda change: setattr(self.window, 'value', sources[change['new']]), 'value')
         self.controls = self.source, self.opacity, self.window, self.colours
