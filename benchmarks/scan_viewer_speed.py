@@ -7,6 +7,7 @@ setting a control's value to the end of drawing (slices, colours, PNG), as the k
 the processor; where the clock's is far longer, the machine was busy with something else."""
 import argparse
 import time
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -69,7 +70,7 @@ def main():
         viewers = []
         first = timed(lambda: viewers.append(view_scan(folder)))
         print(f'{options.size[0]}×{options.size[1]}×{options.size[2]}: from call to picture {first["wall"]:.2f} s ({first["cpu"]:.2f} s of the processor)')
-        rows = [{'change': kind} | timed(lambda: setattr(control, 'value', value)) for kind, control, value in changes(viewers[0], options.changes)]
+        rows = [{'change': kind} | timed(partial(setattr, control, 'value', value)) for kind, control, value in changes(viewers[0], options.changes)]
     kinds = pd.DataFrame(rows).groupby('change', sort=False)
     print(pd.DataFrame({'median': kinds['wall'].median(), 'worst': kinds['wall'].max(), 'cpu': kinds['cpu'].median(), 'times': kinds.size()}).round(3).to_string())
 

@@ -9,7 +9,7 @@ __all__ = ['FusedFiles', 'shown_study', 'axes_of', 'extent_of', 'sides_of', 'Cro
            'move_scan', 'plane_tile', 'draw_planes', 'ScanViewer', 'ViewerMouse', 'save_pose', 'fuse_command',
            'refine_pose', 'add_mending', 'view_scan', 'viewer_notebook', 'open_viewer']
 
-# %% ../nbs/41_scan_viewer.ipynb #43e233c6
+# %% ../nbs/41_scan_viewer.ipynb #734b3531
 import json
 import shlex
 import subprocess
@@ -32,9 +32,9 @@ from .figures import checkerboard, coloured
 from .files import absolute_path
 from .registration import Registration, read_transform, register, resampled, rigid, write_transform
 from .scans import shape_text, sitk
-from .studies import FusedSeries, Study, empty_volume, frame_of, opened, record_in, slices_along, windows
+from .studies import FusedSeries, Study, Window, empty_volume, frame_of, opened, record_in, slices_along, windows
 
-# %% ../nbs/41_scan_viewer.ipynb #388dbbf1
+# %% ../nbs/41_scan_viewer.ipynb #4cf9f2bd
 class FusedFiles(Mapping):
     "The fused volumes {window: (z, y, x) in [0, 1]} of a study's files {window: path}, each read when it is first asked for."
 
@@ -52,7 +52,7 @@ class FusedFiles(Mapping):
     def __len__(self):
         return len(self.files)
 
-# %% ../nbs/41_scan_viewer.ipynb #7bbbc4f2
+# %% ../nbs/41_scan_viewer.ipynb #833edd14
 def shown_study(folder) -> Study:
     "The study in a folder, as far as it is shown: its values as they are stored, its weights 0 where a scan saw nothing. Raises FileNotFoundError or ValueError where it is none."
     folder, series = absolute_path(folder), []
@@ -67,23 +67,23 @@ def shown_study(folder) -> Study:
                                   FusedFiles({name: path for name, path in files.items() if path.is_file()})))
     return Study(empty_volume(frame_of(ct)), sitk.GetArrayFromImage(ct), mask & 1, series, record['plane'], {}, record)
 
-# %% ../nbs/41_scan_viewer.ipynb #dfd5854f
+# %% ../nbs/41_scan_viewer.ipynb #ee50bc39
 def axes_of(grid, plane) -> tuple:
     "The axes of a grid (0, 1, 2 for x, y, z of its lattice) along which the slices, the rows and the columns of a plane run."
     return tuple(4 - count for count in slices_along(np.empty((2, 3, 4), bool), grid, plane).shape)
 
-# %% ../nbs/41_scan_viewer.ipynb #7ba18c79
+# %% ../nbs/41_scan_viewer.ipynb #93c7018f
 def extent_of(grid, plane) -> tuple:
     "(height, width) of the slices of a plane, in mm."
     _, row, column = axes_of(grid, plane)
     return tuple(grid.GetSize()[axis] * grid.GetSpacing()[axis] for axis in (row, column))
 
-# %% ../nbs/41_scan_viewer.ipynb #6d3ae090
+# %% ../nbs/41_scan_viewer.ipynb #e9387749
 def sides_of(plane) -> tuple:
     "The planes that are met by going down and across in a slice of a plane, and the letters of the body at its left, right, upper and lower side."
     return {'axial': ('coronal', 'sagittal', 'RLAP'), 'coronal': ('axial', 'sagittal', 'RLSI'), 'sagittal': ('axial', 'coronal', 'APSI')}[plane]
 
-# %% ../nbs/41_scan_viewer.ipynb #43381369
+# %% ../nbs/41_scan_viewer.ipynb #6630d4cc
 class Crosshair(NamedTuple):
     "A voxel by the number of its slice in each plane, from the patient's right, front and feet; or how many slices there are."
     sagittal: int
@@ -106,19 +106,19 @@ class Crosshair(NamedTuple):
         moved = self._replace(**{row: pixel[0], column: pixel[1]})
         return moved._replace(axial=counts.axial - 1 - moved.axial) if row == 'axial' else moved
 
-# %% ../nbs/41_scan_viewer.ipynb #71184615
+# %% ../nbs/41_scan_viewer.ipynb #8f645539
 def voxel_at(grid, at: Crosshair) -> tuple:
     "The index (x, y, z) of the voxel under a crosshair in the lattice of a grid."
     shape = grid.GetSize()[::-1]
     numbers = (np.broadcast_to(one, shape) for one in reversed(np.ogrid[:shape[0], :shape[1], :shape[2]]))      # no memory is used
     return tuple(int(slices_along(one, grid, 'axial')[at.axial, at.coronal, at.sagittal]) for one in numbers)
 
-# %% ../nbs/41_scan_viewer.ipynb #0cf74672
+# %% ../nbs/41_scan_viewer.ipynb #900d29d9
 def body_text(point) -> str:
     "A point (LPS, mm) in words: 'L 12.0, P 3.5, S 40.0 mm'."
     return ', '.join(f'{names[value < 0]} {abs(value):.1f}' for names, value in zip(('LR', 'PA', 'SI'), point)) + ' mm'
 
-# %% ../nbs/41_scan_viewer.ipynb #c033ed8a
+# %% ../nbs/41_scan_viewer.ipynb #d49cac04
 def nudged_slice(image: sitk.Image, plane: str, number: int, transform) -> np.ndarray:
     "Slice `number` (H, W) of a plane of an image, whose points a transform maps into the same image before it is looked at; NaN beyond its volume."
     axis, corner, size = axes_of(image, plane)[0], [0, 0, 0], list(image.GetSize())
@@ -126,7 +126,7 @@ def nudged_slice(image: sitk.Image, plane: str, number: int, transform) -> np.nd
     grid = sitk.RegionOfInterest(image, size, corner)
     return slices_along(sitk.GetArrayFromImage(resampled(image, grid, transform, np.nan)), grid, plane)[0]
 
-# %% ../nbs/41_scan_viewer.ipynb #735211f8
+# %% ../nbs/41_scan_viewer.ipynb #eb545c51
 def motion_of(mm, degrees, centre) -> sitk.Euler3DTransform:
     "The motion of the MRI by `mm` to the left, back and up, after turns by `degrees` about these axes through `centre` (LPS, mm)."
     motion = sitk.Euler3DTransform()
@@ -135,17 +135,17 @@ def motion_of(mm, degrees, centre) -> sitk.Euler3DTransform:
     motion.SetTranslation([float(value) for value in mm])
     return motion
 
-# %% ../nbs/41_scan_viewer.ipynb #e69f4b7a
+# %% ../nbs/41_scan_viewer.ipynb #e36fc50d
 def chained(first: sitk.Transform, then: sitk.Transform) -> sitk.VersorRigid3DTransform:
     "One rigid transform that does `first` and `then`."
     return rigid(sitk.CompositeTransform([then, first]))
 
-# %% ../nbs/41_scan_viewer.ipynb #3749cd42
+# %% ../nbs/41_scan_viewer.ipynb #e0746e19
 def seen_only(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     "Values (any shape) as float32, NaN where their weight is 0."
     return np.where(weight > 0, values, np.float32(np.nan)).astype(np.float32, copy=False)
 
-# %% ../nbs/41_scan_viewer.ipynb #35160335
+# %% ../nbs/41_scan_viewer.ipynb #1332c660
 class ShownSeries:
     "An MRI series of a study as it is shown now: by its `pose`, which comes of a `registration`, the study's or a later one."
 
@@ -168,7 +168,7 @@ class ShownSeries:
             self._image.CopyInformation(self.grid)
         return nudged_slice(self._image, plane, number, chained(self.pose, self.study_pose.GetInverse()))
 
-# %% ../nbs/41_scan_viewer.ipynb #dfef07f6
+# %% ../nbs/41_scan_viewer.ipynb #9de71015
 class ScanSlices:
     "The slices of a study: of its `ct` in HU, of one MRI series, and of what was fused of it."
 
@@ -188,7 +188,7 @@ class ScanSlices:
         fused = {'fused': cut(self.mri.series.fused[window])} if known else {}
         return {'CT': seen_only(cut(self.study.ct), cut(self.study.ct_weight)), 'MRI': self.mri.slice(plane, number), **fused}
 
-# %% ../nbs/41_scan_viewer.ipynb #bb219699
+# %% ../nbs/41_scan_viewer.ipynb #5ab93bc9
 class Look(NamedTuple):
     "How a volume is drawn: its opacity (one number, or one for each pixel), the values `low` to `high` in the colours of a matplotlib map."
     opacity: float = 1.
@@ -196,12 +196,12 @@ class Look(NamedTuple):
     high: float = 1.
     colours: str = 'gray'
 
-# %% ../nbs/41_scan_viewer.ipynb #9cc2a6cf
+# %% ../nbs/41_scan_viewer.ipynb #12cbcc54
 def colour_maps() -> tuple:
     "The names of the colour maps that the viewer offers."
     return 'gray', 'bone', 'hot', 'copper', 'viridis', 'magma', 'cividis'
 
-# %% ../nbs/41_scan_viewer.ipynb #cf16cefd
+# %% ../nbs/41_scan_viewer.ipynb #c0b1f994
 def layered(layers) -> np.ndarray:
     "The RGB picture (H, W, 3) in [0, 1] of [(values (H, W), Look)], the undermost first, on black; NaN is clear."
     picture = None
@@ -213,7 +213,7 @@ def layered(layers) -> np.ndarray:
         picture = opacity * colours if picture is None else picture + opacity * (colours - picture)
     return picture
 
-# %% ../nbs/41_scan_viewer.ipynb #054896e8
+# %% ../nbs/41_scan_viewer.ipynb #c2717483
 def plane_picture(slices: dict, looks: dict, extent, side: int, squares: int = 0) -> np.ndarray:
     "The layers {name: (H, W)} by their looks {name: Look}, as RGB of true proportions fitted into `side` pixels; with `squares` (pixels) a checkerboard of 'CT' and 'MRI'."
     shown = {name: looks[name] for name in slices if looks[name].opacity > 0}
@@ -228,7 +228,7 @@ def plane_picture(slices: dict, looks: dict, extent, side: int, squares: int = 0
     fit = lambda values: cv2.resize(np.ascontiguousarray(values, np.float32), (box.width, box.height), interpolation=cv2.INTER_AREA if len(values) > box.height else cv2.INTER_LINEAR)
     return layered([(fit(slices[name]), look) for name, look in shown.items()])
 
-# %% ../nbs/41_scan_viewer.ipynb #cb192914
+# %% ../nbs/41_scan_viewer.ipynb #4561e208
 def tile(picture: np.ndarray, side: int, plane: str, place=None) -> np.ndarray:
     "A square of `side` pixels with a picture in its middle, a crosshair at the `place` (down, across; fractions of the picture) and the letters of the body at its sides."
     square, box = np.zeros((side, side, 3), np.float32), fitted_box(picture.shape[:2], side)
@@ -244,17 +244,17 @@ def tile(picture: np.ndarray, side: int, plane: str, place=None) -> np.ndarray:
         square[top:top + 20, left:left + 20] = np.maximum(square[top:top + 20, left:left + 20], caption(letter, 20, 20) / np.float32(255))
     return square
 
-# %% ../nbs/41_scan_viewer.ipynb #4e58f155
+# %% ../nbs/41_scan_viewer.ipynb #bee7e20a
 class LayerPanel:
     "The controls of a layer: `source` (whose first window is shown), `opacity`, `window` and `colours`. `sources`: {name: (low, high)}; `span`: the least and the greatest value."
 
     def __init__(self, name, sources, span, opacity, changes):
-        narrow, step = widgets.Layout(width='190px'), 1. if span[1] - span[0] > 200 else (span[1] - span[0]) / 100
+        narrow, step = widgets.Layout(width='180px'), 1. if span[1] - span[0] > 200 else (span[1] - span[0]) / 100
         self.source = widgets.Dropdown(options=[(word or name, word) for word in sources], description=name, layout=narrow)
         self.opacity = slider(widgets.FloatSlider, 'opacity', f'0: {name} is not seen; 1: nothing beneath it', min=0., max=1., step=.05, value=opacity)
         self.window = slider(widgets.FloatRangeSlider, 'window', 'the values drawn as the first and the last colour', min=span[0], max=span[1], step=step,
                              readout_format='.0f' if step == 1 else '.3g', value=next(iter(sources.values()), span))
-        self.window.layout.width = '360px'
+        self.opacity.layout.width, self.window.layout.width = '250px', '340px'        # all four in a row
         self.colours = widgets.Dropdown(options=colour_maps(), description='colours', layout=narrow)
         self.source.observe(lambda change: setattr(self.window, 'value', sources[change['new']]), 'value')
         self.controls = self.source, self.opacity, self.window, self.colours
@@ -266,10 +266,11 @@ class LayerPanel:
         "The Look that the controls describe."
         return Look(self.opacity.value, *self.window.value, self.colours.value)
 
-# %% ../nbs/41_scan_viewer.ipynb #df31e5cf
+# %% ../nbs/41_scan_viewer.ipynb #92eb2b08
 def layer_panels(study: Study, changes) -> dict:
-    "A LayerPanel for each of 'CT', 'MRI' and 'fused', by what a study holds."
-    ranges = {name: (one.level - one.width / 2, one.level + one.width / 2) for name, one in windows().items()}
+    "A LayerPanel for each of 'CT', 'MRI' and 'fused', by what a study holds; the windows in which it was fused come first."
+    known = [*(Window(**told) for told in study.record.get('windows', ())), *windows().values()]
+    ranges = {one.name: (one.level - one.width / 2, one.level + one.width / 2) for one in known}
     limits = {one.label: one.limits for one in study.series}
     low, high = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
     fused = {name: (0., 1.) for one in study.series for name in one.fused}
@@ -277,7 +278,7 @@ def layer_panels(study: Study, changes) -> dict:
             'MRI': LayerPanel('MRI', limits, (low - (high - low) / 4, high + (high - low)), .5, changes),
             'fused': LayerPanel('fused', fused, (0., 1.), 1. if fused else 0., changes)}
 
-# %% ../nbs/41_scan_viewer.ipynb #c70564d4
+# %% ../nbs/41_scan_viewer.ipynb #eff444e6
 class NudgePanel:
     "Six controls that move the MRI, in mm to the left, back and up, and in degrees about these axes; and buttons `reset`, `refine`, `save`."
 
@@ -302,7 +303,7 @@ class NudgePanel:
         "((left, back, up) in mm, the same three in degrees)."
         return tuple(tuple(control.value for control in controls) for controls in (self.mm, self.degrees))
 
-# %% ../nbs/41_scan_viewer.ipynb #fb8d952f
+# %% ../nbs/41_scan_viewer.ipynb #564529b1
 class ViewerFrame(widgets.VBox):
     "The controls and outputs of a scan viewer, laid out."
 
@@ -333,14 +334,14 @@ class ViewerFrame(widgets.VBox):
         "The Crosshair that the controls describe."
         return Crosshair(*(self.planes[plane].value - 1 for plane in Crosshair._fields))
 
-# %% ../nbs/41_scan_viewer.ipynb #99f7cd4b
+# %% ../nbs/41_scan_viewer.ipynb #d3447701
 def verdict_strip(registration, moved: str, width: int) -> np.ndarray:
     "A strip (24, width, 3) uint8 with the verdict of a Registration, or, in its place, how the MRI was `moved` from it; red where neither was judged good."
     strip = caption(moved or registration.sentence, width)
     trusted = not moved and registration.verdict in ('good', 'given')
     return strip if trusted else (strip * np.array((1, .45, .4))).astype(np.uint8)
 
-# %% ../nbs/41_scan_viewer.ipynb #4bfe5916
+# %% ../nbs/41_scan_viewer.ipynb #7314e77a
 def move_scan(frame) -> str:
     "Brings the MRI of a frame to where its controls say; returns that in words, or nothing where it lies as it was registered."
     (mm, degrees), mri = frame.nudge.values, frame.scans.mri
@@ -350,7 +351,7 @@ def move_scan(frame) -> str:
     far = ', '.join([f'{value:+g} mm {letter}' for letter, value in zip('LPS', mm) if value] + [f'{value:+g}° about {letter}' for letter, value in zip('LPS', degrees) if value])
     return f'MRI moved by hand ({far}); this pose was not judged.' if moved else ''
 
-# %% ../nbs/41_scan_viewer.ipynb #42f431e5
+# %% ../nbs/41_scan_viewer.ipynb #5ab5d520
 def plane_tile(frame, plane: str, slices: dict) -> np.ndarray:
     "The tile of a plane as the controls of a frame say, of the slices {name: (H, W)} at its crosshair."
     side, extent, squares = frame.sheet.side, extent_of(frame.scans.grid, plane), 0
@@ -360,7 +361,7 @@ def plane_tile(frame, plane: str, slices: dict) -> np.ndarray:
     place = [(part + .5) / whole for part, whole in zip(frame.crosshair.pixel(plane, frame.scans.counts), slices['CT'].shape)]
     return tile(picture, side, plane, place)
 
-# %% ../nbs/41_scan_viewer.ipynb #07ebfacb
+# %% ../nbs/41_scan_viewer.ipynb #dd4257d1
 def draw_planes(frame) -> None:
     "Draws the three planes of a frame, the verdict, and the values under the crosshair."
     moved, at, scans, tiles = move_scan(frame), frame.crosshair, frame.scans, {}
@@ -378,7 +379,7 @@ def draw_planes(frame) -> None:
     stale = '' if 'fused' in slices else ' The fused volume is not shown: none was made of this pose.'
     frame.status.value = escape((moved or registration.sentence) + stale)
 
-# %% ../nbs/41_scan_viewer.ipynb #81dcfb40
+# %% ../nbs/41_scan_viewer.ipynb #d35d8a2c
 class ScanViewer(ViewerFrame):
     "A widget that shows a study as its controls say; setting their values from code draws too. `keep_picture`: the notebook keeps the picture that is shown."
 
@@ -406,7 +407,7 @@ class ScanViewer(ViewerFrame):
         "Draws what the controls say."
         draw_planes(self)
 
-# %% ../nbs/41_scan_viewer.ipynb #52411e6f
+# %% ../nbs/41_scan_viewer.ipynb #8bee01cd
 class ViewerMouse:
     "Follows the mouse on the picture of a ScanViewer; `act` takes the events of ipyevents."
 
@@ -434,7 +435,7 @@ class ViewerMouse:
                 for name, control in viewer.planes.items():
                     control.value = getattr(at, name) + 1
 
-# %% ../nbs/41_scan_viewer.ipynb #f62cd8f2
+# %% ../nbs/41_scan_viewer.ipynb #fba0d6ff
 def save_pose(viewer, folder) -> Path:
     "The path of a new .tfm file in a folder: the transform from CT points to MRI points that a viewer shows."
     label = viewer.scans.mri.series.label
@@ -443,20 +444,20 @@ def save_pose(viewer, folder) -> Path:
     name = next(name for name in (f'{stem}{number or ""}.tfm' for number in range(len(taken) + 1)) if name not in taken)
     return write_transform(folder / name, rigid(viewer.scans.mri.pose))
 
-# %% ../nbs/41_scan_viewer.ipynb #6fddae99
+# %% ../nbs/41_scan_viewer.ipynb #cdaf3887
 def fuse_command(path, ct=None, mri=None) -> str:
     "The command that fuses two scans again by the transform in a file; scans that are no paths are left for the reader to fill in."
     scans = [shlex.quote(str(scan)) if isinstance(scan, (str, Path)) else word for scan, word in ((ct, 'CT'), (mri, 'MRI'))]
     return f'medfusion scan {" ".join(scans)} --transform {shlex.quote(str(path))} -o study_nudged'
 
-# %% ../nbs/41_scan_viewer.ipynb #b274f792
+# %% ../nbs/41_scan_viewer.ipynb #58355ac9
 def refine_pose(viewer, ct, mri) -> None:
     "Registers two scans (see `opened`) from the pose that a viewer shows, which then shows what was found, with its verdict."
     viewer.say('Refining; this takes some seconds.')
     viewer.scans.mri.registration = register(opened(ct).image, opened(mri).image, start=rigid(viewer.scans.mri.pose))
     viewer.nudge.set()
 
-# %% ../nbs/41_scan_viewer.ipynb #e8a8acc5
+# %% ../nbs/41_scan_viewer.ipynb #e2954030
 def add_mending(viewer, folder, ct=None, mri=None) -> None:
     "Makes the buttons of a viewer act: transforms are saved in a folder; without both scans there is nothing to refine."
     def scan_now():
@@ -477,12 +478,12 @@ def add_mending(viewer, folder, ct=None, mri=None) -> None:
     if viewer.nudge.refine.disabled:
         viewer.nudge.refine.tooltip = 'needs the scans: view_scan(study, ct, mri)'
 
-# %% ../nbs/41_scan_viewer.ipynb #2e7b6aff
+# %% ../nbs/41_scan_viewer.ipynb #815641de
 def view_scan(study, ct=None, mri=None, keep_picture: bool = False) -> ScanViewer:
     """A viewer of a study, to be the last expression of a cell in JupyterLab.
 
     `study`: a folder that `medfusion scan` wrote, or what `scan_fusion` returned; `ct`, `mri`: the scans from which it was made, as `scan_fusion` takes them, to refine its
-    registration. Transforms are saved into the study's folder, or the current one. The notebook keeps the picture only with `keep_picture`.
+    registration. Transforms are saved into the study's folder, or the current one. The notebook keeps the picture only with `keep_picture`. A saved widget state (JupyterLab's menu Settings, off by default) would keep it too.
     Raises FileNotFoundError or ValueError for what is no study."""
     folder = Path() if isinstance(study, Study) else absolute_path(study)
     viewer = ScanViewer(study if isinstance(study, Study) else shown_study(folder), keep_picture)
@@ -490,7 +491,7 @@ def view_scan(study, ct=None, mri=None, keep_picture: bool = False) -> ScanViewe
     viewer.mouse = ViewerMouse(viewer)
     return viewer
 
-# %% ../nbs/41_scan_viewer.ipynb #e5494bfe
+# %% ../nbs/41_scan_viewer.ipynb #3868caf9
 def viewer_notebook(folder) -> dict:
     "A notebook (its JSON) that shows the study in a folder. Raises FileNotFoundError or ValueError where it holds none."
     folder = absolute_path(folder)
@@ -499,7 +500,7 @@ def viewer_notebook(folder) -> dict:
     return {'cells': [{'cell_type': 'markdown', 'metadata': {}, 'source': 'Press Shift+Enter in the cell below.'}, code], 'nbformat': 4, 'nbformat_minor': 4,
             'metadata': {'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}}}
 
-# %% ../nbs/41_scan_viewer.ipynb #a0a9205f
+# %% ../nbs/41_scan_viewer.ipynb #d0cdfade
 def open_viewer(folder) -> int:
     "Opens JupyterLab on the study in a folder; returns its exit status once it has ended. Raises ValueError in a sentence where there is no JupyterLab."
     notebook = viewer_notebook(folder)

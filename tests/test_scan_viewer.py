@@ -213,6 +213,15 @@ def test_the_verdict_stands_on_the_picture(verdict, red):
     assert verdict in viewer.status.value and verdict in repr(viewer)
 
 
+def test_a_study_in_which_nothing_was_fused_is_shown(tmp_path):
+    study = a_study(verdict='failed')
+    study.series[0].fused.clear()
+    study.record['windows'] = [{'name': '30_100', 'level': 30., 'width': 100.}]
+    viewer = view_scan(fill_study(tmp_path, study))
+    assert viewer.layers['fused'].look.opacity == 0 and viewer.layers['CT'].window.value == (-20., 80.)
+    assert 'fused' not in viewer.values.value and 'fused volume is not shown' in viewer.status.value
+
+
 def test_several_series_are_chosen_by_name(tmp_path):
     viewer = view_scan(fill_study(tmp_path, a_study(labels=('T1', 'T2'))))
     viewer.nudge.mm[0].value = 4.
@@ -246,7 +255,7 @@ def test_the_command_opens_a_notebook_that_vanishes(tmp_path, monkeypatch):
 
     class Lab:
         def __init__(self, words, **how):
-            seen.append((words[-1], json.loads(open(words[-1]).read())))
+            seen.append((words[-1], json.loads(scan_viewer.Path(words[-1]).read_text())))
         __enter__ = lambda self: self
         __exit__ = lambda self, *error: None
         wait, terminate = lambda self: 0, lambda self: None
