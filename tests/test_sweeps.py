@@ -158,7 +158,9 @@ def test_the_table_of_runs(runs):
         table = S.load_runs(str(runs))
     assert list(table.index) == ['r0', 'r1', 'r2', 'r3', 'bad'] and table['VIF test'].tolist()[:4] == [0.6] * 4
     toys = S.select_runs(table, {'method': 'toy'})
-    assert S.varied(toys) == ['seed', 'w'] and table.loc['all'].filter(like=' test').isna().all(), 'a benchmark has many methods and no network of its own'
+    assert S.varied(toys) == ['seed', 'w'], 'the benchmark is no training, and is not in the table'
+    with pytest.raises(ValueError, match='No run has w=7; there is 0.0, 0.1, 0.2'):
+        S.select_runs(toys, {'w': '7'})
     assert list(S.select_runs(toys, {'w': '0.1', 'state': 'finished'}, 'VIF').index) == ['r3', 'r2']
     assert S.select_runs(toys, sort='invented').index[0] == 'r3', 'lower is better' and S.select_runs(toys, sort='invented').index[-1] == 'bad'
     told = S.over_seeds(toys, columns=['VIF'])
