@@ -388,6 +388,24 @@ def test_a_ct_without_its_intercept_is_said_to_be_not_in_hu(tmp_path, tags):
     assert not scan.is_hu and 'not in HU' in notes(scan)
 
 
+@pytest.mark.parametrize('padding, values', [(0, (0., 1024.)), (-1000, (0., 1024.)), (None, (-1000., 24.)), (-2000, (-1000., 24.))])
+def test_padding_is_no_air_that_tells_hounsfield_units(tmp_path, padding, values):
+    "A CT without rescale tags is in HU where its own values have air near −1000, and not because its padding has."
+    grid = np.full(SHAPE, values[1])
+    grid[:, :5] = values[0]
+    grid[:2] = values[0] if padding is None else padding
+    tags = {'PixelRepresentation': 1} | ({} if padding is None else {'PixelPaddingValue': padding})
+    scan = read_scan(write(tmp_path, [made(place, slope=None, intercept=None, values=grid, **tags) for place in stack_positions()]))
+    assert scan.is_hu == (values[0] == -1000) and ('not in HU' in notes(scan)) != scan.is_hu
+
+
+def test_padding_that_its_rescale_values_make_air_is_air(tmp_path):
+    grid = np.full(SHAPE, 40.)
+    grid[:, :5] = -1024
+    scan = read_scan(write(tmp_path, [made(place, slope=1, intercept=-1024., values=grid, PixelPaddingValue=0) for place in stack_positions()]))
+    assert scan.is_hu and set(np.unique(sitk.GetArrayViewFromImage(scan.image))) == {-1024, 40}
+
+
 def test_monochrome1_keeps_what_is_meant(tmp_path):
     scan = read_scan(write(tmp_path, [made(place, PhotometricInterpretation='MONOCHROME1') for place in stack_positions()]))
     assert_right(scan)
