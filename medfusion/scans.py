@@ -81,13 +81,16 @@ def patient_key(identifier: str) -> str:
 
 # %% ../nbs/30_scans.ipynb #137ad703
 def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[str]:
-    "Sentences about what should be known of two scans that are to be fused. Raises ValueError where their patients differ, unless that is meant."
+    "Sentences about what should be known of two scans that are to be fused. Raises ValueError where the second is a CT, or their patients differ, unless that is meant."
+    first, second = (one.description or 'no description' for one in (ct, mri))
+    if mri.is_hu or mri.modality == 'CT':
+        raise ValueError(f'The second scan ({second}) is a CT; the order is CT, then MRI.')
     if not (ct.patient and mri.patient):
         return ['Whether both scans are of one patient cannot be told: at least one of them names none.']
     if ct.patient == mri.patient:
         return []
     if not different_patients:
-        raise ValueError('The two scans are of different patients (their PatientID differs); name another series, or say different_patients=True '
+        raise ValueError(f'The two scans ({first}; {second}) are of different patients (their PatientID differs); name another series, or say different_patients=True '
                          'where one person has two identifiers.')
     return ['The two scans have different patient identifiers, which was allowed.']
 

@@ -6,9 +6,10 @@
 __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume', 'common_grid',
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
-           'opened', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study', 'study_record', 'scan_fusion',
-           'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item',
-           'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
+           'opened', 'voxels_sha256', 'notes_on_scans', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study',
+           'study_record', 'scan_fusion', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
+           'derived_header', 'source_item', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
+           'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -318,6 +319,28 @@ def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
         return Scan(sitk.Cast(scan, sitk.sitkFloat32), 'CT' if is_hu else 'MR', 'image', is_hu)
     return read_scan(absolute_path(scan), series or None, fill_gaps)
 
+# %% ../nbs/33_studies.ipynb #33026a2d
+def voxels_sha256(image: sitk.Image) -> str:
+    "What tells whether two volumes hold the same values: the SHA-256 of their bytes, in hexadecimal."
+    return hashlib.sha256(sitk.GetArrayViewFromImage(image).tobytes()).hexdigest()
+
+# %% ../nbs/33_studies.ipynb #add123e1
+def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> list[str]:
+    """Sentences about what should be known of a CT and the MRIs {label: Scan} that are to be fused with it.
+
+    Raises ValueError where they are not one CT in HU and different MRIs of its patient, in this order; see `check_pair`."""
+    if not ct.is_hu:
+        swapped = ct.modality == 'MR' or any(one.is_hu or one.modality == 'CT' for one in scans.values()) and ct.modality != 'CT'
+        remedy = 'the order is CT, then MRI' if swapped else 'export it with its rescale values'
+        raise ValueError(f'The {"first scan" if swapped else "CT"} ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; {remedy}.')
+    seen = {}
+    for label, one in scans.items():
+        name = f'{label} ({one.description or "no description"})'
+        other = seen.setdefault(voxels_sha256(one.image), name)
+        if other != name:
+            raise ValueError(f'{other} and {name} are one and the same scan: their voxels are equal; give each MRI once.')
+    return list(dict.fromkeys(note for one in scans.values() for note in check_pair(ct, one, different_patients)))
+
 # %% ../nbs/33_studies.ipynb #8b8e1a04
 def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False) -> Registration:
     "The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds."
@@ -334,10 +357,9 @@ def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = Fal
 def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Image, spline: bool = False, n4: bool = False) -> FusedSeries:
     "A series on a grid, not yet fused."
     image = bias_corrected(mri.image) if n4 else mri.image
-    digest = hashlib.sha256(sitk.GetArrayViewFromImage(mri.image).tobytes()).hexdigest()
     pose = registration.transform
     return FusedSeries(label, mri.description, continued(image, grid, pose, spline), mri_limits(image), field_weight(image, grid, pose), registration,
-                       {}, digest, frame_of(mri.image), list(mri.notes))
+                       {}, voxels_sha256(mri.image), frame_of(mri.image), list(mri.notes))
 
 # %% ../nbs/33_studies.ipynb #0ba14392
 def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=None) -> dict:
@@ -372,10 +394,9 @@ def study_record(study: Study, ct: Scan, notes=()) -> dict:
     series = {one.label: {'description': one.description, 'frame': one.frame, 'voxels_sha256': one.sha256, 'limits': one.limits, 'notes': one.notes,
                           'verdict': one.registration.verdict, 'reasons': one.registration.reasons, 'signs': one.registration.signs,
                           'seconds': one.registration.seconds, 'transform_ct_to_mri': one.registration.transform.GetParameters()} for one in study.series}
-    digest = hashlib.sha256(sitk.GetArrayViewFromImage(ct.image).tobytes()).hexdigest()
     kinds = versions() | {'SimpleITK': sitk.Version.VersionString(), 'pydicom': pydicom.__version__}
     return plain({'format': 'medfusion study 1', 'verdict': study.verdict, 'plane': study.plane,
-                  'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': digest, 'notes': list(ct.notes)},
+                  'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': voxels_sha256(ct.image), 'notes': list(ct.notes)},
                   'mri': series, 'notes': list(notes), 'versions': kinds})
 
 # %% ../nbs/33_studies.ipynb #2aa585e2
@@ -387,15 +408,13 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     plane: of the slices, by default that of the grid; `force` fuses after a failed registration too. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
-    if not ct.is_hu:
-        raise ValueError(f'The CT ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; export it with its rescale values.')
-    notes = [note for one in scans.values() for note in check_pair(ct, one, different_patients)]
+    notes = notes_on_scans(ct, scans, different_patients)
     found = {label: brought_together(ct, one, transform, registered) for label, one in scans.items()}
     first = next(iter(scans))
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
     study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.ones(lattice.GetSize()[::-1], np.float32),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
-    study.record = study_record(study, ct, dict.fromkeys(notes)) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
+    study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
 
 # %% ../nbs/33_studies.ipynb #20bb9e54

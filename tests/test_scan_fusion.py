@@ -152,7 +152,8 @@ def test_the_grid_of_the_mri_keeps_its_voxels(scans, drawn):
 
 def test_several_series_onto_one_ct(scans, drawn, tmp_path):
     ct, mri = scans
-    found = scan_fusion(ct, {'t1': mri, 't2': mri}, model='maximum', transform=drawn.truth, plane='coronal', spacing=6.)
+    other = Scan(mri.image * 1.5, 'MR', 't2 tse')
+    found = scan_fusion(ct, {'t1': mri, 't2': other}, model='maximum', transform=drawn.truth, plane='coronal', spacing=6.)
     fill_study(tmp_path, found)
     assert {'fused_t1_brain.nii.gz', 'fused_t2_brain.nii.gz', 'mri_to_ct_t2.tfm'} <= {path.name for path in tmp_path.iterdir()}
     assert found.plane == 'coronal' and np.allclose(found.grid.GetSpacing(), 6)
@@ -164,8 +165,12 @@ def test_what_is_refused_is_refused_in_a_sentence(scans):
                          ({'spacing': 90.}, 'spacing')):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             scan_fusion(ct, mri, **{'model': 'maximum', 'registered': True} | wrong)
-    with pytest.raises(ValueError, match='Hounsfield'):
-        scan_fusion(mri, mri)
+    for pair, words in (((mri, mri), 't1 space.*Hounsfield.*order is CT, then MRI'), ((mri, ct), 't1 space.*order is CT, then MRI'),
+                        ((ct, ct), 'thin bone.*order is CT, then MRI'), ((Scan(mri.image, '', 'x'), ct), 'order is CT, then MRI'),
+                        ((Scan(mri.image, 'CT', 'x'), mri), 'export it with its rescale values'),
+                        ((ct, {'t1': mri, 't2': Scan(mri.image, 'MR', 'copy')}), 't1 .t1 space. and t2 .copy. .*one and the same')):
+        with pytest.raises(ValueError, match=words):
+            scan_fusion(*pair, model='maximum', registered=True)
     one, other = (Scan(scan.image, scan.modality, is_hu=scan.is_hu, patient=key) for scan, key in ((ct, 'a'), (mri, 'b')))
     with pytest.raises(ValueError, match='different patients'):
         scan_fusion(one, other, registered=True)

@@ -281,13 +281,16 @@ def test_slices_of_two_patients_are_never_one_volume(tmp_path):
 def test_two_patients_are_not_fused_unawares(tmp_path):
     ct = read_scan(write(tmp_path / 'a', [made(place) for place in stack_positions()]))
     same = read_scan(write(tmp_path / 'b', [made(place, Modality='MR', PatientID='P-4711 ') for place in stack_positions()]))
-    other = read_scan(write(tmp_path / 'c', [made(place, PatientID='P-4712') for place in stack_positions()]))
+    other = read_scan(write(tmp_path / 'c', [made(place, Modality='MR', SeriesDescription='T1', PatientID='P-4712') for place in stack_positions()]))
     assert check_pair(ct, same) == []
     with pytest.raises(ValueError, match='different_patients=True') as caught:
         check_pair(ct, other)
-    assert '4711' not in str(caught.value)
+    assert '4711' not in str(caught.value) and 'head' in str(caught.value) and 'T1' in str(caught.value)
     assert 'allowed' in check_pair(ct, other, different_patients=True)[0]
     assert 'cannot be told' in check_pair(ct, Scan(ct.image))[0]
+    for second in (ct, Scan(ct.image, 'CT', 'head'), Scan(ct.image, '', 'head', is_hu=True)):
+        with pytest.raises(ValueError, match='head.*order is CT, then MRI'):
+            check_pair(ct, second, different_patients=True)
 
 
 def test_nothing_that_is_shown_names_the_patient(tmp_path):
