@@ -6,9 +6,9 @@
 __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume', 'common_grid',
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
-           'opened', 'voxels_sha256', 'notes_on_scans', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study',
-           'study_record', 'scan_fusion', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
-           'derived_header', 'source_item', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
+           'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given', 'brought_together', 'onto_grid', 'fuse_series',
+           'fuse_study', 'study_record', 'scan_fusion', 'new_folder_at', 'write_volume', 'fill_study', 'record_in',
+           'read_study', 'derived_header', 'source_item', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
            'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
@@ -32,7 +32,7 @@ from .figures import checkerboard, mosaic
 from .files import absolute_path, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
-from .registration import Registration, graded, head_mask, read_transform, register, resampled, rigid, shrunk, write_transform
+from .registration import Registration, graded, head_mask, points_in, read_transform, register, resampled, rigid, seen_share, shrunk, write_transform
 from .runs import versions
 from .scans import Scan, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
 
@@ -341,12 +341,31 @@ def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> l
             raise ValueError(f'{other} and {name} are one and the same scan: their voxels are equal; give each MRI once.')
     return list(dict.fromkeys(note for one in scans.values() for note in check_pair(ct, one, different_patients)))
 
+# %% ../nbs/33_studies.ipynb #481e499f
+def seen_by_given(ct: sitk.Image, mri: sitk.Image, given) -> tuple[dict, list[str]]:
+    """What was measured of a `given` rigid transform, {'seen_share': share of the CT's head that lies in the MRI}, and doubts about it.
+
+    Raises ValueError where the share is under 15 %, with which nothing can be fused."""
+    points = points_in(head_mask(shrunk(graded(ct), 4)))
+    if not len(points):
+        return {}, ['no head was found in the CT by which it could be checked']
+    share, back = (seen_share(mri, pose, points) for pose in (given, rigid(given.GetInverse())))
+    way = f'by its inverse the MRI would show {back:.0%} of the head in the CT instead of {share:.0%}, so it may point the other way, from the MRI to the CT'
+    doubts = [way] if back > share + .3 else []
+    if share < .15:
+        told = doubts[0] if doubts else f'by it the MRI shows only {share:.0%} of the head in the CT'
+        raise ValueError(f'The given transform leads out of the MRI: {told}; give one that maps points of the CT to points of the MRI, or none.')
+    return {'seen_share': share}, doubts
+
 # %% ../nbs/33_studies.ipynb #8b8e1a04
 def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False) -> Registration:
-    "The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds."
+    """The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds.
+
+    Raises ValueError where a given transform leads out of the MRI."""
     if transform is not None and str(transform):
-        given = transform if isinstance(transform, sitk.Transform) else read_transform(transform)
-        return Registration(rigid(given), 'given', ['it was read from a file' if not isinstance(transform, sitk.Transform) else 'it was handed over'])
+        given = rigid(transform if isinstance(transform, sitk.Transform) else read_transform(transform))
+        signs, doubts = seen_by_given(ct.image, mri.image, given)
+        return Registration(given, 'given', ['it was handed over' if isinstance(transform, sitk.Transform) else 'it was read from a file', *doubts], signs)
     if registered:
         return Registration(sitk.Euler3DTransform(), 'given', ['both scans were said to be registered'])
     if ct.frame_of_reference and ct.frame_of_reference == mri.frame_of_reference:

@@ -176,6 +176,24 @@ def test_what_is_refused_is_refused_in_a_sentence(scans):
         scan_fusion(one, other, registered=True)
 
 
+def test_a_given_transform_is_checked(scans, drawn):
+    ct, mri = scans
+    found = studies.brought_together(ct, mri, drawn.truth)
+    assert found.verdict == 'given' and found.signs['seen_share'] > .3 and 'other way' not in found.sentence
+    away = lambda mm: sitk.TranslationTransform(3, (0., 0., mm))
+    with pytest.raises(ValueError, match='0% of the head') as caught:
+        studies.brought_together(ct, mri, away(900.))
+    assert 'other way' not in str(caught.value)
+    apart = sitk.Image(mri.image)                                        # the MRI's table stood elsewhere
+    apart.SetOrigin([x + y for x, y in zip(apart.GetOrigin(), (0., 0., 90.))])
+    half = studies.brought_together(ct, Scan(apart, 'MR'), away(0.))
+    assert 'other way' not in half.sentence
+    with pytest.raises(ValueError, match='other way'):
+        studies.brought_together(ct, Scan(apart, 'MR'), away(-90.))
+    apart.SetOrigin([x + y for x, y in zip(mri.image.GetOrigin(), (0., 0., 40.))])
+    assert 'other way' in studies.brought_together(ct, Scan(apart, 'MR'), away(-40.)).sentence
+
+
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     reference = read_scan(patient / 'ct').reference
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
