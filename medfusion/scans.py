@@ -322,9 +322,8 @@ def fault_of_geometry(slices: list) -> str:
         return 'it is a localiser'
     if int(header.get('NumberOfFrames') or 1) > 1:
         return 'its frames have no positions of their own'
-    lost = next((one for one in slices if one.position is None), None)
-    if lost is not None:
-        return f'{lost.path.name} has no ImagePositionPatient; export the series from the scanner or archive with its geometry'
+    if lost := sum(one.position is None for one in slices):
+        return f'it has no ImagePositionPatient in {lost} of its slices; export the series from the scanner or archive with its geometry'
     if slices[0].axes is None:
         return 'it has no valid ImageOrientationPatient; export the series from the scanner or archive with its geometry'
     if slices[0].numbers('PixelSpacing', 2) is None or slices[0].numbers('PixelSpacing', 2).min() <= 0:
@@ -357,12 +356,14 @@ def fault_of_steps(stack: Stack) -> str:
 # %% ../nbs/30_scans.ipynb #202b1955
 @dataclass
 class Series:
-    "Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others."
+    """Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others;
+    `broken` are sentences that name files beside it which could not be read."""
     slices: list = field(repr=False)
     told: str = ''
     fault: str = ''
     gaps: bool = False
     notes: list = field(default_factory=list)
+    broken: list = field(default_factory=list, repr=False)
     number: int = 0
 
     @property
@@ -408,7 +409,7 @@ def list_series(path) -> tuple[list[Series], Folder]:
         one.number = number
         same = [other for other in series if other is not one and other.header.get('SeriesInstanceUID') == one.header.get('SeriesInstanceUID')]
         one.notes += [f'{len(other.slices)} slice(s) of its series were left aside: {"another volume, " + other.name if other.is_volume else other.fault}.' for other in same]
-        one.notes += [f'{sentence}.' for sentence in found.broken]
+        one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 
 # %% ../nbs/30_scans.ipynb #e17e3314
@@ -557,7 +558,7 @@ def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
 def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     "The scan of one series. Raises ValueError, naming series and place, where it is no volume, or has gaps that are not to be filled."
     if series.fault and not (series.gaps and fill_gaps):
-        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes]))
+        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes, *series.broken]))
     stack, header = stacked(series.slices), series.slices[0].header
     outside = -1000. if header.get('Modality') == 'CT' else 0.
     try:
@@ -574,7 +575,8 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     image.SetDirection(stack.direction.ravel().tolist())
     image.SetOrigin(corner.tolist())
     doubt = [] if is_hu or header.get('Modality') != 'CT' else ['It is a CT, but not in HU: there is no air near −1000 in it, or its header says so.']
-    notes = [*series.notes, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *doubt]
+    broken = [f'{len(series.broken)} file(s) beside it could not be read and were left out.'] if series.broken else []     # their names may be a patient's
+    notes = [*series.notes, *broken, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *doubt]
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
@@ -787,7 +789,7 @@ def series_row(one: Series) -> dict:
         stack = stacked(one.slices)
         row['spacing'] = '×'.join(f'{s:.3g}' for s in (*one.slices[0].numbers('PixelSpacing', 2)[::-1], stack.step))
         notes += notes_on_stack(stack, False)
-    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes]) or 'whole'}
+    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes, *one.broken]) or 'whole'}
 
 # %% ../nbs/30_scans.ipynb #005b6ae5
 def scan_table(path) -> list[dict]:

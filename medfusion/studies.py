@@ -564,7 +564,8 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
         one.update({'SOPInstanceUID': pydicom.uid.generate_uid(), 'InstanceNumber': index + 1, 'Rows': pixels.shape[0], 'Columns': pixels.shape[1],
                     'ImagePositionPatient': [number(x) for x in place], 'ImageOrientationPatient': [number(x) for x in (*direction[:, 0], *direction[:, 1])],
                     'PixelSpacing': [number(step[1]), number(step[0])], 'SliceThickness': number(step[2]), 'SpacingBetweenSlices': number(step[2])})
-        one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
+        if not anonymous:
+            one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
         one.PixelData = pixels.tobytes()
         if anonymous:
             without_patient(one)
@@ -582,7 +583,8 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
             on_mri = study.record['grid'] == 'mri'
             grid = empty_volume(one.frame) if on_mri else study.grid
             window = next(item for item in study.record['windows'] if item['name'] == name)
-            told = (f'CT and MRI ({one.description}) fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
+            of = '' if anonymous or not one.description else f' ({one.description})'
+            told = (f'CT and MRI{of} fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
                     f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
             word = f'{study.verdict.upper()} ' if study.verdict in ('doubtful', 'failed') else ''
             write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', values, grid, reference, told, f'{word}fused {name} {one.label}'.strip(), anonymous)

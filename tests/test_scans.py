@@ -574,9 +574,16 @@ def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     *_, middle, _, last = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     last.write_bytes(last.read_bytes()[:420])                     # the topmost, so that it leaves no gap
     scan = read_scan(folder)
-    assert scan.image.GetSize()[2] == 5 and last.name in notes(scan)
+    assert scan.image.GetSize()[2] == 5 and '1 file(s) beside it' in notes(scan) and last.name not in notes(scan)
+    assert last.name in scan_table(folder)[0]['notes']
     middle.write_bytes(middle.read_bytes()[:420])
     assert_refused(folder, 'from 6.0 to 12.0 mm', middle.name, last.name)
+
+
+def test_notes_of_a_scan_name_no_file_beside_it(tmp_path):
+    folder = write(tmp_path, [made(place) for place in stack_positions()])
+    save(made(stack_positions()[0], values=np.zeros((5, 7)), ImagePositionPatient=None), folder / 'doe-jane')
+    assert 'left aside' in notes(read_scan(folder)) and 'doe-jane' not in notes(read_scan(folder))
 
 
 def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
