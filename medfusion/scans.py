@@ -81,13 +81,16 @@ def patient_key(identifier: str) -> str:
 
 # %% ../nbs/30_scans.ipynb #137ad703
 def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[str]:
-    "Sentences about what should be known of two scans that are to be fused. Raises ValueError where their patients differ, unless that is meant."
+    "Sentences about what should be known of two scans that are to be fused. Raises ValueError where the second is a CT, or their patients differ, unless that is meant."
+    first, second = (one.description or 'no description' for one in (ct, mri))
+    if mri.is_hu or mri.modality == 'CT':
+        raise ValueError(f'The second scan ({second}) is a CT; the order is CT, then MRI.')
     if not (ct.patient and mri.patient):
         return ['Whether both scans are of one patient cannot be told: at least one of them names none.']
     if ct.patient == mri.patient:
         return []
     if not different_patients:
-        raise ValueError('The two scans are of different patients (their PatientID differs); name another series, or say different_patients=True '
+        raise ValueError(f'The two scans ({first}; {second}) are of different patients (their PatientID differs); name another series, or say different_patients=True '
                          'where one person has two identifiers.')
     return ['The two scans have different patient identifiers, which was allowed.']
 
@@ -319,9 +322,8 @@ def fault_of_geometry(slices: list) -> str:
         return 'it is a localiser'
     if int(header.get('NumberOfFrames') or 1) > 1:
         return 'its frames have no positions of their own'
-    lost = next((one for one in slices if one.position is None), None)
-    if lost is not None:
-        return f'{lost.path.name} has no ImagePositionPatient; export the series from the scanner or archive with its geometry'
+    if lost := sum(one.position is None for one in slices):
+        return f'it has no ImagePositionPatient in {lost} of its slices; export the series from the scanner or archive with its geometry'
     if slices[0].axes is None:
         return 'it has no valid ImageOrientationPatient; export the series from the scanner or archive with its geometry'
     if slices[0].numbers('PixelSpacing', 2) is None or slices[0].numbers('PixelSpacing', 2).min() <= 0:
@@ -354,12 +356,14 @@ def fault_of_steps(stack: Stack) -> str:
 # %% ../nbs/30_scans.ipynb #202b1955
 @dataclass
 class Series:
-    "Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others."
+    """Slices that may be one volume: `fault` says why they are none ('' where they are), `gaps` whether filling would help; `told` is what tells it from others;
+    `broken` are sentences that name files beside it which could not be read."""
     slices: list = field(repr=False)
     told: str = ''
     fault: str = ''
     gaps: bool = False
     notes: list = field(default_factory=list)
+    broken: list = field(default_factory=list, repr=False)
     number: int = 0
 
     @property
@@ -405,7 +409,7 @@ def list_series(path) -> tuple[list[Series], Folder]:
         one.number = number
         same = [other for other in series if other is not one and other.header.get('SeriesInstanceUID') == one.header.get('SeriesInstanceUID')]
         one.notes += [f'{len(other.slices)} slice(s) of its series were left aside: {"another volume, " + other.name if other.is_volume else other.fault}.' for other in same]
-        one.notes += [f'{sentence}.' for sentence in found.broken]
+        one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 
 # %% ../nbs/30_scans.ipynb #e17e3314
@@ -447,28 +451,30 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
 
 # %% ../nbs/30_scans.ipynb #8677fbec
-def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarray, int]:
-    "What stored numbers (rows, columns) mean, float32, and how many of them are padding, which becomes −1000 in a CT and 0 elsewhere."
+def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    "What stored numbers (rows, columns) mean, float32, and which of them are padding (bool), which becomes −1000 in a CT and 0 elsewhere; what a CT's intercept makes air is air."
     slope, intercept = float(header.get('RescaleSlope') or 1), float(header.get('RescaleIntercept') or 0)
     values = (stored * np.float64(slope) + intercept).astype(np.float32)
     padding = header.get('PixelPaddingValue')
     if not isinstance(padding, int):
-        return values, 0
+        return values, np.zeros(values.shape, bool)
     limit = header.get('PixelPaddingRangeLimit')
     bits = lambda number: number & (2 ** header.BitsAllocated - 1)
     outside = bits(stored.astype(np.int64)) == bits(padding)
     if isinstance(limit, int):
         outside |= (stored >= min(padding, limit)) & (stored <= max(padding, limit))
+    if header.get('Modality') == 'CT' and intercept:
+        outside &= ~((values > -1100) & (values < -850))
     values[outside] = -1000 if header.get('Modality') == 'CT' else 0
-    return values, int(outside.sum())
+    return values, outside
 
 # %% ../nbs/30_scans.ipynb #e59e2cca
 def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
-    "Whether the values of a volume are Hounsfield units: it is a CT, does not say that they are something else, and air is in it near −1000."
+    "Whether the values of a volume (any shape, without padding) are Hounsfield units: it is a CT, does not say that they are something else, and air is in it near −1000."
     if header.get('Modality') != 'CT' or str(header.get('RescaleType') or 'HU').upper() not in ('HU', 'US'):
         return False
     sample = values.ravel()[::max(values.size // 1_000_000, 1)]
-    return bool(((sample > -1100) & (sample < -850)).mean() > .002)
+    return bool(sample.size and ((sample > -1100) & (sample < -850)).mean() > .002)
 
 # %% ../nbs/30_scans.ipynb #ca7dd011
 def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
@@ -479,14 +485,16 @@ def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     return shift(larger, np.subtract(at, whole), order=1, mode='grid-constant', cval=outside)[:shape[0], :shape[1]]
 
 # %% ../nbs/30_scans.ipynb #61b5cde2
-def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
-    """The values (slices, rows, columns) of a stack, float32, each slice moved within its plane where the stack drifts; its headers; and notes.
+def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list, np.ndarray]:
+    """The values (slices, rows, columns) of a stack, float32, each slice moved within its plane where the stack drifts; its headers; notes;
+    and a sample (n) of the values that the scanner measured: no padding, nothing beyond the slices.
 
     The grid is then as large as all slices together; `outside` is what was not seen. Raises ValueError, naming file and place."""
     rows, columns = stack.slices[0].header.Rows, stack.slices[0].header.Columns
     moves = np.outer(stack.heights - stack.heights[0], drift_of(stack) / stack.slices[0].numbers('PixelSpacing', 2)[::-1])[:, ::-1]
     more = np.ceil(np.abs(moves[-1])).astype(int)
     values, headers, padded = np.empty((len(stack.slices), rows + more[0], columns + more[1]), np.float32), {}, 0
+    own, every = [], max(values.size // 1_000_000, 1)
     start, frames = np.where(moves[-1] < 0, more, 0), (None, None)
     for index, (one, height) in enumerate(zip(stack.slices, stack.heights)):
         if frames[0] != one.path:
@@ -496,10 +504,11 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list]:
             except ValueError as error:
                 raise ValueError(f'{one.path.name}, the slice at {height:.1f} mm: {error}.') from None
             del headers[one.path].PixelData
-        meant, count = meant_values(frames[1][one.frame], one.header)
-        padded += count
+        meant, padding = meant_values(frames[1][one.frame], one.header)
+        padded += int(padding.sum())
+        own.append(meant[~padding][::every])
         values[index] = placed(meant, values.shape[1:], start + moves[index], outside) if more.any() else meant
-    return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else []
+    return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else [], np.concatenate(own)
 
 # %% ../nbs/30_scans.ipynb #a5a676e4
 def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
@@ -549,16 +558,16 @@ def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
 def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     "The scan of one series. Raises ValueError, naming series and place, where it is no volume, or has gaps that are not to be filled."
     if series.fault and not (series.gaps and fill_gaps):
-        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes]))
+        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes, *series.broken]))
     stack, header = stacked(series.slices), series.slices[0].header
     outside = -1000. if header.get('Modality') == 'CT' else 0.
     try:
-        values, headers, notes = read_slices(stack, outside)
+        values, headers, notes, own = read_slices(stack, outside)
     except ValueError as error:
         raise ValueError(f'Series {series.number} ({series.name}) is not read: {error}') from None
     uneven, rise = bool(len(uneven_steps(stack))), stack.heights[-1] - stack.heights[0]
     step = float(np.diff(stack.heights).min()) if uneven else rise / (len(stack.slices) - 1)
-    is_hu = in_hounsfield(values, header)
+    is_hu = in_hounsfield(own, header)
     spacing, drift = stack.slices[0].numbers('PixelSpacing', 2)[::-1], drift_of(stack) * rise
     corner = stack.slices[0].position + stack.direction[:, :2] @ -np.where(drift < 0, np.ceil(np.abs(drift / spacing)) * spacing, 0)
     image = sitk.GetImageFromArray(evened(values, stack.heights, step) if uneven else values)
@@ -566,7 +575,8 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     image.SetDirection(stack.direction.ravel().tolist())
     image.SetOrigin(corner.tolist())
     doubt = [] if is_hu or header.get('Modality') != 'CT' else ['It is a CT, but not in HU: there is no air near −1000 in it, or its header says so.']
-    notes = [*series.notes, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *doubt]
+    broken = [f'{len(series.broken)} file(s) beside it could not be read and were left out.'] if series.broken else []     # their names may be a patient's
+    notes = [*series.notes, *broken, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *doubt]
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
@@ -779,7 +789,7 @@ def series_row(one: Series) -> dict:
         stack = stacked(one.slices)
         row['spacing'] = '×'.join(f'{s:.3g}' for s in (*one.slices[0].numbers('PixelSpacing', 2)[::-1], stack.step))
         notes += notes_on_stack(stack, False)
-    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes]) or 'whole'}
+    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes, *one.broken]) or 'whole'}
 
 # %% ../nbs/30_scans.ipynb #005b6ae5
 def scan_table(path) -> list[dict]:

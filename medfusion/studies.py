@@ -6,10 +6,10 @@
 __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume', 'common_grid',
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
-           'opened', 'brought_together', 'onto_grid', 'fuse_series', 'fuse_study', 'study_record', 'scan_fusion',
-           'check_replaceable', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
-           'derived_header', 'source_item', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
-           'report_html', 'write_report']
+           'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given', 'brought_together', 'onto_grid', 'fuse_series',
+           'fuse_study', 'study_record', 'scan_fusion', 'check_replaceable', 'new_folder_at', 'write_volume',
+           'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item', 'without_patient', 'write_derived',
+           'write_dicom', 'scrubbed', 'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -32,7 +32,7 @@ from .figures import checkerboard, mosaic
 from .files import absolute_path, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
-from .registration import Registration, graded, head_mask, read_transform, register, resampled, rigid, shrunk, write_transform
+from .registration import Registration, graded, head_mask, points_in, read_transform, register, resampled, rigid, seen_share, shrunk, write_transform
 from .runs import versions
 from .scans import Scan, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
 
@@ -319,12 +319,53 @@ def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
         return Scan(sitk.Cast(scan, sitk.sitkFloat32), 'CT' if is_hu else 'MR', 'image', is_hu)
     return read_scan(absolute_path(scan), series or None, fill_gaps)
 
+# %% ../nbs/33_studies.ipynb #33026a2d
+def voxels_sha256(image: sitk.Image) -> str:
+    "What tells whether two volumes hold the same values: the SHA-256 of their bytes, in hexadecimal."
+    return hashlib.sha256(sitk.GetArrayViewFromImage(image).tobytes()).hexdigest()
+
+# %% ../nbs/33_studies.ipynb #add123e1
+def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> list[str]:
+    """Sentences about what should be known of a CT and the MRIs {label: Scan} that are to be fused with it.
+
+    Raises ValueError where they are not one CT in HU and different MRIs of its patient, in this order; see `check_pair`."""
+    if not ct.is_hu:
+        swapped = ct.modality == 'MR' or any(one.is_hu or one.modality == 'CT' for one in scans.values()) and ct.modality != 'CT'
+        remedy = 'the order is CT, then MRI' if swapped else 'export it with its rescale values'
+        raise ValueError(f'The {"first scan" if swapped else "CT"} ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; {remedy}.')
+    seen = {}
+    for label, one in scans.items():
+        name = f'{label} ({one.description or "no description"})'
+        other = seen.setdefault(voxels_sha256(one.image), name)
+        if other != name:
+            raise ValueError(f'{other} and {name} are one and the same scan: their voxels are equal; give each MRI once.')
+    return list(dict.fromkeys(note for one in scans.values() for note in check_pair(ct, one, different_patients)))
+
+# %% ../nbs/33_studies.ipynb #481e499f
+def seen_by_given(ct: sitk.Image, mri: sitk.Image, given) -> tuple[dict, list[str]]:
+    """What was measured of a `given` rigid transform, {'seen_share': share of the CT's head that lies in the MRI}, and doubts about it.
+
+    Raises ValueError where the share is under 15 %, with which nothing can be fused."""
+    points = points_in(head_mask(shrunk(graded(ct), 4)))
+    if not len(points):
+        return {}, ['no head was found in the CT by which it could be checked']
+    share, back = (seen_share(mri, pose, points) for pose in (given, rigid(given.GetInverse())))
+    way = f'by its inverse the MRI would show {back:.0%} of the head in the CT instead of {share:.0%}, so it may point the other way, from the MRI to the CT'
+    doubts = [way] if back > share + .3 else []
+    if share < .15:
+        told = doubts[0] if doubts else f'by it the MRI shows only {share:.0%} of the head in the CT'
+        raise ValueError(f'The given transform leads out of the MRI: {told}; give one that maps points of the CT to points of the MRI, or none.')
+    return {'seen_share': share}, doubts
+
 # %% ../nbs/33_studies.ipynb #8b8e1a04
 def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False) -> Registration:
-    "The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds."
+    """The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds.
+
+    Raises ValueError where a given transform leads out of the MRI."""
     if transform is not None and str(transform):
-        given = transform if isinstance(transform, sitk.Transform) else read_transform(transform)
-        return Registration(rigid(given), 'given', ['it was read from a file' if not isinstance(transform, sitk.Transform) else 'it was handed over'])
+        given = rigid(transform if isinstance(transform, sitk.Transform) else read_transform(transform))
+        signs, doubts = seen_by_given(ct.image, mri.image, given)
+        return Registration(given, 'given', ['it was handed over' if isinstance(transform, sitk.Transform) else 'it was read from a file', *doubts], signs)
     if registered:
         return Registration(sitk.Euler3DTransform(), 'given', ['both scans were said to be registered'])
     if ct.frame_of_reference and ct.frame_of_reference == mri.frame_of_reference:
@@ -335,10 +376,9 @@ def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = Fal
 def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Image, spline: bool = False, n4: bool = False) -> FusedSeries:
     "A series on a grid, not yet fused."
     image = bias_corrected(mri.image) if n4 else mri.image
-    digest = hashlib.sha256(sitk.GetArrayViewFromImage(mri.image).tobytes()).hexdigest()
     pose = registration.transform
     return FusedSeries(label, mri.description, continued(image, grid, pose, spline), mri_limits(image), field_weight(image, grid, pose), registration,
-                       {}, digest, frame_of(mri.image), list(mri.notes))
+                       {}, voxels_sha256(mri.image), frame_of(mri.image), list(mri.notes))
 
 # %% ../nbs/33_studies.ipynb #0ba14392
 def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=None) -> dict:
@@ -373,10 +413,9 @@ def study_record(study: Study, ct: Scan, notes=()) -> dict:
     series = {one.label: {'description': one.description, 'frame': one.frame, 'voxels_sha256': one.sha256, 'limits': one.limits, 'notes': one.notes,
                           'verdict': one.registration.verdict, 'reasons': one.registration.reasons, 'signs': one.registration.signs,
                           'seconds': one.registration.seconds, 'transform_ct_to_mri': one.registration.transform.GetParameters()} for one in study.series}
-    digest = hashlib.sha256(sitk.GetArrayViewFromImage(ct.image).tobytes()).hexdigest()
     kinds = versions() | {'SimpleITK': sitk.Version.VersionString(), 'pydicom': pydicom.__version__}
     return plain({'format': 'medfusion study 1', 'verdict': study.verdict, 'plane': study.plane,
-                  'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': digest, 'notes': list(ct.notes)},
+                  'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': voxels_sha256(ct.image), 'notes': list(ct.notes)},
                   'mri': series, 'notes': list(notes), 'versions': kinds})
 
 # %% ../nbs/33_studies.ipynb #2aa585e2
@@ -388,15 +427,13 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     plane: of the slices, by default that of the grid; `force` fuses after a failed registration too. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
-    if not ct.is_hu:
-        raise ValueError(f'The CT ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; export it with its rescale values.')
-    notes = [note for one in scans.values() for note in check_pair(ct, one, different_patients)]
+    notes = notes_on_scans(ct, scans, different_patients)
     found = {label: brought_together(ct, one, transform, registered) for label, one in scans.items()}
     first = next(iter(scans))
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
     study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.ones(lattice.GetSize()[::-1], np.float32),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
-    study.record = study_record(study, ct, dict.fromkeys(notes)) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
+    study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
 
 # %% ../nbs/33_studies.ipynb #a6548f96
@@ -547,7 +584,8 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
         one.update({'SOPInstanceUID': pydicom.uid.generate_uid(), 'InstanceNumber': index + 1, 'Rows': pixels.shape[0], 'Columns': pixels.shape[1],
                     'ImagePositionPatient': [number(x) for x in place], 'ImageOrientationPatient': [number(x) for x in (*direction[:, 0], *direction[:, 1])],
                     'PixelSpacing': [number(step[1]), number(step[0])], 'SliceThickness': number(step[2]), 'SpacingBetweenSlices': number(step[2])})
-        one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
+        if not anonymous:
+            one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
         one.PixelData = pixels.tobytes()
         if anonymous:
             without_patient(one)
@@ -567,7 +605,8 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
             if grid.GetSize() != values.shape[::-1]:
                 raise ValueError('A DICOM series has the voxels of its source, and another spacing was asked for; leave dicom out, or the spacing.')
             window = next(item for item in study.record['windows'] if item['name'] == name)
-            told = (f'CT and MRI ({one.description}) fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
+            of = '' if anonymous or not one.description else f' ({one.description})'
+            told = (f'CT and MRI{of} fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
                     f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
             word = f'{study.verdict.upper()} ' if study.verdict in ('doubtful', 'failed') else ''
             write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', values, grid, reference, told, f'{word}fused {name} {one.label}'.strip(), anonymous)

@@ -1,7 +1,11 @@
 """From two scans to a study: the command, what it writes and never writes, and what it refuses."""
 import gzip
 import json
+<<<<<<< HEAD
 import os
+=======
+import shutil
+>>>>>>> h/fix
 
 import numpy as np
 import pytest
@@ -154,7 +158,8 @@ def test_the_grid_of_the_mri_keeps_its_voxels(scans, drawn):
 
 def test_several_series_onto_one_ct(scans, drawn, tmp_path):
     ct, mri = scans
-    found = scan_fusion(ct, {'t1': mri, 't2': mri}, model='maximum', transform=drawn.truth, plane='coronal', spacing=6.)
+    other = Scan(mri.image * 1.5, 'MR', 't2 tse')
+    found = scan_fusion(ct, {'t1': mri, 't2': other}, model='maximum', transform=drawn.truth, plane='coronal', spacing=6.)
     fill_study(tmp_path, found)
     assert {'fused_t1_brain.nii.gz', 'fused_t2_brain.nii.gz', 'mri_to_ct_t2.tfm'} <= {path.name for path in tmp_path.iterdir()}
     assert found.plane == 'coronal' and np.allclose(found.grid.GetSpacing(), 6)
@@ -166,11 +171,33 @@ def test_what_is_refused_is_refused_in_a_sentence(scans):
                          ({'spacing': 90.}, 'spacing')):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             scan_fusion(ct, mri, **{'model': 'maximum', 'registered': True} | wrong)
-    with pytest.raises(ValueError, match='Hounsfield'):
-        scan_fusion(mri, mri)
+    for pair, words in (((mri, mri), 't1 space.*Hounsfield.*order is CT, then MRI'), ((mri, ct), 't1 space.*order is CT, then MRI'),
+                        ((ct, ct), 'thin bone.*order is CT, then MRI'), ((Scan(mri.image, '', 'x'), ct), 'order is CT, then MRI'),
+                        ((Scan(mri.image, 'CT', 'x'), mri), 'export it with its rescale values'),
+                        ((ct, {'t1': mri, 't2': Scan(mri.image, 'MR', 'copy')}), 't1 .t1 space. and t2 .copy. .*one and the same')):
+        with pytest.raises(ValueError, match=words):
+            scan_fusion(*pair, model='maximum', registered=True)
     one, other = (Scan(scan.image, scan.modality, is_hu=scan.is_hu, patient=key) for scan, key in ((ct, 'a'), (mri, 'b')))
     with pytest.raises(ValueError, match='different patients'):
         scan_fusion(one, other, registered=True)
+
+
+def test_a_given_transform_is_checked(scans, drawn):
+    ct, mri = scans
+    found = studies.brought_together(ct, mri, drawn.truth)
+    assert found.verdict == 'given' and found.signs['seen_share'] > .3 and 'other way' not in found.sentence
+    away = lambda mm: sitk.TranslationTransform(3, (0., 0., mm))
+    with pytest.raises(ValueError, match='0% of the head') as caught:
+        studies.brought_together(ct, mri, away(900.))
+    assert 'other way' not in str(caught.value)
+    apart = sitk.Image(mri.image)                                        # the MRI's table stood elsewhere
+    apart.SetOrigin([x + y for x, y in zip(apart.GetOrigin(), (0., 0., 90.))])
+    half = studies.brought_together(ct, Scan(apart, 'MR'), away(0.))
+    assert 'other way' not in half.sentence
+    with pytest.raises(ValueError, match='other way'):
+        studies.brought_together(ct, Scan(apart, 'MR'), away(-90.))
+    apart.SetOrigin([x + y for x, y in zip(mri.image.GetOrigin(), (0., 0., 40.))])
+    assert 'other way' in studies.brought_together(ct, Scan(apart, 'MR'), away(-40.)).sentence
 
 
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
@@ -178,6 +205,7 @@ def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
         data = path.read_bytes()
         assert not [secret for secret in PLANTED if secret.encode() in data]
+<<<<<<< HEAD
 
 
 # What is there
@@ -229,3 +257,18 @@ def test_a_short_name_of_a_folder_garbles_no_report():
     clean = scrubbed(notebook, ['plum', 'study', 'data', '/home/plum/scans'])
     assert clean['cells'][0]['source'] == 'display(study)' and clean['cells'][0]['id'] == 'data'
     assert clean['cells'][0]['outputs'][0]['output_type'] == 'display_data' and clean['cells'][0]['outputs'][0]['data']['text/plain'] == ['Patient … in …']
+=======
+        assert 'SourceImageSequence' not in pydicom.dcmread(path)
+    studies.write_dicom(tmp_path / 'whole', study, reference, anonymous=True)
+    told = {pydicom.dcmread(path).DerivationDescription for path in (tmp_path / 'whole').rglob('*.dcm')}
+    assert len(told) == 2 and not [text for text in told if 't1 space' in text or 'sha256' not in text]
+
+
+def test_a_study_does_not_name_the_files_that_broke_off(drawn, patient, tmp_path):
+    shutil.copytree(patient / 'ct', tmp_path / 'ct')
+    last = max((tmp_path / 'ct').iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    (tmp_path / 'ct' / 'zzfamilyname.dcm').write_bytes(last.read_bytes()[:420])
+    found = scan_fusion(tmp_path / 'ct', patient / 'mri', model='maximum', transform=drawn.truth)
+    notes = json.dumps(found.record)
+    assert '1 file(s) beside it' in notes and 'zzfamilyname' not in notes
+>>>>>>> h/fix

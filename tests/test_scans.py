@@ -281,13 +281,16 @@ def test_slices_of_two_patients_are_never_one_volume(tmp_path):
 def test_two_patients_are_not_fused_unawares(tmp_path):
     ct = read_scan(write(tmp_path / 'a', [made(place) for place in stack_positions()]))
     same = read_scan(write(tmp_path / 'b', [made(place, Modality='MR', PatientID='P-4711 ') for place in stack_positions()]))
-    other = read_scan(write(tmp_path / 'c', [made(place, PatientID='P-4712') for place in stack_positions()]))
+    other = read_scan(write(tmp_path / 'c', [made(place, Modality='MR', SeriesDescription='T1', PatientID='P-4712') for place in stack_positions()]))
     assert check_pair(ct, same) == []
     with pytest.raises(ValueError, match='different_patients=True') as caught:
         check_pair(ct, other)
-    assert '4711' not in str(caught.value)
+    assert '4711' not in str(caught.value) and 'head' in str(caught.value) and 'T1' in str(caught.value)
     assert 'allowed' in check_pair(ct, other, different_patients=True)[0]
     assert 'cannot be told' in check_pair(ct, Scan(ct.image))[0]
+    for second in (ct, Scan(ct.image, 'CT', 'head'), Scan(ct.image, '', 'head', is_hu=True)):
+        with pytest.raises(ValueError, match='head.*order is CT, then MRI'):
+            check_pair(ct, second, different_patients=True)
 
 
 def test_nothing_that_is_shown_names_the_patient(tmp_path):
@@ -386,6 +389,24 @@ def test_a_ct_without_its_intercept_is_said_to_be_not_in_hu(tmp_path, tags):
             one.RescaleIntercept = 0
     scan = read_scan(write(tmp_path, base))
     assert not scan.is_hu and 'not in HU' in notes(scan)
+
+
+@pytest.mark.parametrize('padding, values', [(0, (0., 1024.)), (-1000, (0., 1024.)), (None, (-1000., 24.)), (-2000, (-1000., 24.))])
+def test_padding_is_no_air_that_tells_hounsfield_units(tmp_path, padding, values):
+    "A CT without rescale tags is in HU where its own values have air near −1000, and not because its padding has."
+    grid = np.full(SHAPE, values[1])
+    grid[:, :5] = values[0]
+    grid[:2] = values[0] if padding is None else padding
+    tags = {'PixelRepresentation': 1} | ({} if padding is None else {'PixelPaddingValue': padding})
+    scan = read_scan(write(tmp_path, [made(place, slope=None, intercept=None, values=grid, **tags) for place in stack_positions()]))
+    assert scan.is_hu == (values[0] == -1000) and ('not in HU' in notes(scan)) != scan.is_hu
+
+
+def test_padding_that_its_rescale_values_make_air_is_air(tmp_path):
+    grid = np.full(SHAPE, 40.)
+    grid[:, :5] = -1024
+    scan = read_scan(write(tmp_path, [made(place, slope=1, intercept=-1024., values=grid, PixelPaddingValue=0) for place in stack_positions()]))
+    assert scan.is_hu and set(np.unique(sitk.GetArrayViewFromImage(scan.image))) == {-1024, 40}
 
 
 def test_monochrome1_keeps_what_is_meant(tmp_path):
@@ -553,9 +574,16 @@ def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     *_, middle, _, last = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     last.write_bytes(last.read_bytes()[:420])                     # the topmost, so that it leaves no gap
     scan = read_scan(folder)
-    assert scan.image.GetSize()[2] == 5 and last.name in notes(scan)
+    assert scan.image.GetSize()[2] == 5 and '1 file(s) beside it' in notes(scan) and last.name not in notes(scan)
+    assert last.name in scan_table(folder)[0]['notes']
     middle.write_bytes(middle.read_bytes()[:420])
     assert_refused(folder, 'from 6.0 to 12.0 mm', middle.name, last.name)
+
+
+def test_notes_of_a_scan_name_no_file_beside_it(tmp_path):
+    folder = write(tmp_path, [made(place) for place in stack_positions()])
+    save(made(stack_positions()[0], values=np.zeros((5, 7)), ImagePositionPatient=None), folder / 'doe-jane')
+    assert 'left aside' in notes(read_scan(folder)) and 'doe-jane' not in notes(read_scan(folder))
 
 
 def test_an_archive_of_a_nifti_that_breaks_off(tmp_path):
