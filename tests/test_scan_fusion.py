@@ -1,11 +1,8 @@
 """From two scans to a study: the command, what it writes and never writes, and what it refuses."""
 import gzip
 import json
-<<<<<<< HEAD
 import os
-=======
 import shutil
->>>>>>> h/fix
 
 import numpy as np
 import pytest
@@ -205,7 +202,19 @@ def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
         data = path.read_bytes()
         assert not [secret for secret in PLANTED if secret.encode() in data]
-<<<<<<< HEAD
+        assert 'SourceImageSequence' not in pydicom.dcmread(path)
+    studies.write_dicom(tmp_path / 'whole', study, reference, anonymous=True)
+    told = {pydicom.dcmread(path).DerivationDescription for path in (tmp_path / 'whole').rglob('*.dcm')}
+    assert len(told) == 2 and not [text for text in told if 't1 space' in text or 'sha256' not in text]
+
+
+def test_a_study_does_not_name_the_files_that_broke_off(drawn, patient, tmp_path):
+    shutil.copytree(patient / 'ct', tmp_path / 'ct')
+    last = max((tmp_path / 'ct').iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    (tmp_path / 'ct' / 'zzfamilyname.dcm').write_bytes(last.read_bytes()[:420])
+    found = scan_fusion(tmp_path / 'ct', patient / 'mri', model='maximum', transform=drawn.truth)
+    notes = json.dumps(found.record)
+    assert '1 file(s) beside it' in notes and 'zzfamilyname' not in notes
 
 
 # What is there
@@ -257,18 +266,3 @@ def test_a_short_name_of_a_folder_garbles_no_report():
     clean = scrubbed(notebook, ['plum', 'study', 'data', '/home/plum/scans'])
     assert clean['cells'][0]['source'] == 'display(study)' and clean['cells'][0]['id'] == 'data'
     assert clean['cells'][0]['outputs'][0]['output_type'] == 'display_data' and clean['cells'][0]['outputs'][0]['data']['text/plain'] == ['Patient … in …']
-=======
-        assert 'SourceImageSequence' not in pydicom.dcmread(path)
-    studies.write_dicom(tmp_path / 'whole', study, reference, anonymous=True)
-    told = {pydicom.dcmread(path).DerivationDescription for path in (tmp_path / 'whole').rglob('*.dcm')}
-    assert len(told) == 2 and not [text for text in told if 't1 space' in text or 'sha256' not in text]
-
-
-def test_a_study_does_not_name_the_files_that_broke_off(drawn, patient, tmp_path):
-    shutil.copytree(patient / 'ct', tmp_path / 'ct')
-    last = max((tmp_path / 'ct').iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
-    (tmp_path / 'ct' / 'zzfamilyname.dcm').write_bytes(last.read_bytes()[:420])
-    found = scan_fusion(tmp_path / 'ct', patient / 'mri', model='maximum', transform=drawn.truth)
-    notes = json.dumps(found.record)
-    assert '1 file(s) beside it' in notes and 'zzfamilyname' not in notes
->>>>>>> h/fix
