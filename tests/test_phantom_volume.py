@@ -119,5 +119,5 @@ def test_the_commands(tmp_path, monkeypatch):
     listed = CliRunner().invoke(app, ['scans', 'demo/ct'])
     assert listed.exit_code == 0 and listed.stdout.splitlines()[1].startswith('1')
     next((tmp_path / 'demo/ct').glob('IM0010')).unlink()
-    assert '--fill-gaps' in CliRunner().invoke(app, ['scans', 'demo/ct']).stdout
+    assert '-p fill_gaps=true' in CliRunner().invoke(app, ['scans', 'demo/ct']).stdout
     assert CliRunner().invoke(app, ['data', 'scans', '-o', 'x', '--contrast', 'PET', '--voxel', '8']).exit_code == 1
