@@ -408,7 +408,7 @@ def list_series(path) -> tuple[list[Series], Folder]:
     for number, one in enumerate(series, start=1):
         one.number = number
         same = [other for other in series if other is not one and other.header.get('SeriesInstanceUID') == one.header.get('SeriesInstanceUID')]
-        one.notes += [f'{len(other.slices)} slice(s) of its series were left aside: {"another volume, " + other.name if other.is_volume else other.fault}.' for other in same]
+        one.notes += [f'{len(other.slices)} slice(s) of its series were left aside ({"another volume, " + other.name if other.is_volume else other.fault}).' for other in same]
         one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 
