@@ -581,7 +581,8 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict) -> None:
 
     from medfusion.runs import nbs_dir
     papermill_io.register('medfusion:', executed)
-    logging.getLogger('papermill').setLevel('ERROR')
+    for name in ('papermill', 'asyncio'):       # of a kernel that ends they tell in their own words, and sometimes late
+        logging.getLogger(name).setLevel('CRITICAL')
     where = lambda: f'; see {executed.path}.' if executed.written else '.'
     try:
         with own_temporary_files():
