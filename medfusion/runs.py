@@ -661,7 +661,7 @@ def divide(folders, seed: int, training: dict | None = None, value_range=None, c
                  if split[part] else None for part in ('train', 'val', 'test'))
 
 # %% ../nbs/09_runs.ipynb #1a2d0bbd
-def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tuple[CTMRIDataset, ...]:
+def open_parts(parameters, augment: bool = False, crop: int | None = None, vary: float = 0.) -> tuple[CTMRIDataset, ...]:
     """The data sets to train on, to validate on and to test on, with no case in two of them.
 
     `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have
@@ -670,7 +670,7 @@ def open_parts(parameters, augment: bool = False, crop: int | None = None) -> tu
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
     drawn = range_of(getattr(parameters, 'value_range', ''))
-    training = dict(augment=augment, crop=crop, seed=parameters.seed)
+    training = dict(augment=augment, crop=crop, seed=parameters.seed, vary=vary)
     if val is None and test is None:
         return divide(train, parameters.seed, training, drawn, named_cases(parameters))
     if named_cases(parameters):

@@ -181,6 +181,21 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(flat):
         dataset[8]
 
 
+def test_a_share_of_the_crops_comes_from_another_scanner(flat):
+    def epochs(vary):
+        dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16, vary=vary)
+        for epoch in range(5):
+            dataset.set_epoch(epoch)
+            yield torch.stack([torch.cat([item['ct'], item['mri']]) for item in dataset])
+    never, often, always = (list(epochs(vary)) for vary in (0, 0.3, 1))
+    assert all(map(torch.equal, often, epochs(0.3)))  # by seed, epoch and index alone
+    assert not torch.equal(never[0], always[0]) and all(one.shape == (8, 2, 16, 16) for one in always)
+    assert all(0 <= one.min() and one.max() <= 1 for one in always)
+    for wrong in ({'vary': 0.3}, {'vary': 0.3, 'crop': 16}, {'vary': 1.5, 'augment': True, 'crop': 16}):
+        with pytest.raises(ValueError, match='vary is .* needs augment and a crop'):
+            CTMRIDataset(flat / 'CT', flat / 'MRI', **wrong)
+
+
 def test_running_workers_learn_of_the_epoch(flat):
     dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16)
     loader = DataLoader(dataset, batch_size=8, num_workers=1, persistent_workers=True)
