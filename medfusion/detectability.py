@@ -136,7 +136,7 @@ def source_covariances(crops, draws=200):
     return [torch.cov(torch.cat(parts).double().T) for parts in values.values()]
 
 # %% ../nbs/13_detectability.ipynb #cb6430f0
-def draw_spot(generator=None, shares=(0.52, 0.36, 0.1, 0.02), by_size=0.85, spread=22):
+def draw_spot(generator=None, shares=(0.48, 0.34, 0.14, 0.04), by_size=0.6, spread=22):
     """A random spot: the index of its size, and its strengths (CT, MRI), a direction of length 1.
 
     shares: of spots bright in CT, bright in MRI, dark in CT, dark in MRI; by_size: the share of draws in which size goes
