@@ -36,7 +36,7 @@ def cases_seen(record):
     "The cases that a run's network was trained on, those of what it stands on among them."
     before = seen_before(record['parameters'])
     if judged := before & {*record['split']['val'], *record['split']['test']}:
-        raise ValueError(f'What the run {record["run"]} stands on (start, backbone_weights) was trained on case {sort_cases(judged)[0]}, by which '
+        raise ValueError(f'What the run {record["run"]} stands on (start, teacher, backbone_weights) was trained on case {sort_cases(judged)[0]}, by which '
                          'the run is judged; take what never saw it.')
     return sort_cases({*record['split']['train']} | before)
 
@@ -59,8 +59,9 @@ def facts_of(folder, record, recipe):
              'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
              'pairs': {name: len(part) if part else 0 for name, part in names.items()},
              'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
-    if start := record['parameters'].get('start'):
-        facts['start'] = {'name': start, 'sha256': sha256_of(find_model(start).path)}
+    for role in ('start', 'teacher'):
+        if network := record['parameters'].get(role):
+            facts[role] = {'name': network, 'sha256': sha256_of(find_model(network).path)}
     if val:
         facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)
     return facts | {'intended_use': 'research on image fusion; not for diagnosis'}

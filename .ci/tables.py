@@ -22,18 +22,19 @@ RECORDED = ROOT / 'results' / 'recorded'
 # The commands that make the records; each is printed above its table.
 COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
-                "medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[wavelet, resnet, run:defaults]'"],
+                "medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[wavelet, wavelet-lite, resnet, run:defaults]'"],
     'cases_34_41': ["medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
+                    "-p 'checkpoints=[wavelet, wavelet-lite, resnet]' "
                     '-p published=results/published/peers_cases_34_41.csv -p detection=true'],
     'phantom': ['medfusion data phantom results/phantom',
                 'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
-                '-p mri_dir=results/phantom/test/MRI'],
+                "-p mri_dir=results/phantom/test/MRI -p 'checkpoints=[wavelet, wavelet-lite, resnet]'"],
 }
-TITLES = titles() | {'wavelet': 'wavelet (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults'}
+TITLES = titles() | {'wavelet': 'wavelet (shipped)', 'wavelet-lite': 'wavelet-lite (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults'}
 # Leaving one case out: the recipes, by their titles, and the commands. They make no folder with a run.json, so `make record` leaves them.
 RECIPES = {'wavelet_shipped': 'wavelet', 'resnet_shipped': 'ResNet'}
 FOLDS = ['medfusion data harvard', 'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{}]"']
-SHIPPED = [TITLES['wavelet'], TITLES['resnet']]
+SHIPPED = [TITLES[name] for name in ('wavelet', 'wavelet-lite', 'resnet')]
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
@@ -128,7 +129,7 @@ def headline():
 def lesions():
     "What each method keeps of each kind of lesion of the synthetic head."
     kept = pd.DataFrame(read_run(RECORDED / 'phantom')['numbers']['lesions_kept']).T.rename_axis('method')
-    kept = kept.loc[['wavelet', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri']]
+    kept = kept.loc[['wavelet', 'wavelet-lite', 'resnet', 'maximum', 'average', 'copy_ct', 'copy_mri']]
     return as_markdown(kept.rename(index=TITLES).map('{:.2f}'.format), 'phantom')
 
 
@@ -136,7 +137,7 @@ def painted():
     "What can still be found of every kind of painted lesion: the efficiency of each method."
     found = recorded('cases_34_41', 'detection_summary')
     table = found.pivot(index='method', columns='lesion', values='efficiency')[list(dict.fromkeys(found.lesion))]
-    rows = [TITLES.get(name, name) for name in ('wavelet', 'resnet', 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
+    rows = [TITLES.get(name, name) for name in ('wavelet', 'wavelet-lite', 'resnet', 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
     return as_markdown(table.loc[rows].map('{:.2f}'.format), 'cases_34_41')
 
 
@@ -150,7 +151,7 @@ def networks():
         if name in shipped_models():
             sizes = {key: weight.numel() for key, weight in load_model(name, 'cpu').named_parameters()}
             weights = sum(sizes.get(key, 0) for key in load_checkpoint(file)['state_dict'])
-            frozen = sum(sizes.values()) - weights
+            frozen = max(frozen, sum(sizes.values()) - weights)
         rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.1f} MB)', f'{weights:,}',
                      about['epoch'], f'`{about["recipe"].split(" ")[0]}`', f'`{about["sha256"][:12]}…`'))
     columns = ['network', 'file in `medfusion/shipped/`', 'weights', 'best epoch', 'recipe', 'SHA-256']

@@ -73,15 +73,15 @@ def run_values(folder) -> dict:
 
 # %% ../nbs/24_cross_validation.ipynb #45fda213
 def seen_before(values: dict) -> set[str]:
-    """The cases that the networks were trained on which a run with these parameters stands on: `start` and `backbone_weights`.
+    """The cases that the networks were trained on which a run with these parameters stands on: `start`, `teacher` and `backbone_weights`.
 
     Raises ValueError where nothing tells. ImageNet's photographs hold no case.
     """
-    start, backbone, seen = values.get('start'), values.get('backbone_weights', 'none'), set()
-    if start:
-        known = cases_trained_on(find_model(start).path)
+    backbone, seen = values.get('backbone_weights', 'none'), set()
+    for network in filter(None, (values.get('start'), values.get('teacher'))):
+        known = cases_trained_on(find_model(network).path)
         if known is None:
-            raise ValueError(f'Nothing says on which cases {start} was trained; a metadata.json beside a checkpoint does.')
+            raise ValueError(f'Nothing says on which cases {network} was trained; a metadata.json beside a checkpoint does.')
         seen |= known
     if backbone != 'none' and not backbone.startswith('IMAGENET'):
         known = backbone_file(backbone).with_name('metadata.json')

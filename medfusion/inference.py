@@ -70,6 +70,7 @@ def methods() -> dict[str, MethodInfo]:
                    'wavelet_fusion_spatial_epoch_{epoch}.pt'),
         MethodInfo('resnet', 'resnet_based_fusion.ipynb', 'resnet_fusion',
                    'medfusion.resnet_fusion', 'ResNetFusion', 'resnet_fusion_best.pt'),
+        MethodInfo('wavelet-lite', 'wavelet-lite.ipynb', 'wavelet_lite', 'medfusion.wavelet_lite', 'WaveletLite', 'wavelet_lite_best.pt'),
     )
     return {method.name: method for method in table}
 

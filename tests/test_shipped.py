@@ -17,7 +17,7 @@ from medfusion.phantom import phantom_slice, write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = Path(medfusion.__file__).resolve().parent / 'shipped'
-NAMES = ('wavelet', 'resnet')
+NAMES = ('wavelet', 'wavelet-lite', 'resnet')
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +32,7 @@ def phantom_pair():
     return tuple(torch.as_tensor(image)[None, None].float() for image in (made.ct, made.mri))
 
 
-@pytest.mark.parametrize('folder', ['trainable_wavelet_fusion', 'resnet_fusion', 'resnet50_backbone'])
+@pytest.mark.parametrize('folder', ['trainable_wavelet_fusion', 'wavelet_lite', 'resnet_fusion', 'resnet50_backbone'])
 def test_files_are_small_and_recorded(folder):
     folder = SHIPPED / folder
     metadata = json.loads((folder / 'metadata.json').read_text())
