@@ -7,9 +7,10 @@ __all__ = ['check_size', 'upright', 'tiff_tags', 'exif_orientation', 'tiff_page'
            'tiff_unpackers', 'lzw_strings', 'unpack_lzw', 'TiffLayout', 'tiff_layout', 'tiff_names', 'tiff_fault',
            'block_numbers', 'tiff_numbers', 'decode_tiff', 'png_chunks', 'unpacked_rows', 'decode_png', 'jpeg_segments',
            'decode_by_pillow', 'check_jpeg_pixels', 'decode_jpeg', 'decode_bmp', 'ImageFormat', 'image_formats',
-           'image_suffixes', 'suffix_of', 'stem_of', 'format_of']
+           'image_suffixes', 'last_part', 'suffix_of', 'stem_of', 'format_of']
 
 # %% ../nbs/00_codecs.ipynb #0c83f9a8
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -430,17 +431,22 @@ def image_suffixes():
     "The endings of file names (lower case) that belong to slices."
     return tuple(suffix for kind in image_formats() for suffix in kind.suffixes)
 
+# %% ../nbs/00_codecs.ipynb #870250f1
+def last_part(path):
+    "The name of a file, of its path or of itself; a Path is not made of every name, for there may be a hundred thousand."
+    return path.name if isinstance(path, Path) else os.path.basename(path)
+
 # %% ../nbs/00_codecs.ipynb #830e8fe4
 def suffix_of(path):
     "The ending of a file name that the table knows, lower case (the longest, so '.nii.gz' before '.gz'); '' if none."
-    name = Path(path).name.lower()
+    name = last_part(path).lower()
     return max((suffix for suffix in image_suffixes() if name.endswith(suffix)), key=len, default='')
 
 # %% ../nbs/00_codecs.ipynb #161946b4
 def stem_of(path):
     "The name of a file without its ending: '34010' of 'CT/34010.png'."
-    name, suffix = Path(path).name, suffix_of(path)
-    return name[:-len(suffix)] if suffix else Path(path).stem
+    name, suffix = last_part(path), suffix_of(path)
+    return name[:-len(suffix)] if suffix else Path(name).stem
 
 # %% ../nbs/00_codecs.ipynb #f6c5f970
 def format_of(path, data=b''):

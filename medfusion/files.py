@@ -27,7 +27,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .codecs import format_of, image_suffixes, stem_of, suffix_of
+from .codecs import format_of, image_suffixes, last_part, stem_of, suffix_of
 
 # %% ../nbs/00_files.ipynb #103cf50b
 def absolute_path(path):
@@ -437,11 +437,11 @@ def is_folder(path) -> bool:
 # %% ../nbs/00_files.ipynb #e0b0713e
 def slice_name(path, pattern='') -> str | None:
     "The name of a slice, with its ending, by a pattern of file names; None for a file that is not named so."
-    name = unicodedata.normalize('NFC', Path(path).name)
-    text = name if not pattern or suffix_of(pattern) else stem_of(name)
-    head, _, tail = unicodedata.normalize('NFC', pattern).partition('{name}')
     if not pattern:
-        return Path(path).name
+        return last_part(path)
+    name = unicodedata.normalize('NFC', last_part(path))
+    text = name if suffix_of(pattern) else stem_of(name)
+    head, _, tail = unicodedata.normalize('NFC', pattern).partition('{name}')
     if not (text.startswith(head) and text.lower().endswith(tail.lower()) and len(text) > len(head + tail)):
         return None
     return text[len(head):len(text) - len(tail)] + suffix_of(name)
@@ -449,7 +449,7 @@ def slice_name(path, pattern='') -> str | None:
 # %% ../nbs/00_files.ipynb #99d9c9e2
 def some_names(paths) -> str:
     "The first three names of files, and whether there are more, for sentences."
-    names = [Path(path).name for path in paths]
+    names = [last_part(path) for path in paths]
     return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
 
 # %% ../nbs/00_files.ipynb #eb9ce429
@@ -461,7 +461,7 @@ def list_images(folder) -> list[Path]:
     place, pattern = split_pattern(absolute_path(folder))
     if not place.is_dir():
         raise (ValueError if place.exists() else FileNotFoundError)(missing_sentence(place, 'folder'))
-    paths = sorted(path for path in place.iterdir() if is_slice_name(path.name) and not path.is_dir())
+    paths = [place / name for name in sorted(filter(is_slice_name, os.listdir(place))) if not os.path.isdir(os.path.join(place, name))]
     if not paths:
         raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
     named = [path for path in paths if slice_name(path, pattern) is not None]
