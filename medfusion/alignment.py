@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.fft import irfft2, rfft2
+from scipy.fft import ifft, irfft, next_fast_len, rfft2
 
 # %% ../nbs/22_alignment.ipynb #d9c791ae
 def on_grid(image, side=128):
@@ -24,9 +24,9 @@ def on_grid(image, side=128):
 # %% ../nbs/22_alignment.ipynb #36a1e69d
 def correlate(a, b, reach):
     "The sums of a(x)·b(x + d) over x, for all shifts d of up to `reach` pixels: (..., H, W) to (..., 2·reach + 1, 2·reach + 1)."
-    size = [length + reach for length in a.shape[-2:]]
-    sums = irfft2(rfft2(a, size).conj() * rfft2(b, size), size)
-    return np.roll(sums, (reach, reach), (-2, -1))[..., :2 * reach + 1, :2 * reach + 1]
+    size, near = [next_fast_len(length + reach, real=True) for length in a.shape[-2:]], np.arange(-reach, reach + 1)
+    rows = ifft(rfft2(a, size).conj() * rfft2(b, size), axis=-2)[..., near, :]
+    return irfft(rows, size[1])[..., near]
 
 # %% ../nbs/22_alignment.ipynb #4025e5ec
 def edge_field(image, faint=.02):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['check_size', 'upright', 'tiff_tags', 'exif_orientation', 'tiff_page', 'unpack_deflate', 'unpack_bits',
            'tiff_unpackers', 'lzw_strings', 'unpack_lzw', 'TiffLayout', 'tiff_layout', 'tiff_names', 'tiff_fault',
-           'block_numbers', 'tiff_numbers', 'decode_tiff', 'png_chunks', 'check_png_pixels', 'decode_png',
-           'jpeg_segments', 'decode_by_pillow', 'check_jpeg_pixels', 'decode_jpeg', 'decode_bmp', 'ImageFormat',
-           'image_formats', 'image_suffixes', 'suffix_of', 'stem_of', 'format_of']
+           'block_numbers', 'tiff_numbers', 'decode_tiff', 'png_chunks', 'unpacked_rows', 'decode_png', 'jpeg_segments',
+           'decode_by_pillow', 'check_jpeg_pixels', 'decode_jpeg', 'decode_bmp', 'ImageFormat', 'image_formats',
+           'image_suffixes', 'last_part', 'suffix_of', 'stem_of', 'format_of']
 
 # %% ../nbs/00_codecs.ipynb #0c83f9a8
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -293,8 +294,8 @@ def png_chunks(data):
     return chunks
 
 # %% ../nbs/00_codecs.ipynb #08365e31
-def check_png_pixels(header, stream):
-    "Raises `ValueError` unless the compressed stream is whole and holds all rows that the header declares."
+def unpacked_rows(header, stream):
+    "The rows of pixels, filtered, in a compressed stream; `ValueError` unless it is whole and holds all that the header declares."
     width, height, bits, colour, *methods, interlaced = struct.unpack('>IIBBBBB', header.ljust(13, b'\xff')[:13])
     if bits not in (1, 2, 4, 8, 16) or colour not in (0, 2, 3, 4, 6) or methods != [0, 0] or interlaced > 1:
         raise ValueError('is damaged (in its header); copy or export it again.')
@@ -302,11 +303,12 @@ def check_png_pixels(header, stream):
     row = 1 + (width * bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] + 7) // 8
     unpacker = zlib.decompressobj()
     try:
-        length = len(unpacker.decompress(stream, row * height * 2 + 1))  # twice: interlacing adds filter bytes
+        rows = unpacker.decompress(stream, row * height * 2 + 1)  # twice: interlacing adds filter bytes
     except zlib.error:
-        length = 0
-    if not unpacker.eof or length < row * height and not interlaced:
+        rows = b''
+    if not unpacker.eof or len(rows) < row * height and not interlaced:
         raise ValueError('is damaged (rows of pixels are missing); copy or download it again.')
+    return rows
 
 # %% ../nbs/00_codecs.ipynb #24fe4043
 def decode_png(data):
@@ -315,10 +317,10 @@ def decode_png(data):
     parts = {kind: b''.join(content for other, content in chunks if other == kind) for kind, _ in chunks}
     if b'acTL' in parts:
         raise ValueError('is an animation (a stack of pages); save every slice as a file of its own.')
-    check_png_pixels(parts.get(b'IHDR', b''), parts.get(b'IDAT', b''))
-    plain = data[:8] + b''.join(struct.pack('>I', len(content)) + kind + content
-                                + struct.pack('>I', zlib.crc32(kind + content)) for kind, content in chunks
-                                if kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND'))  # no profile, no text
+    parts[b'IDAT'] = zlib.compress(unpacked_rows(parts.get(b'IHDR', b''), parts.get(b'IDAT', b'')), 0)
+    plain = data[:8] + b''.join(struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+                                for kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND')  # no profile, no text
+                                if (content := parts.get(kind)) is not None)
     pixels = cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError('is damaged, or a kind of PNG that cannot be read; export it again.')
@@ -429,17 +431,22 @@ def image_suffixes():
     "The endings of file names (lower case) that belong to slices."
     return tuple(suffix for kind in image_formats() for suffix in kind.suffixes)
 
+# %% ../nbs/00_codecs.ipynb #870250f1
+def last_part(path):
+    "The name of a file, of its path or of itself; a Path is not made of every name, for there may be a hundred thousand."
+    return path.name if isinstance(path, Path) else os.path.basename(path)
+
 # %% ../nbs/00_codecs.ipynb #830e8fe4
 def suffix_of(path):
     "The ending of a file name that the table knows, lower case (the longest, so '.nii.gz' before '.gz'); '' if none."
-    name = Path(path).name.lower()
+    name = last_part(path).lower()
     return max((suffix for suffix in image_suffixes() if name.endswith(suffix)), key=len, default='')
 
 # %% ../nbs/00_codecs.ipynb #161946b4
 def stem_of(path):
     "The name of a file without its ending: '34010' of 'CT/34010.png'."
-    name, suffix = Path(path).name, suffix_of(path)
-    return name[:-len(suffix)] if suffix else Path(path).stem
+    name, suffix = last_part(path), suffix_of(path)
+    return name[:-len(suffix)] if suffix else Path(name).stem
 
 # %% ../nbs/00_codecs.ipynb #f6c5f970
 def format_of(path, data=b''):

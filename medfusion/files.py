@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
-           'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
+           'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
            'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'append_line', 'read_lines', 'is_slice_name',
            'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key',
@@ -27,7 +27,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .codecs import format_of, image_suffixes, stem_of, suffix_of
+from .codecs import format_of, image_suffixes, last_part, stem_of, suffix_of
 
 # %% ../nbs/00_files.ipynb #103cf50b
 def absolute_path(path):
@@ -126,8 +126,8 @@ def luminance(image):
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 # %% ../nbs/00_files.ipynb #c376d1b6
-def read_pixels(path):
-    "The pixels of an image file as stored, (H, W) or (H, W, 3 or 4), RGB; a sentence with the path where that fails."
+def file_bytes(path):
+    "The bytes of an image file; a sentence with the path for an ending that is none of an image, or where nothing is to be read."
     path = absolute_path(path)
     if not suffix_of(path):
         raise ValueError(f'{path} does not end in {", ".join(image_suffixes())}; convert it to one of these.')
@@ -136,6 +136,16 @@ def read_pixels(path):
     data = path.read_bytes()
     if not data:
         raise ValueError(f'{path} is empty (0 bytes); copy or download it again.')
+    return data
+
+# %% ../nbs/00_files.ipynb #59e5923f
+def read_pixels(path, data=None):
+    """The pixels of an image file as stored, (H, W) or (H, W, 3 or 4), RGB; a sentence with the path where that fails.
+
+    data: the bytes of the file, from who has read them already (`file_bytes`).
+    """
+    path = absolute_path(path)
+    data = file_bytes(path) if data is None else data
     kind = format_of(path, data)
     if kind is None:
         raise ValueError(f'{path} is not an image that can be read, whatever its name says; replace it.')
@@ -171,7 +181,7 @@ def check_graded(path, pixels):
                          'or give value_range=(low, high).')
 
 # %% ../nbs/00_files.ipynb #9eded735
-def read_image(path, color=False, value_range=None, quiet=False):
+def read_image(path, color=False, value_range=None, quiet=False, data=None):
     """Pixels of an image file: (H, W) uint8, uint16 or float32, as deep as the file.
 
     RGB files become luminance (ITU-R BT.601) or, with `color=True`, an (H, W, 3) RGB array; alpha is dropped.
@@ -179,10 +189,11 @@ def read_image(path, color=False, value_range=None, quiet=False):
     beside 12, was windowed before and is read as it is. Warns of values that fill a small part of their type's range,
     unless `quiet`. Raises `FileNotFoundError`, or `ValueError` for what is not one whole slice: text, truncated, damaged
     or empty files, stacks, and, without a range, integers that are not 8 or 16 bit unsigned and floats beyond [0, 1].
+    data: the bytes of the file, if they were read already.
     """
     if value_range is not None:
         check_range(value_range)
-    path, pixels = absolute_path(path), read_pixels(path)
+    path, pixels = absolute_path(path), read_pixels(path, data)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if color else luminance(pixels[..., :3])
     if value_range is not None and not (pixels.dtype.kind in 'ui' and value_range[1] > np.iinfo(pixels.dtype).max):
@@ -426,11 +437,11 @@ def is_folder(path) -> bool:
 # %% ../nbs/00_files.ipynb #e0b0713e
 def slice_name(path, pattern='') -> str | None:
     "The name of a slice, with its ending, by a pattern of file names; None for a file that is not named so."
-    name = unicodedata.normalize('NFC', Path(path).name)
-    text = name if not pattern or suffix_of(pattern) else stem_of(name)
-    head, _, tail = unicodedata.normalize('NFC', pattern).partition('{name}')
     if not pattern:
-        return Path(path).name
+        return last_part(path)
+    name = unicodedata.normalize('NFC', last_part(path))
+    text = name if suffix_of(pattern) else stem_of(name)
+    head, _, tail = unicodedata.normalize('NFC', pattern).partition('{name}')
     if not (text.startswith(head) and text.lower().endswith(tail.lower()) and len(text) > len(head + tail)):
         return None
     return text[len(head):len(text) - len(tail)] + suffix_of(name)
@@ -438,7 +449,7 @@ def slice_name(path, pattern='') -> str | None:
 # %% ../nbs/00_files.ipynb #99d9c9e2
 def some_names(paths) -> str:
     "The first three names of files, and whether there are more, for sentences."
-    names = [Path(path).name for path in paths]
+    names = [last_part(path) for path in paths]
     return ', '.join(names[:3]) + ', ...' * (len(names) > 3)
 
 # %% ../nbs/00_files.ipynb #eb9ce429
@@ -450,7 +461,7 @@ def list_images(folder) -> list[Path]:
     place, pattern = split_pattern(absolute_path(folder))
     if not place.is_dir():
         raise (ValueError if place.exists() else FileNotFoundError)(missing_sentence(place, 'folder'))
-    paths = sorted(path for path in place.iterdir() if is_slice_name(path.name) and not path.is_dir())
+    paths = [place / name for name in sorted(filter(is_slice_name, os.listdir(place))) if not os.path.isdir(os.path.join(place, name))]
     if not paths:
         raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
     named = [path for path in paths if slice_name(path, pattern) is not None]

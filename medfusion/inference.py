@@ -7,8 +7,8 @@ __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', '
            'named_model', 'method_of', 'find_device', 'load_model', 'start_from', 'array_of', 'in_unit_range',
            'as_batch', 'as_given', 'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch',
            'read_slice', 'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse',
-           'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'FolderJob', 'Slices',
-           'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write',
+           'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'FolderJob',
+           'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write',
            'lost_results', 'check_output', 'run_job', 'oddities', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
@@ -23,7 +23,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
-from .files import (Pair, absolute_path, append_line, check_range, format_of, luminance, match_images, name_key, read_image, read_json,
+from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
 from .runs import build_model, find_run, load_checkpoint, run_checkpoint
 
@@ -368,10 +368,11 @@ def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> 
 
     Raises ValueError where the model returns another shape, or values that are not finite.
     """
-    if len(ct) > 1 and ct.numel() > 2**22:  # a batch of large slices would not fit into memory
-        return torch.cat([fuse_batch(model, *one, tile) for one in zip(ct.split(1), mri.split(1))])
-    height, width = ct.shape[-2:]
-    fused, place = torch.empty(ct.shape, dtype=torch.float32), place_of(model)
+    (height, width), place = ct.shape[-2:], place_of(model)
+    together = max(1, (2**16 if place['device'].type == 'cpu' else 2**22) // (height * width))    # what fits into cache, into memory
+    if len(ct) > together:
+        return torch.cat([fuse_batch(model, *part, tile) for part in zip(ct.split(together), mri.split(together))])
+    fused = torch.empty(ct.shape, dtype=torch.float32)
     margin = tile_margin(model) if max(height, width) > tile else 0
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -387,9 +388,9 @@ def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> 
     return fused
 
 # %% ../nbs/20_inference.ipynb #8e14fb22
-def read_slice(path, value_range=None, quiet=False) -> np.ndarray:
-    "The array in a file: (H, W, 3) if there is colour in it, else (H, W), even if grey was stored in three channels."
-    array = read_image(path, color=True, value_range=value_range, quiet=quiet)
+def read_slice(path, value_range=None, quiet=False, data=None) -> np.ndarray:
+    "The array in a file (of the bytes `data`, if read already): (H, W, 3) if there is colour in it, else (H, W), even if grey was stored in three channels."
+    array = read_image(path, color=True, value_range=value_range, quiet=quiet, data=data)
     grey = array.ndim == 3 and (array == array[..., :1]).all()
     return np.ascontiguousarray(array[..., 0]) if grey else array
 
@@ -533,7 +534,7 @@ class FusedRecord:
         self.owner, self.owner_name, self.files, self.results, self.first = None, None, set(), set(), None
         if self.path.exists() and not (self.path.is_file() and (not self.path.stat().st_size or self.update().lines)):
             raise ValueError(f'{self.path} is not a record of fused slices; move it away, or name another folder.')
-        self.first = {}     # {file: the first line about it since the record was opened}
+        self.first = {}     # {file: result_key, of no result, of the first line about it since the record was opened}
 
     def update(self) -> 'FusedRecord':
         "The record itself, which now knows the lines that were added since the last look."
@@ -551,7 +552,7 @@ class FusedRecord:
             self.files.add(line['file'])
             self.results.add(result_key(*line.values()))
             if self.first is not None:
-                self.first.setdefault(line['file'], line)
+                self.first.setdefault(line['file'], result_key(**line | {'sha256': ''}))
         elif line and line['replaces'] == self.owner:
             self.owner, self.owner_name = line['network'], line['model']
 
@@ -568,6 +569,11 @@ def claim_record(record: FusedRecord, network: str, name: str, replace: bool) ->
         raise ValueError(f'{record.path.parent} was taken by another run at this moment, with {record.owner_name}; name '
                          'another folder.')
 
+# %% ../nbs/20_inference.ipynb #41d7402d
+def cores_here() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 # %% ../nbs/20_inference.ipynb #eacb4570
 @dataclass
 class FolderJob:
@@ -578,6 +584,7 @@ class FolderJob:
     report: FolderReport
     replace: bool = False
     value_range: tuple | None = None
+    cores: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(cores_here()))      # whoever computes holds one
     made: dict = field(default_factory=dict)        # {pair: SHA-256} of this run's results
     largest: dict = field(default_factory=dict)     # {(folder, type): largest value} of what was read
     displaced: dict = field(default_factory=dict)   # {name: Displacement} of pairs out of register
@@ -616,15 +623,17 @@ def is_there(pair: Pair, sources: tuple[str, str], job: FolderJob) -> bool:
 def read_slices(pair: Pair, job: FolderJob) -> Slices | None:
     "The Slices of a pair, None if its result is there. Raises ValueError or OSError where it cannot be fused."
     drawn = '' if job.value_range is None else ' from {:g} to {:g}'.format(*job.value_range)   # other values, other slices
-    sources = tuple(sha256_of(path) + drawn for path in (pair.ct, pair.mri))      # before they are read: a change in between is noticed next time
-    if is_there(pair, sources, job):
-        return None
-    arrays = [read_slice(path, job.value_range, quiet=True) for path in (pair.ct, pair.mri)]
-    ct, mri = map(as_batch, arrays)
-    check_pair(ct, mri)
-    job.displaced.update(displaced_in(ct, mri, pair.name))
-    return Slices(pair, luminance(ct), luminance(mri), mri if mri.shape[1] == 3 else None, sources,
-                  tuple(array.dtype for array in arrays), tuple(array.max() for array in arrays))
+    files = [file_bytes(path) for path in (pair.ct, pair.mri)]      # once, so that what is hashed is what is fused
+    with job.cores:
+        sources = tuple(hashlib.sha256(data).hexdigest() + drawn for data in files)
+        if is_there(pair, sources, job):
+            return None
+        arrays = [read_slice(path, job.value_range, True, data) for path, data in zip((pair.ct, pair.mri), files)]
+        ct, mri = map(as_batch, arrays)
+        check_pair(ct, mri)
+        job.displaced.update(displaced_in(ct, mri, pair.name))
+        return Slices(pair, luminance(ct), luminance(mri), mri if mri.shape[1] == 3 else None, sources,
+                      tuple(array.dtype for array in arrays), tuple(array.max() for array in arrays))
 
 # %% ../nbs/20_inference.ipynb #3af38170
 def fuse_slices(group: list[Slices], network) -> list[tuple[Slices, torch.Tensor | Exception]]:
@@ -640,15 +649,16 @@ def fuse_slices(group: list[Slices], network) -> list[tuple[Slices, torch.Tensor
 # %% ../nbs/20_inference.ipynb #97ba3192
 def write_fused(slices: Slices, fused: torch.Tensor, job: FolderJob) -> None:
     "Writes a fused (1, 1, H, W), in the MRI's colours if it has any; floats as 16 bits. First its line in the record."
-    image = fused if slices.colour is None else with_luminance(slices.colour, fused)
-    array = image[0].permute(1, 2, 0).squeeze(2).numpy()
     target, depth = job.target(slices.pair), slices.dtypes[0]
-    data = format_of(target).encode(to_depth(array, np.uint16 if depth.kind == 'f' else depth))
-    digest = hashlib.sha256(data).hexdigest()
+    with job.cores:
+        image = fused if slices.colour is None else with_luminance(slices.colour, fused)
+        array = image[0].permute(1, 2, 0).squeeze(2).numpy()
+        data = format_of(target).encode(to_depth(array, np.uint16 if depth.kind == 'f' else depth))
+        digest = hashlib.sha256(data).hexdigest()
     line = {'file': target.name, 'ct': slices.sources[0], 'mri': slices.sources[1], 'network': job.sha256, 'sha256': digest}
     append_line(job.record.path, json.dumps(line), sync=False)      # a line that a power failure takes costs one pair again
-    first = job.record.update().first.get(target.name, line)
-    if {**first, 'sha256': digest} != line:
+    mine = result_key(**line | {'sha256': ''})
+    if job.record.update().first.get(target.name, mine) != mine:
         raise ValueError(f'another run is putting a result from other slices at {target} at this moment; name another folder')
     write_atomically(target, data)
     job.made[slices.pair] = digest
@@ -665,14 +675,20 @@ def ahead(pool, task, items, depth: int):
         yield waiting.popleft()
 
 # %% ../nbs/20_inference.ipynb #62300545
-def settled(waiting: list, report: FolderReport) -> list[tuple]:
-    "The (pair, result) of each (pair, future), after waiting for it; a pair without one gets its reason in the report."
+def settled(waiting: list, job: FolderJob) -> list[tuple]:
+    "The (pair, result) of each (pair, future), after waiting for it; a pair without one gets its reason in the report. Holds one of the cores, but not while it waits."
     done = []
     for pair, future in waiting:
+        if not future.done():
+            job.cores.release()
+            try:
+                wait([future])
+            finally:
+                job.cores.acquire()
         try:
             done.append((pair, future.result()))
         except (ValueError, OSError, MemoryError) as error:     # str of an OSError begins with the system's number for it
-            report.failed[pair.name] = getattr(error, 'strerror', None) or str(error) or 'there is not enough memory for it'
+            job.report.failed[pair.name] = getattr(error, 'strerror', None) or str(error) or 'there is not enough memory for it'
     return done
 
 # %% ../nbs/20_inference.ipynb #ef8fe50a
@@ -731,15 +747,15 @@ def run_job(job: FolderJob, pairs: list[Pair], batch_size: int, workers: int, pr
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(pairs), unit='pair', disable=not progress) as bar:
         reading = ahead(pool, read, pairs, 2 * batch_size)
         try:
-            while batch := list(islice(reading, batch_size)):
-                written = fuse_and_write(settled(batch, job.report), job, pool)
-                job.report.fused += [pair.name for pair, _ in settled(writing, job.report)]     # of the batch before
-                writing = written
-                bar.update(len(batch))
+            with job.cores:
+                while (batch := list(islice(reading, batch_size))) or writing:
+                    written = fuse_and_write(settled(batch, job), job, pool)
+                    job.report.fused += [pair.name for pair, _ in settled(writing, job)]     # of the batch before
+                    writing = written
+                    bar.update(len(batch))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        job.report.fused += [pair.name for pair, _ in settled(writing, job.report)]
 
 # %% ../nbs/20_inference.ipynb #d2d26928
 def oddities(job: FolderJob, read: int) -> list[str]:
@@ -749,14 +765,14 @@ def oddities(job: FolderJob, read: int) -> list[str]:
     return [*filter(None, dark), *([register_sentence(displaced, read)] if displaced else [])]
 
 # %% ../nbs/20_inference.ipynb #af1a75d7
-def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=2, replace=False,
+def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=8, replace=False,
                 progress=True, value_range=None, shard=None) -> FolderReport:
     """Fuses every pair of slices of equal names into `out_dir`, and returns a FolderReport.
 
     Fused files have the CT's name and depth, and are PNG (`34010.tif` gives `34010.png`). Slices that follow each other
     and are of one size go through the network together, up to `batch_size`. What `out_dir` holds already (from these
     slices, by this model, if that has a name) is skipped, unless `replace`. A pair that cannot be fused does not stop the others: its
-    reason is in the report. `shard` '3/16' takes the third of sixteen parts. Raises ValueError or an OSError with a sentence where nothing at all can be done.
+    reason is in the report. `workers` threads read and write. `shard` '3/16' takes the third of sixteen parts. Raises ValueError or an OSError with a sentence where nothing at all can be done.
     """
     start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
     for name, value in (('batch_size', batch_size), ('workers', workers)):
