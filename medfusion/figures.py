@@ -6,8 +6,8 @@
 __all__ = ['as_picture', 'as_array', 'window_level', 'new_figure', 'mosaic', 'panel', 'overlay', 'checkerboard', 'blend',
            'coloured', 'palette', 'colour_bar', 'difference', 'Box', 'largest_disagreement', 'chosen_boxes', 'Grid',
            'grid_of', 'Tile', 'fitting', 'draw_tile', 'sheet', 'part_scale', 'free_corners', 'part_places', 'row_tiles',
-           'comparison', 'difference_figure', 'figure_formats', 'save_figure', 'map_overlay', 'maps_figure',
-           'draw_curves', 'training_curves', 'schematic']
+           'comparison', 'difference_figure', 'figure_formats', 'figure_bytes', 'save_figure', 'map_overlay',
+           'maps_figure', 'draw_curves', 'training_curves', 'schematic', 'in_vectors']
 
 # %% ../nbs/01_figures.ipynb #a39974cb
 from collections.abc import Mapping
@@ -422,16 +422,22 @@ def figure_formats():
     "The endings of figures, and what is left out of each file so that the same figure is the same file."
     return {'.pdf': {'CreationDate': None}, '.svg': {'Date': None}, '.png': {'Software': None}}
 
+# %% ../nbs/01_figures.ipynb #723b0b14
+def figure_bytes(figure, ending):
+    "A Figure as the bytes of a file of this ending, of `figure_formats`; text stays text."
+    data = BytesIO()
+    with matplotlib.rc_context({'pdf.fonttype': 42, 'svg.fonttype': 'none', 'svg.hashsalt': 'medfusion'}):
+        figure.savefig(data, format=ending[1:], dpi='figure', metadata=figure_formats()[ending])
+    return data.getvalue()
+
 # %% ../nbs/01_figures.ipynb #f69acf8b
 def save_figure(figure, path):
     "The path, at which a Figure now is a PDF, SVG or PNG by its ending. Raises ValueError for other endings."
-    path, data = Path(path), BytesIO()
+    path = Path(path)
     ending = path.suffix.lower()
     if ending not in figure_formats():
         raise ValueError(f'{path} ends in none of {", ".join(figure_formats())}; give it one of these endings.')
-    with matplotlib.rc_context({'pdf.fonttype': 42, 'svg.fonttype': 'none', 'svg.hashsalt': 'medfusion'}):
-        figure.savefig(data, format=ending[1:], dpi='figure', metadata=figure_formats()[ending])
-    return write_atomically(path, data.getvalue())
+    return write_atomically(path, figure_bytes(figure, ending))
 
 # %% ../nbs/01_figures.ipynb #d2aa8b66
 def map_overlay(image, weights, strength=0.6):
@@ -513,3 +519,9 @@ def schematic(boxes, arrows, scale=1.1):
             'arrowstyle': '-|>', 'color': '#4a6b8a', 'shrinkA': 2, 'shrinkB': 2,
             'patchA': texts[start].get_bbox_patch(), 'patchB': texts[end].get_bbox_patch()})
     return figure
+
+# %% ../nbs/01_figures.ipynb #8d85e1af
+def in_vectors(figure):
+    "A Figure as an SVG that a notebook shows: lines and text, sharp at every size."
+    from IPython.display import SVG
+    return SVG(figure_bytes(figure, '.svg').decode())
