@@ -1,5 +1,9 @@
 """The site: the notebooks and pages of the clone as they are, and the docstrings. `make docs` builds it; when it is read, nothing is fetched."""
+import base64
+import hashlib
+import html
 import inspect
+import json
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -40,6 +44,24 @@ def reference(app, name, source):
         source[0] += '\n' + '\n'.join(parts)
 
 
+def gallery(app, name, source):
+    "A line of the gallery becomes the picture of the notebook's cell that holds its code, above its words."
+    def figure(line):
+        caption, notebook, code = line.groups()
+        cells = json.loads((ROOT / notebook).read_text(encoding='utf-8'))['cells']
+        shown = [out['data'] for cell in cells if code in ''.join(cell['source']) for out in cell.get('outputs', []) if 'data' in out]
+        kind, data = next((kind, data[kind]) for data in shown for kind in ('image/svg+xml', 'image/png') if kind in data)
+        picture = ''.join(data).encode() if 'svg' in kind else base64.b64decode(data)
+        file = Path(app.outdir, '_images', f'gallery-{hashlib.sha256(picture).hexdigest()[:12]}{".svg" if "svg" in kind else ".png"}')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture)
+        page = f'../{notebook.removesuffix(".ipynb")}.html'
+        return (f'<figure style="margin: 0 0 2rem"><a href="{page}"><img src="../_images/{file.name}" alt="{caption}"></a>'
+                f'<figcaption><a href="{page}">{caption}</a>: <code>{html.escape(code)}</code></figcaption></figure>')
+    if name == 'docs/gallery':
+        source[0] = re.sub(r'^\* \[(.+)\]\(\.\./(nbs/.+\.ipynb)\): `(.+)`$', figure, source[0], flags=re.MULTILINE)
+
+
 def as_restructured(app, what, name, obj, options, lines):
     "Docstrings are prose with `names`; the signs of reStructuredText are no signs in them."
     text = inspect.cleandoc('\n'.join(lines))
@@ -61,5 +83,6 @@ def math(self, node):
 
 def setup(app):
     app.connect('source-read', reference)
+    app.connect('source-read', gallery)
     app.connect('autodoc-process-docstring', as_restructured)
     app.add_html_math_renderer('mathml', (math, None), (math, None))

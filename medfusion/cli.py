@@ -842,22 +842,24 @@ def runs(
     csv: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='write every column of every run here')] = None,
     latex: Latex = None,
     markdown: Markdown = None,
-    curves: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='draw the histories over each other (PNG, PDF)')] = None,
+    curves: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='draw the histories over each other, a .pdf, .svg or .png')] = None,
 ):
     "One table of all runs: what became of them, in which parameters they differ, their numbers."
-    from medfusion import sweeps
+    from medfusion import figures, inference, sweeps
     from medfusion.files import absolute_path
     from medfusion.tables import render, split_values
     if wrong := [text for text in where if '=' not in text]:
         raise typer.BadParameter(f'--where {wrong[0]} gives no value; write NAME=VALUE')
     check_tables(csv, latex, markdown)
+    if curves is not None:
+        inference.check_output(curves, [], tuple(figures.figure_formats()))
     table = sweeps.select_runs(sweeps.load_runs(*map(absolute_path, folders or [])), dict(text.split('=', 1) for text in where), sort)
     chosen = split_values(columns) if columns else None
     shown = sweeps.over_seeds(table, over, chosen) if over else sweeps.runs_table(table, chosen)
     print_table(shown)
     write_texts({csv: lambda: table.to_csv(float_format='%.6g'), latex: lambda: render(shown, 'latex') + '\n', markdown: lambda: render(shown) + '\n'})
     if curves is not None:
-        sweeps.draw_histories(table).savefig(curves)
+        figures.save_figure(sweeps.draw_histories(table), curves)
 
 # %% ../nbs/50_cli.ipynb #d5f14533
 def check_external(given: dict) -> None:
@@ -1051,10 +1053,10 @@ def models():
         size = f'{model.path.stat().st_size / 1e6:.1f} MB' if model.path.is_file() else 'missing'
         state = 'as shipped' if model.whole else 'not the file that was shipped: install medfusion again'
         typer.echo(f'{model.name}: {model.method}, {size}, {state}\n  {model.path}')
-        if numbers := model.metadata.get('numbers'):
-            means = ', '.join(f'{name} {value:.4g}' for name, value in numbers['means'].items())
-            typer.echo(f'  means on cases {numbers["cases"]}: {means}')
-            conventions[numbers['convention'].split(':')[0]] = True
+        cases, means = model.numbers()
+        told = ', '.join(f'{name} {value:.4g}' for name, value in means.items())
+        typer.echo(f'  means on cases {cases}: {told}')
+        conventions[model.metadata['numbers']['convention'].split(':')[0]] = True
     typer.echo(f'Numbers follow the {" and the ".join(conventions)}; medfusion evaluate prints it in full.')
     typer.echo(f'Rules: {", ".join(rules())}')
     typer.echo('A network that you trained: -m run:NAME, or the path of its checkpoint or folder.')

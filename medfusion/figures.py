@@ -6,8 +6,8 @@
 __all__ = ['as_picture', 'as_array', 'window_level', 'new_figure', 'mosaic', 'panel', 'overlay', 'checkerboard', 'blend',
            'coloured', 'palette', 'colour_bar', 'difference', 'Box', 'largest_disagreement', 'chosen_boxes', 'Grid',
            'grid_of', 'Tile', 'fitting', 'draw_tile', 'sheet', 'part_scale', 'free_corners', 'part_places', 'row_tiles',
-           'comparison', 'difference_figure', 'figure_formats', 'save_figure', 'map_overlay', 'maps_figure',
-           'training_curves', 'schematic']
+           'comparison', 'difference_figure', 'figure_formats', 'figure_bytes', 'save_figure', 'map_overlay',
+           'maps_figure', 'draw_curves', 'training_curves', 'schematic', 'in_vectors']
 
 # %% ../nbs/01_figures.ipynb #a39974cb
 from collections.abc import Mapping
@@ -422,16 +422,22 @@ def figure_formats():
     "The endings of figures, and what is left out of each file so that the same figure is the same file."
     return {'.pdf': {'CreationDate': None}, '.svg': {'Date': None}, '.png': {'Software': None}}
 
+# %% ../nbs/01_figures.ipynb #723b0b14
+def figure_bytes(figure, ending):
+    "A Figure as the bytes of a file of this ending, of `figure_formats`; text stays text."
+    data = BytesIO()
+    with matplotlib.rc_context({'pdf.fonttype': 42, 'svg.fonttype': 'none', 'svg.hashsalt': 'medfusion'}):
+        figure.savefig(data, format=ending[1:], dpi='figure', metadata=figure_formats()[ending])
+    return data.getvalue()
+
 # %% ../nbs/01_figures.ipynb #f69acf8b
 def save_figure(figure, path):
     "The path, at which a Figure now is a PDF, SVG or PNG by its ending. Raises ValueError for other endings."
-    path, data = Path(path), BytesIO()
+    path = Path(path)
     ending = path.suffix.lower()
     if ending not in figure_formats():
         raise ValueError(f'{path} ends in none of {", ".join(figure_formats())}; give it one of these endings.')
-    with matplotlib.rc_context({'pdf.fonttype': 42, 'svg.fonttype': 'none', 'svg.hashsalt': 'medfusion'}):
-        figure.savefig(data, format=ending[1:], dpi='figure', metadata=figure_formats()[ending])
-    return write_atomically(path, data.getvalue())
+    return write_atomically(path, figure_bytes(figure, ending))
 
 # %% ../nbs/01_figures.ipynb #d2aa8b66
 def map_overlay(image, weights, strength=0.6):
@@ -450,30 +456,46 @@ def maps_figure(ct, mri, maps, columns=4):
     label = 'yellow, 1: from the CT\nblue, 0: from the MRI' + ("\n(in 'mri' 1: from the MRI)" if 'mri' in maps else '')
     return colour_bar(mosaic({name: map_overlay(image, weights) for name, weights in maps.items()}, columns), label)
 
-# %% ../nbs/01_figures.ipynb #8e99bffa
+# %% ../nbs/01_figures.ipynb #14a3f054
 def _curve(history, name):
     "The epochs and values of one column, without the gaps (a value that is missing or NaN)."
     points = [(row['epoch'], row[name]) for row in history if name in row and not np.isnan(row[name])]
     return np.array(points).reshape(-1, 2).T
 
 
-def training_curves(history):
-    """A matplotlib Figure of a training history, a graph per quantity with its training and its validation curve.
+def draw_curves(axis, histories, quantity):
+    "Draws a quantity of some histories, {name: history}, into axes: training whole, validation dashed, a colour for each history, or of a single one for each part."
+    colours = [palette()[name] for name in ('blue', 'vermilion', 'green', 'purple', 'sky blue', 'orange', 'black')]
+    for number, (name, rows) in enumerate(histories.items()):
+        curves = {part: _curve(rows, f'{part}_{quantity}') for part in ('train', 'val')}
+        for second, (part, points) in enumerate((part, points) for part, points in curves.items() if points.size):
+            label, step = (f'{name} {part}'.strip(), second) if len(histories) == 1 else (None if second else name, 0)
+            axis.plot(*points, {'train': 'o-', 'val': 's--'}[part], markersize=3 if len(points[0]) < 40 else 0, linewidth=1.2,
+                      color=colours[(number + step) % len(colours)], label=label)
 
-    `history` is a list of dicts, a row per epoch, with `epoch` and columns named train_... and val_...; other columns
-    are left out."""
-    columns = dict.fromkeys(name for row in history for name in row if name.startswith(('train_', 'val_')))
-    quantities = list(dict.fromkeys(name.split('_', 1)[1] for name in columns))
-    figure, axes = _grid(len(quantities), len(quantities), 3.2, 2.6)
-    for axis, quantity in zip(axes, quantities):
-        for part, style in (('train', 'o-'), ('val', 's--')):
-            if f'{part}_{quantity}' in columns:
-                axis.plot(*_curve(history, f'{part}_{quantity}'), style, markersize=3, label=part)
+# %% ../nbs/01_figures.ipynb #8e99bffa
+def training_curves(history, quantities=()):
+    """A matplotlib Figure of a training history, or of several {name: history}, a graph per quantity as of `draw_curves`.
+
+    A history is a list of dicts, a row per epoch, with `epoch` and columns named train_... and val_...; other columns are
+    left out. quantities: such as 'loss'; by default all. Raises ValueError for one that no history has."""
+    histories = history if isinstance(history, Mapping) else {'': history}
+    there = dict.fromkeys(name.partition('_')[2] for rows in histories.values() for row in rows for name in row if name.startswith(('train_', 'val_')))
+    if wrong := [name for name in quantities or there or ['loss'] if name not in there]:
+        raise ValueError(f'No history has {wrong[0]!r}; there is {", ".join(there) or "not a single epoch"}.')
+    shown, lines = list(quantities or there), len(histories) if len(histories) > 1 else 0
+    figure, axes = _grid(len(shown), len(shown), 3.2, 2.6 + 0.16 * lines)
+    for axis, quantity in zip(axes, shown):
+        draw_curves(axis, histories, quantity)
         axis.set_title(quantity, fontsize=9)
         axis.set_xlabel('epoch', fontsize=8)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axis.legend(fontsize=8)
+        if not lines:
+            axis.legend(fontsize=8)
+    if lines:
+        named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(named.values(), named, loc='outside lower center', fontsize=8, frameon=False, title='training whole, validation dashed', title_fontsize=8)
     return figure
 
 # %% ../nbs/01_figures.ipynb #e254bb3f
@@ -497,3 +519,9 @@ def schematic(boxes, arrows, scale=1.1):
             'arrowstyle': '-|>', 'color': '#4a6b8a', 'shrinkA': 2, 'shrinkB': 2,
             'patchA': texts[start].get_bbox_patch(), 'patchB': texts[end].get_bbox_patch()})
     return figure
+
+# %% ../nbs/01_figures.ipynb #8d85e1af
+def in_vectors(figure):
+    "A Figure as an SVG that a notebook shows: lines and text, sharp at every size."
+    from IPython.display import SVG
+    return SVG(figure_bytes(figure, '.svg').decode())

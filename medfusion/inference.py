@@ -87,6 +87,14 @@ class ShippedModel(NamedTuple):
         "Whether the file is there and is, byte by byte, the one that the metadata describes."
         return self.path.is_file() and sha256_of(self.path) == self.metadata['sha256']
 
+    def numbers(self) -> tuple[str, dict[str, float]]:
+        "(cases, {metric: mean over their slices}) of all cases that are judged, those of validation and test, so that networks are told by the same slices."
+        parts = [(self.metadata['pairs'][part], self.metadata[key])
+                 for part, key in (('validation', 'validation_numbers'), ('test', 'numbers')) if key in self.metadata]
+        pairs = sum(count for count, _ in parts)
+        means = {name: sum(count * part['means'][name] for count, part in parts) / pairs for name in parts[0][1]['means']}
+        return ', '.join(part['cases'] for _, part in parts), means
+
 # %% ../nbs/20_inference.ipynb #eaea265e
 def shipped_models() -> dict[str, ShippedModel]:
     "The networks that come with the package, {name: ShippedModel}."

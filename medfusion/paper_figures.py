@@ -17,17 +17,16 @@ from .cross_validation import folds_table, half_widths, read_folds
 from .evaluation import find_fused, ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
 from .files import Pair, absolute_path, image_suffixes, list_pairs, name_key, read_image, stem_of
-from .inference import fuse
+from .inference import fuse, named_model
 from .metrics import lower_is_better
 from .runs import read_run, resolve_path
 
 # %% ../nbs/27_paper_figures.ipynb #709a427a
 def named_method(spec):
     "(title, what is meant) of NAME=SPEC or SPEC, as one types it; without a name the title is that of the model, the run or the folder."
-    title, equals, meant = str(spec).partition('=')
-    if not equals or not title.strip() or absolute_path(spec).exists():
-        title, meant = stem_of(str(spec).rstrip('/').rpartition(':')[2]).replace('_', ' '), str(spec)
-    return title.strip(), meant
+    path, spec = absolute_path(spec), str(spec)
+    title, meant = (stem_of(path) if path.is_file() else path.name, spec) if path.exists() else named_model(spec)
+    return title.replace('_', ' ') if meant == spec else title, meant
 
 # %% ../nbs/27_paper_figures.ipynb #04633dd8
 def finished_slices(spec):

@@ -6,8 +6,8 @@
 __all__ = ['FusedFiles', 'shown_study', 'axes_of', 'extent_of', 'sides_of', 'Crosshair', 'voxel_at', 'body_text', 'nudged_slice',
            'motion_of', 'chained', 'seen_only', 'ShownSeries', 'ScanSlices', 'Look', 'colour_maps', 'layered',
            'plane_picture', 'tile', 'LayerPanel', 'layer_panels', 'NudgePanel', 'ViewerFrame', 'verdict_strip',
-           'move_scan', 'plane_tile', 'draw_planes', 'ScanViewer', 'ViewerMouse', 'save_pose', 'fuse_command',
-           'refine_pose', 'add_mending', 'view_scan', 'viewer_notebook', 'open_viewer']
+           'move_scan', 'plane_tile', 'values_text', 'draw_planes', 'ScanViewer', 'ViewerMouse', 'save_pose',
+           'fuse_command', 'refine_pose', 'add_mending', 'view_scan', 'viewer_notebook', 'open_viewer']
 
 # %% ../nbs/41_scan_viewer.ipynb #734b3531
 import json
@@ -361,21 +361,26 @@ def plane_tile(frame, plane: str, slices: dict) -> np.ndarray:
     place = [(part + .5) / whole for part, whole in zip(frame.crosshair.pixel(plane, frame.scans.counts), slices['CT'].shape)]
     return tile(picture, side, plane, place)
 
+# %% ../nbs/41_scan_viewer.ipynb #0ec9b1e1
+def values_text(scans: ScanSlices, plane: str, at: Crosshair, slices: dict) -> str:
+    "The point of a voxel in a slice of a plane, and what each of the layers {name: (H, W)} of that slice has there, the CT in HU."
+    point = scans.grid.TransformIndexToPhysicalPoint(voxel_at(scans.grid, at))
+    values = {name: one[at.pixel(plane, scans.counts)] for name, one in slices.items()}
+    told = ', '.join(f'{name} {value:.4g}{" HU" * (name == "CT")}' for name, value in values.items() if np.isfinite(value))
+    return f'{body_text(point)}: {told}'
+
 # %% ../nbs/41_scan_viewer.ipynb #dd4257d1
 def draw_planes(frame) -> None:
-    "Draws the three planes of a frame, the verdict, and the values under the crosshair."
-    moved, at, scans, tiles = move_scan(frame), frame.crosshair, frame.scans, {}
+    "Draws the three planes of a frame, the verdict, and the values under the crosshair; `frame.cuts` holds what was drawn, {plane: slices}."
+    moved, at, scans, tiles, frame.cuts = move_scan(frame), frame.crosshair, frame.scans, {}, {}
     for plane in frame.planes:
         number = getattr(at, plane)
-        slices = scans.at(plane, number, frame.layers['fused'].source.value)
+        frame.cuts[plane] = slices = scans.at(plane, number, frame.layers['fused'].source.value)
         tiles[f'{plane}, slice {number + 1} of {getattr(scans.counts, plane)}'] = plane_tile(frame, plane, slices)
     registration = scans.mri.registration
     strip = verdict_strip(registration, moved, frame.sheet.width)
     frame.picture.value = png_bytes(contact_sheet(tiles, frame.sheet.width, strip))
-    point = scans.grid.TransformIndexToPhysicalPoint(voxel_at(scans.grid, at))
-    values = {name: one[at.pixel(plane, scans.counts)] for name, one in slices.items()}          # in the last of the planes, as in any
-    told = ', '.join(f'{name} {value:.4g}{" HU" * (name == "CT")}' for name, value in values.items() if np.isfinite(value))
-    frame.values.value = escape(f'{body_text(point)}: {told}')
+    frame.values.value = escape(values_text(scans, plane, at, slices))          # in the last of the planes, as in any
     stale = '' if 'fused' in slices else ' The fused volume is not shown: none was made of this pose.'
     frame.status.value = escape((moved or registration.sentence) + stale)
 
@@ -413,27 +418,28 @@ class ViewerMouse:
 
     def __init__(self, viewer):
         self.viewer = viewer
-        self.events = Event(source=viewer.picture, prevent_default_action=True, wait=40, throttle_or_debounce='throttle', watched_events=['wheel', 'mousedown', 'mousemove'])
+        self.events = Event(source=viewer.picture, prevent_default_action=True, wait=40, throttle_or_debounce='throttle',
+                            watched_events=['wheel', 'mousedown', 'mousemove', 'mouseleave'])
         self.events.on_dom_event(self.act)
 
     def act(self, event):
-        "Moves the crosshair or goes to the next slice, as the event (a dict with its type, dataX and dataY) says."
+        "Moves the crosshair, tells the values or goes to the next slice, as the event (a dict with its type, dataX and dataY) says."
         viewer, scans = self.viewer, self.viewer.scans
         found = viewer.sheet.tile_at(event['dataX'], event['dataY'])
-        if found is None or event['type'] == 'mousemove' and not event['buttons'] & 1:
-            return
-        plane = list(viewer.planes)[found[0]]
-        if event['type'] == 'wheel':
+        plane = list(viewer.planes)[found[0] if found else 0]
+        if found and event['type'] == 'wheel':
             viewer.planes[plane].value += 1 if event['deltaY'] < 0 else -1
             return
-        place = place_under(viewer.sheet, extent_of(scans.grid, plane), event['dataX'], event['dataY'])
-        if place is not None:
+        at, place = viewer.crosshair, place_under(viewer.sheet, extent_of(scans.grid, plane), event['dataX'], event['dataY'])
+        if place is not None and event['type'] != 'mouseleave':
             row, column, _ = sides_of(plane)
-            pixel = [int(part * getattr(scans.counts, side)) for part, side in zip(place, (row, column))]
-            at = viewer.crosshair.moved_to(plane, pixel, scans.counts)
+            at = at.moved_to(plane, [int(part * getattr(scans.counts, side)) for part, side in zip(place, (row, column))], scans.counts)
+        if event['type'] == 'mousedown' or event['type'] == 'mousemove' and event['buttons'] & 1:
             with viewer.changes.together():
                 for name, control in viewer.planes.items():
                     control.value = getattr(at, name) + 1
+        else:
+            viewer.values.value = escape(values_text(scans, plane, at, viewer.cuts[plane]))
 
 # %% ../nbs/41_scan_viewer.ipynb #fba0d6ff
 def save_pose(viewer, folder) -> Path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['combinations', 'value_text', 'name_of_run', 'differing_parameters', 'Planned', 'what_to_do', 'plan', 'RunAtWork',
-           'read_history', 'run_all', 'read_row', 'load_runs', 'varied', 'column_of', 'select_runs', 'runs_table',
-           'over_seeds', 'draw_histories', 'sweep']
+           'read_history', 'tell', 'run_all', 'read_row', 'load_runs', 'varied', 'column_of', 'select_runs',
+           'runs_table', 'over_seeds', 'draw_histories', 'sweep']
 
 # %% ../nbs/26_sweeps.ipynb #eb1ec365
 import csv
@@ -21,12 +21,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
+from .figures import training_curves
 from .files import plain, read_json
 from .inference import methods
 from .metrics import lower_is_better
@@ -54,10 +52,10 @@ def value_text(value) -> str:
 
 # %% ../nbs/26_sweeps.ipynb #d441ba1d
 def name_of_run(values: dict, sweep: str = '') -> str:
-    "The name of the run with these values in a sweep of this name: `w_gradient=0.5,seed=1`. ValueError for one of more than 100 bytes."
+    "The name of the run with these values in a sweep of this name: `w_gradient=0.5+seed=1`. ValueError for one of more than 100 bytes."
     def text(value):
         return re.sub(r'[^\w.+@-]+', '-', value_text(value)).strip('-') or 'none'
-    return check_run_name(','.join(([sweep] if sweep else []) + [f'{name}={text(value)}' for name, value in values.items()]))
+    return check_run_name('+'.join(([sweep] if sweep else []) + [f'{name}={text(value)}' for name, value in values.items()]))
 
 # %% ../nbs/26_sweeps.ipynb #9ffcc8d0
 def differing_parameters(record: dict, parameters: dict, notebook: str) -> dict:
@@ -147,6 +145,7 @@ class RunAtWork:
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait()
+        self.told.close()
 
     def fault(self) -> str:
         "Why the run failed, in the sentence of its process; '' if it did not. Waits for its end."
@@ -165,11 +164,17 @@ def read_history(folder: Path) -> list[dict]:
     with open(path, newline='', encoding='utf-8') as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
+# %% ../nbs/26_sweeps.ipynb #dc4d7b4b
+def tell(text: str) -> None:
+    "Print a line, above the bar if there is one, and without delay if the output is a file."
+    tqdm.write(text)
+    sys.stdout.flush()
+
 # %% ../nbs/26_sweeps.ipynb #15e3ac28
 def run_all(runs: list[Planned], jobs: int = 1, progress: str | None = None) -> dict[str, str]:
     """{name: why it failed} of those runs that did; the finished ones are left as they are, `jobs` run at a time.
 
-    progress: 'bar' (over the epochs of all runs), 'lines' (one a run), 'none', or None, which chooses by where the code runs.
+    progress: 'bar' (over the epochs of all runs), 'lines' (as a run begins and ends), 'none', or None, which chooses by where the code runs.
     """
     mode, waiting, at_work, faults = progress_mode(progress), [run for run in runs if run.todo != 'finished'], [], {}
     bar = tqdm(total=sum(run.epochs() for run in runs), unit='epoch', disable=mode != 'bar')
@@ -177,6 +182,8 @@ def run_all(runs: list[Planned], jobs: int = 1, progress: str | None = None) -> 
         while waiting or at_work:
             while waiting and len(at_work) < jobs:
                 at_work.append(RunAtWork(waiting.pop(0), jobs))
+                if mode == 'lines':
+                    tell(f'{at_work[-1].run.folder.name}: {"begins" if at_work[-1].run.todo == "begin" else "goes on"}, {len(waiting)} more to come')
             time.sleep(0.2)
             bar.n = sum(min(len(read_history(run.folder)), run.epochs()) for run in runs)
             bar.set_postfix_str(f'{len(runs) - len(waiting) - len(at_work)} of {len(runs)} runs', refresh=True)
@@ -185,13 +192,12 @@ def run_all(runs: list[Planned], jobs: int = 1, progress: str | None = None) -> 
                 if fault := one.fault():
                     faults[one.run.folder.name] = fault
                 if mode != 'none':
-                    tqdm.write(f'{one.run.folder.name}: {fault or "finished"} ({time.monotonic() - one.began:.0f} s)')
+                    tell(f'{one.run.folder.name}: {fault or "finished"} ({time.monotonic() - one.began:.0f} s)')
     finally:
         for one in at_work:
             one.process.terminate()
         for one in at_work:
             one.stop()
-            one.told.close()
         bar.close()
     return faults
 
@@ -296,22 +302,9 @@ def over_seeds(table, over: str = 'seed', columns=None) -> pd.DataFrame:
     return texts.rename_axis('recipe')
 
 # %% ../nbs/26_sweeps.ipynb #47239f08
-def draw_histories(table, quantities=('loss',)) -> Figure:
-    "A Figure with a graph for each quantity, such as 'loss' or 'ssim': a line for each run of a table, training dashed, validation whole."
-    figure, axes = plt.subplots(1, len(quantities), squeeze=False, figsize=(5.2 * len(quantities), 3.2), layout='constrained')
-    plt.close(figure)  # the notebook shows what a cell returns
-    for axis, quantity in zip(axes[0], quantities):
-        for number, (name, folder) in enumerate(table.folder.items()):
-            history = read_history(folder)
-            for part, style in (('train', '--'), ('val', '-')):
-                rows = [row for row in history if f'{part}_{quantity}' in row]
-                axis.plot([row['epoch'] for row in rows], [row[f'{part}_{quantity}'] for row in rows], style, color=f'C{number % 10}',
-                          linewidth=1.2, label=name if part == 'val' else None)
-        axis.set(xlabel='epoch', title=f'{quantity} (dashed: training)')
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    return figure
+def draw_histories(table, quantities=('loss',)):
+    "A matplotlib Figure of the histories of a table's runs over each other, a graph for each quantity, such as 'loss' or 'ssim'; see `figures.training_curves`."
+    return training_curves({name: read_history(folder) for name, folder in table.folder.items()}, quantities)
 
 # %% ../nbs/26_sweeps.ipynb #f5839fe1
 def sweep(method: str, grid: dict, base: dict | None = None, name: str = '', jobs: int = 1, progress: str | None = None) -> pd.DataFrame:

@@ -11,7 +11,8 @@ import torch
 from medfusion import evaluation as E
 from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
-from medfusion.files import read_image, write_image
+from medfusion.files import read_image, to_float, write_image
+from medfusion.inference import fuse
 from medfusion.phantom import write_phantom
 
 
@@ -230,3 +231,14 @@ def test_sources_and_results_keep_their_names(pairs, tmp_path):
     assert CTMRIDataset(tmp_path / 'sources', tmp_path / 'sources').names == pairs.names
     with pytest.raises(ValueError, match='has no fused image for .*; it holds fused_'):
         E.find_fused(tmp_path / 'fused', SimpleNamespace(names=['9001.png']))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_results_in_colour_are_written_as_fuse_writes_them(tmp_path, dtype):
+    slices(tmp_path, dtype)
+    write_image(tmp_path / 'MRI' / '7001.png', np.random.default_rng(1).integers(0, np.iinfo(dtype).max, (48, 40, 3)).astype(dtype))
+    data_set = CTMRIDataset(tmp_path / 'CT', tmp_path / 'MRI')
+    [file] = E.write_fused(tmp_path / 'fused', data_set, E.fuse_pairs(data_set, {'x': average})['x'])
+    there, wanted = read_image(file, color=True), fuse(data_set.pairs[0].ct, data_set.pairs[0].mri, 'average')
+    assert there.dtype == wanted.dtype == dtype and there.shape == wanted.shape == (48, 40, 3)
+    assert np.abs(to_float(there) - to_float(wanted)).max() < 4 / 255, 'the data set holds luminance in 8 bits'

@@ -252,3 +252,21 @@ def test_training_curves_with_gaps_and_without_validation():
                for e in range(1, 5)]
     assert [axis.get_title() for axis in training_curves(history).axes] == ['loss', 'ssim']
     assert len(training_curves([{'epoch': 1, 'train_loss': 1.0}]).axes[0].lines) == 1
+
+
+def test_a_history_of_one_epoch_is_seen():
+    [line] = training_curves([{'epoch': 1, 'train_loss': 1.0}]).axes[0].lines
+    assert line.get_marker() == 'o' and line.get_markersize() > 0
+    figure = training_curves({'short': [{'epoch': 1, 'val_loss': 1.0}], 'none': []}, ['loss'])
+    assert [(line.get_marker(), line.get_label()) for line in figure.axes[0].lines] == [('s', 'short')]
+
+
+@pytest.mark.parametrize('history', [[], {}, {'stopped': []}])
+def test_no_epoch_is_no_history(history):
+    with pytest.raises(ValueError, match="No history has 'loss'; there is not a single epoch"):
+        training_curves(history)
+
+
+def test_an_unknown_quantity_is_named():
+    with pytest.raises(ValueError, match="No history has 'ssin'; there is loss, ssim"):
+        training_curves({'a': [{'epoch': 1, 'train_loss': 1.0, 'val_ssim': 0.5, 'lr': 0.1}]}, ['ssin'])

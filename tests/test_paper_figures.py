@@ -60,7 +60,7 @@ def words(figure):
 
 
 @pytest.mark.parametrize('spec, wanted', [('wavelet', ('wavelet', 'wavelet')), ('run:resnet_fusion/x_1', ('x 1', 'run:resnet_fusion/x_1')),
-                                          ('Ours, 2=a/b.pt', ('Ours, 2', 'a/b.pt')), ('a/b_c.pt', ('b c', 'a/b_c.pt')), ('=x', ('=x', '=x'))])
+                                          ('Ours, 2=a/b.pt', ('Ours, 2', 'a/b.pt')), ('a/b_c.pt', ('b c', 'a/b_c.pt')), ('=x', ('=x', '=x')), ('run:w_gradient=0.5+seed=1', ('w gradient=0.5+seed=1', 'run:w_gradient=0.5+seed=1'))])
 def test_a_method_has_a_title_and_a_meaning(spec, wanted):
     assert named_method(spec) == wanted
 

@@ -125,6 +125,21 @@ def test_the_wheel_goes_through_the_slices_and_stops_at_the_last():
     assert viewer.crosshair == before
 
 
+def test_the_values_under_the_mouse_are_told_without_a_click():
+    viewer, blank = (layers(view_scan(a_study('LPS', mark, mark)), CT=1., MRI=0., fused=0.) for mark in (MARK, None))
+    for one in (viewer, blank):
+        go_to(one, MARK)
+    places = {plane: marked_place(viewer, blank, plane) for plane in viewer.planes}
+    for plane, (down, across) in places.items():
+        away = Crosshair(0, 0, 0)._replace(**{plane: getattr(MARK, plane)})
+        go_to(viewer, away)
+        beside = viewer.values.value
+        click(viewer, plane, down, across, 'mousemove', buttons=0)
+        assert viewer.values.value.startswith('L 12.0, A 8.0, S 54.0 mm: CT 1000 HU, MRI 900') and viewer.crosshair == away
+        click(viewer, plane, down, across, 'mouseleave', buttons=0)
+        assert viewer.values.value == beside, 'that of the crosshair again'
+
+
 def test_opacity_window_and_colours_of_each_layer():
     viewer = layers(view_scan(a_study()), CT=0., MRI=0., fused=1.)
     middle = lambda: tiles(viewer, pixels(viewer))['axial'][100, 100]

@@ -13,7 +13,7 @@ from test_cli import assert_sentence, medfusion
 
 from medfusion import sweeps as S
 from medfusion.phantom import write_phantom
-from medfusion.runs import read_run, write_run
+from medfusion.runs import read_run, write_history, write_run
 
 GRID = {'w_gradient': [0.5, 1.0], 'seed': [0, 1]}
 # Takes the place of `medfusion train`: epochs until told to stop, a record of how it ended; `w_sd` is how it misbehaves.
@@ -65,12 +65,14 @@ def started(monkeypatch):
 def test_every_combination_once_and_never_again(base, started, tmp_path, capsys):
     given = base | {'save_dir': str(tmp_path)}
     table = S.sweep('wavelet', GRID, given, jobs=2, progress='lines')
-    names = ['w_gradient=0.5,seed=0', 'w_gradient=0.5,seed=1', 'w_gradient=1,seed=0', 'w_gradient=1,seed=1']
+    names = ['w_gradient=0.5+seed=0', 'w_gradient=0.5+seed=1', 'w_gradient=1+seed=0', 'w_gradient=1+seed=1']
     assert list(table.index) == names and table.state.eq('finished').all() and table.epochs.eq(3).all() and table.fault.eq('').all()
     assert sorted(command[-1] for command in started) == names and all('resume=true' not in command for command in started)
-    assert capsys.readouterr().out.count('finished') == 4
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 8 and sum(line.endswith(' more to come') for line in told) == 4 == sum('finished' in line for line in told)
+    assert told[0] == 'w_gradient=0.5+seed=0: begins, 3 more to come', 'a line before the first run ends'
     assert S.sweep('wavelet', GRID | {'seed': [0, 1, 2]}, given, progress='none').state.eq('finished').all()
-    assert sorted(command[-1] for command in started[4:]) == ['w_gradient=0.5,seed=2', 'w_gradient=1,seed=2'], 'only what is new'
+    assert sorted(command[-1] for command in started[4:]) == ['w_gradient=0.5+seed=2', 'w_gradient=1+seed=2'], 'only what is new'
     S.sweep('wavelet', GRID, given | {'num_epochs': 5}, progress='none')
     assert len(started) == 10 and all('resume=true' in command for command in started[6:]), 'longer runs go on'
 
@@ -124,7 +126,7 @@ def test_a_run_of_the_name_with_other_parameters_is_refused(base, started, tmp_p
         S.sweep('wavelet', {'seed': [0]}, given | {'w_mse': 0.5}, progress='none')
     with pytest.raises(ValueError, match='num_epochs is 3, and 2'):
         S.sweep('wavelet', {'seed': [0]}, given | {'num_epochs': 2}, progress='none')
-    assert S.sweep('wavelet', {'seed': [0]}, given | {'w_mse': 0.5}, 'soft', progress='none').index[0] == 'soft,seed=0'
+    assert S.sweep('wavelet', {'seed': [0]}, given | {'w_mse': 0.5}, 'soft', progress='none').index[0] == 'soft+seed=0'
 
 
 def test_from_the_shell(base, started, tmp_path, monkeypatch):
@@ -146,6 +148,7 @@ def runs(tmp_path):
     for number in range(4):
         write_run(tmp_path / 'toy' / f'r{number}', method='toy', parameters={'seed': number % 2, 'w': number // 2 / 10, 'save_dir': str(tmp_path)}, state='finished', started=60 * number,
                   numbers={'best_epoch': 3, 'validation': {'VIF': 0.5 + number / 100, 'invented': 0.01 / (1 + number)}, 'means': {'toy': {'VIF': 0.6}, 'maximum': {'VIF': 0.9}}})
+        write_history(tmp_path / 'toy' / f'r{number}' / 'history.csv', [{'epoch': 1, 'val_loss': 0.1 * number}])
     write_run(tmp_path / 'toy' / 'bad', method='toy', parameters={'seed': 0, 'w': 0.2}, state='failed', started=900)
     write_run(tmp_path / 'all', method='benchmark', parameters={'columns': ['EN']}, state='finished', started=1000, numbers={'means': {'x': {'EN': 1.0}}})
     return tmp_path
@@ -178,6 +181,7 @@ def test_the_table_in_files(runs, monkeypatch):
     grouped = medfusion('runs', 'toy', '--over', 'seed', '--columns', 'VIF')
     assert '0.525 ± 0.007' in grouped.stdout
     assert_sentence(medfusion('runs', 'toy', '--csv', 'a.txt'), 'a.txt')
+    assert_sentence(medfusion('runs', 'toy', '--curves', 'a.doc'), 'a.doc does not end in .pdf, .svg, .png')
     assert_sentence(medfusion('runs', 'nowhere'), 'nowhere')
     assert medfusion('runs', 'toy', '--where', 'seed').exit_code == 2
 
@@ -188,15 +192,15 @@ def test_real_runs_interrupted_and_gone_on_with(base, tmp_path):
     command = [sys.executable, '-m', 'medfusion', 'sweep', 'wavelet', '-p', 'w_gradient=0.5,1', '-p', 'seed=0,1']
     command += [word for name, value in given.items() for word in ('-p', f'{name}={value}')]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    second = tmp_path / 'w_gradient=0.5,seed=1'
+    second = tmp_path / 'w_gradient=0.5+seed=1'
     while first.poll() is None and len(S.read_history(second)) < 3:
         time.sleep(0.2)
     first.terminate()
     told = first.communicate()[1]
     assert first.returncode == 143 and 'To go on: medfusion sweep' in told, told
-    assert read_run(tmp_path / 'w_gradient=0.5,seed=0')['state'] == 'finished' and read_run(second)['state'] == 'interrupted'
-    began = read_run(tmp_path / 'w_gradient=0.5,seed=0')['started']
+    assert read_run(tmp_path / 'w_gradient=0.5+seed=0')['state'] == 'finished' and read_run(second)['state'] == 'interrupted'
+    began = read_run(tmp_path / 'w_gradient=0.5+seed=0')['started']
     assert subprocess.run(command).returncode == 0
     table = S.load_runs(str(tmp_path))
     assert table.state.eq('finished').all() and table.epochs.eq(150).all() and len(table) == 4
-    assert read_run(tmp_path / 'w_gradient=0.5,seed=0')['started'] == began and S.varied(table) == ['seed', 'w_gradient']
+    assert read_run(tmp_path / 'w_gradient=0.5+seed=0')['started'] == began and S.varied(table) == ['seed', 'w_gradient']
