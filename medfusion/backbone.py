@@ -29,6 +29,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 import medfusion
 from .certain_pixels import pad_to_multiple
 from .files import read_json, sha256_of
+from .processes import connect, from_first_here, shared_out, this_process
 from .runs import nbs_dir, resolve_path
 
 # %% ../nbs/12_backbone.ipynb #3123329e
@@ -215,16 +216,25 @@ class OnFrozenBackbone(nn.Module):
 def half_storage(count, budget_gb, folder):
     """A flat half-precision tensor of `count` numbers, and the temporary folder of its file (None: it is in memory).
 
+    The processes of a training that run on one machine share one file, which the system keeps in memory as far as it can.
     Raises OSError where it fits neither into `budget_gb` of memory nor on the disk of `folder`."""
-    if 2 * count <= budget_gb * 2 ** 30:
+    process = this_process()
+    if 2 * count <= budget_gb * 2 ** 30 and process.count_here == 1:
         return torch.empty(count, dtype=torch.float16), None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < 2 * count:
-        raise OSError(f'The features need {2 * count / 2 ** 30:.1f} GB and {folder} has less; '
-                      'set cache_gb=0 to compute them in every epoch.')
-    scratch = tempfile.TemporaryDirectory(prefix='features_', dir=folder)
-    file = str(Path(scratch.name) / 'features.bin')
-    return torch.from_file(file, shared=True, size=count, dtype=torch.float16), scratch
+    file = scratch = None
+    if process.number_here == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < 2 * count:
+            raise OSError(f'The features need {2 * count / 2 ** 30:.1f} GB and {folder} has less; '
+                          'set cache_gb=0 to compute them in every epoch.')
+        scratch = tempfile.TemporaryDirectory(prefix='features_', dir=folder)
+        file = str(Path(scratch.name) / 'features.bin')
+    file = from_first_here(file)
+    storage = torch.from_file(file, shared=True, size=count, dtype=torch.float16)
+    if process.count > 1:
+        connect().wait_for_everyone()
+        scratch and scratch.cleanup()    # who has mapped a file needs its name no more
+    return storage, scratch
 
 # %% ../nbs/12_backbone.ipynb #6799d9d0
 def working_type(precision):
@@ -256,7 +266,7 @@ class FeatureCache:
             self.offsets.append(self.offsets[-1] + sum(map(math.prod, self.shapes[-1])) * (1 + mirrored))
         self.gigabytes = 2 * self.offsets[-1] / 2 ** 30
         self.storage, self.scratch = half_storage(self.offsets[-1], budget_gb, folder)
-        for index, item in enumerate(dataset):
+        for index, item in shared_out(dataset):
             for mirror in range(1 + mirrored):
                 computed = frozen_features(backbone, item, mirror, precision)
                 for stage, room in self.get(index, mirror).items():

@@ -9,10 +9,11 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate',
            'figure', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters',
            'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method',
-           'open_run_folder', 'without_run', 'run_notebook', 'parameters_text', 'NotebookCommand', 'means_text',
-           'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs',
-           'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
-           'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
+           'check_run', 'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
+           'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables',
+           'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans',
+           'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export',
+           'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -38,6 +39,7 @@ import typer
 import typer.core
 
 import medfusion as package
+from .processes import ProcessLost, check_processes, this_process
 
 # %% ../nbs/50_cli.ipynb #23a21838
 def in_shell_words(text: str) -> str:
@@ -82,9 +84,11 @@ def stop_signals():
             signal.signal(number, handler)
 
 # %% ../nbs/50_cli.ipynb #411bd4b5
-def say(text: str) -> None:
-    "One line of the command itself on standard error."
-    typer.echo(f'medfusion: {text}', err=True)
+def say(text: str, needed: bool = False) -> None:
+    "One line of the command itself on standard error; of several processes that train together the first speaks, another one where it is needed."
+    number = this_process().number
+    if number == 0 or needed:
+        typer.echo(f'medfusion{f", process {number}" * (number > 0)}: {text}', err=True)
 
 # %% ../nbs/50_cli.ipynb #6e70cf2a
 class SentenceGroup(typer.core.TyperGroup):
@@ -112,7 +116,7 @@ class SentenceGroup(typer.core.TyperGroup):
                     again = shlex.join(['medfusion', *ctx.meta['typed']])
                     say('stopped; ' + ctx.meta.get('kept', f'nothing is left half-written. To begin again: {again}'))
                     raise typer.Exit(asked[0] if asked else 130) from None
-                say(sentence_of(error))
+                say(sentence_of(error), needed=not isinstance(error, ProcessLost))
                 raise typer.Exit(1) from None
 
 # %% ../nbs/50_cli.ipynb #5c5afae6
@@ -570,8 +574,8 @@ def own_temporary_files():
             tempfile.tempdir = before
 
 # %% ../nbs/50_cli.ipynb #7aece475
-def execute(notebook: str, executed: ExecutedNotebook, given: dict) -> None:
-    "Executes a notebook of nbs/ with papermill, shows what it prints. Raises ValueError, in a sentence, where it fails."
+def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool = False) -> None:
+    "Executes a notebook of nbs/ with papermill, shows what it prints. Raises ValueError or ProcessLost, in a sentence, where it fails."
     import logging
 
     from nbclient.exceptions import DeadKernelError
@@ -587,9 +591,11 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict) -> None:
     try:
         with own_temporary_files():
             execute_notebook(str(nbs_dir() / notebook), 'medfusion:executed.ipynb', given, kernel_name='python3', language='python',
-                             cwd=str(nbs_dir()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                             cwd=str(nbs_dir()), progress_bar=False, stdout_file=None if quiet else sys.stdout, stderr_file=None if quiet else sys.stderr,
                              extra_arguments=['--log-level=CRITICAL'])     # the kernel's own notes are not the notebook's
     except PapermillExecutionError as error:
+        if error.ename == 'ProcessLost':
+            raise ProcessLost(error.evalue) from None
         reason = error.evalue if error.ename in ('ValueError', 'FileNotFoundError', 'FileExistsError') else f'{error.ename}: {error.evalue}'
         raise ValueError(f'{notebook} stopped {place_of_cell(executed.text, error.cell_index)}: {reason.rstrip(".")}{where()}') from error
     except DeadKernelError:
@@ -623,13 +629,12 @@ def check_method(notebook: str, parameters) -> None:
     runs.needs_room(parameters, files, notebook)
 
 # %% ../nbs/50_cli.ipynb #43d25a7f
-def open_run_folder(notebook: str, given: dict, run: str | None) -> tuple[Path, dict]:
-    "The folder of the run, and the parameters with which the notebook uses it; checked first. Raises ValueError or OSError."
+def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, SimpleNamespace]:
+    "What was given, with the name of the run, and all parameters that follow; checked. Raises ValueError or OSError."
     from medfusion import runs
     from medfusion.inference import check_output
     declared, named = runs.notebook_parameters(notebook), given.get('run', run)
-    name = time.strftime('%Y%m%d-%H%M%S') if named is None else named
-    given = given | ({'run': name} if 'run' in declared else {})
+    given = given | ({'run': time.strftime('%Y%m%d-%H%M%S') if named is None else named} if 'run' in declared else {})
     parameters = SimpleNamespace(**runs.check_parameters(notebook, given))
     runs.check_values(parameters)
     check_sides(declared, given)
@@ -639,11 +644,20 @@ def open_run_folder(notebook: str, given: dict, run: str | None) -> tuple[Path, 
     if named is not None and 'run' in declared:
         check_output(runs.run_folder(parameters), [])
         runs.needs_room(parameters, None, notebook)
+    elif named is not None and (runs.resolve_path(parameters.save_dir) / runs.check_run_name(named)).exists():
+        raise FileExistsError(f'{runs.resolve_path(parameters.save_dir) / named} is there already; name another run.')
+    return given, parameters
+
+# %% ../nbs/50_cli.ipynb #e450ffa4
+def open_run_folder(notebook: str, given: dict, run: str | None) -> tuple[Path, dict]:
+    "The folder of the run, and the parameters with which the notebook uses it; checked first. Raises ValueError or OSError."
+    from medfusion import runs
+    named = given.get('run', run)
+    given, parameters = check_run(notebook, given, run)
+    if named is not None and 'run' in given:
         return runs.run_folder(parameters), given
-    if (runs.resolve_path(parameters.save_dir) / runs.check_run_name(name)).exists() and named is not None:
-        raise FileExistsError(f'{runs.resolve_path(parameters.save_dir) / name} is there already; name another run.')
-    folder = runs.new_folder(parameters.save_dir, name)
-    return folder, given | ({'run': folder.name} if 'run' in declared else {'save_dir': str(folder)})
+    folder = runs.new_folder(parameters.save_dir, named or given.get('run') or time.strftime('%Y%m%d-%H%M%S'))
+    return folder, given | ({'run': folder.name} if 'run' in given else {'save_dir': str(folder)})
 
 # %% ../nbs/50_cli.ipynb #c6743f6e
 def without_run(typed: list[str]) -> list[str]:
@@ -672,12 +686,44 @@ def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Con
     context.meta['kept'] = f'what was finished is kept in {folder}. {way}'
     try:
         execute(notebook, executed, given)
+    except ProcessLost as error:
+        raise ProcessLost(f'{error} W{context.meta["kept"][1:]}') from None
     finally:
         with suppress(OSError):
             folder.rmdir()          # if nothing came into it
     if executed.error:
         say(f'{executed.path} could not be written ({sentence_of(executed.error)}); the run itself is whole.')
     return folder
+
+# %% ../nbs/50_cli.ipynb #694868a1
+def run_beside(notebook: str, given: dict) -> None:
+    "Executes a notebook in a process that is not the first of a training; what it writes is removed."
+    with tempfile.TemporaryDirectory() as folder:
+        execute(notebook, ExecutedNotebook(Path(folder)), given | {'save_dir': folder}, quiet=True)
+
+# %% ../nbs/50_cli.ipynb #3886d783
+def launch(words: list[str], count: int) -> None:
+    "Runs the command of these words in `count` processes, by torchrun. Raises typer.Exit with its status where it fails."
+    import logging
+
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // count)))
+    logging.disable()       # the processes say themselves what went wrong
+    try:
+        with own_temporary_files():
+            run.run(run.parse_args(['--standalone', f'--nproc-per-node={count}', '--local-addr=127.0.0.1', '-m', 'medfusion', *words]))
+    except SignalException as error:
+        raise typer.Exit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            say(f'process {number} was killed ({signal.Signals(-failure.exitcode).name}), and the training ended with it.')
+        raise typer.Exit(max(1, failure.exitcode)) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 # %% ../nbs/50_cli.ipynb #deac2e3c
 def parameters_text(notebook: str) -> str:
@@ -745,6 +791,7 @@ def train(
     file: Files = [],
     run: RunName = None,
     values: ValueRange = None,
+    processes: Annotated[int, typer.Option(min=1, metavar='N', help='train on so many processes of this machine, one a GPU; they share each batch')] = 1,
 ):
     """Train a network by running its notebook. Works inside a clone of the repository.
 
@@ -755,7 +802,15 @@ def train(
         raise typer.BadParameter(f'{method!r} is no method; the methods are {", ".join(methods())}')
     notebook = methods()[method].notebook
     drawn = [] if read_range(values) is None else [f'value_range={values}']
-    folder = run_notebook(notebook, given_parameters(notebook, file, [*parameter, *drawn]), run, context)
+    given, process = given_parameters(notebook, file, [*parameter, *drawn]), this_process()
+    if processes > 1 and process.count == 1:
+        check_processes(processes, processes, getattr(check_run(notebook, given, run)[1], 'batch_size', processes))
+        return launch(context.meta['typed'], processes)
+    if processes not in (1, process.count):
+        raise ValueError(f'torchrun started {process.count} processes, and --processes says {processes}; leave it out.')
+    if process.number > 0:
+        return run_beside(notebook, given)
+    folder = run_notebook(notebook, given, run, context)
     typer.echo(f'{means_text(folder)}done: {folder}\nfuse with it: medfusion fuse CT MRI -o OUT -m {short_name(folder)}')
 
 # %% ../nbs/50_cli.ipynb #b65eb49b

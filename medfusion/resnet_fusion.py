@@ -18,6 +18,7 @@ from .backbone import FeatureCache, OnFrozenBackbone, TrainingPairs, backbone_st
 from .certain_pixels import keep_certain, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
+from .processes import mean_over_step
 from .runs import resolve_path
 
 # %% ../nbs/resnet_based_fusion.ipynb #2c682b91
@@ -207,7 +208,7 @@ def perceptual_loss(fused, sources, margin=0):
         inner = slice(border, -border or None)
         target = torch.maximum(*sources[stage][..., inner, inner].unbind(1))
         difference = (of_fused[..., inner, inner] - target).abs().mean(dtype=torch.float32)
-        terms.append(difference / target.mean(dtype=torch.float32).clamp(min=1e-6))
+        terms.append(difference / mean_over_step(target.mean(dtype=torch.float32)).clamp(min=1e-6))
     return torch.stack(terms).mean()
 
 # %% ../nbs/resnet_based_fusion.ipynb #49473524
@@ -226,17 +227,18 @@ def training_step(model, batch, cfg, lesions=None, detection=None):
     batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them; lesions,
     detection: a `LesionTerm` and a `DetectionTerm`, needed where their weights are not 0."""
     ct, mri, kind = batch['ct'], batch['mri'], working_type(cfg.precision)
+    network = getattr(model, 'module', model)                                     # among several processes the model is wrapped
     with torch.autocast(ct.device.type, kind, enabled=cfg.precision != 'no'):
         if 'features' in batch:                                               # {stage: (B, 2, h, w, C)}
             features = {stage: known.to(kind).permute(0, 1, 4, 2, 3) for stage, known in batch['features'].items()}
         else:
-            features = model.features(ct, mri)                                # {stage: (B, 2, C, h, w)}
+            features = network.features(ct, mri)                              # {stage: (B, 2, C, h, w)}
         fused = model(ct, mri, features)
     weights = {field.name.removeprefix('w_'): getattr(cfg, field.name)
                for field in fields(cfg) if field.name.startswith('w_')}
     return weighted_loss(fused, ct, mri, weights, cfg.gradient_gain, lesion=lesions and partial(lesions, model),
                          detection=detection and partial(detection, model),
-                         perceptual=partial(perceptual_term, model.backbone, fused, features, cfg))
+                         perceptual=partial(perceptual_term, network.backbone, fused, features, cfg))
 
 # %% ../nbs/resnet_based_fusion.ipynb #44b06d5b
 def training_sets(model, train, val, cfg):

@@ -12,7 +12,7 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'split_of', 'write_history', 'write_metadata', 'data_sha256', 'git_revision', 'device_name', 'write_run',
            'is_claimed', 'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint',
            'command_again', 'ways_out', 'needs_room', 'make_room', 'resume_settings', 'warn_of_changes', 'Run',
-           'claim_places', 'open_run']
+           'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -51,6 +51,7 @@ import torch
 import medfusion
 from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
 from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .processes import connect, this_process
 
 # %% ../nbs/09_runs.ipynb #30a9135f
 def nbs_dir() -> Path:
@@ -739,7 +740,8 @@ def git_revision() -> dict | None:
 # %% ../nbs/09_runs.ipynb #d2b51553
 def device_name() -> str:
     "The device that a run uses, in words."
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
+    return device + f', {this_process().count} processes' * (this_process().count > 1)
 
 # %% ../nbs/09_runs.ipynb #9c83a4ae
 def write_run(folder: str | Path, *, method: str, parameters, state: str, started: float, split: dict | None = None,
@@ -989,6 +991,16 @@ class Run:
             if self.begun or state == 'finished':
                 self.record(state, numbers)
 
+# %% ../nbs/09_runs.ipynb #c6917068
+class SharedRun(Run):
+    "A run in a process that is not its first: what there is to write, the first one writes."
+
+    def record(self, state: str, numbers: dict | None = None) -> None:
+        "Nothing."
+
+    def finish(self, numbers: dict | None = None, state: str = 'finished') -> None:
+        "Nothing."
+
 # %% ../nbs/09_runs.ipynb #e1c49ed6
 def claim_places(locks: contextlib.ExitStack, places) -> None:
     "Claim folders until `locks` is closed, and remove the temporary files that a killed run left in them."
@@ -1001,11 +1013,16 @@ def open_run(method: str, parameters, files: CheckpointFiles | None = None, spli
     """A run that owns its folder and those of its checkpoints; a new one has a record that says that it is at work.
 
     `notebook` is the name of the notebook, for sentences that say what to type. Opening a run again in one process
-    gives up the first. Raises ValueError for values that no run can be made with, FileExistsError where another run is
-    at work, or was here and may not be replaced; then nothing was changed.
+    gives up the first; of several processes of one training, the first opens it and the others get a `SharedRun`. Raises
+    ValueError for values that no run can be made with, FileExistsError where another run is at work, or was here and may
+    not be replaced; then nothing was changed.
     """
     check_values(parameters)
     folder = run_folder(parameters)
+    if this_process().count > 1:
+        connect()    # each is on its own GPU from here on
+    if this_process().number > 0:
+        return SharedRun(method, parameters, files, split, notebook)
     if folder in Run.at_work:
         Run.at_work.pop(folder).locks.close()
     run = Run(method, parameters, files, split, notebook)
