@@ -25,8 +25,8 @@ def milliseconds(fuse, ct, mri, runs=15):
 def main():
     made = phantom_slice(12, 4)
     ct, mri = (torch.as_tensor(image)[None, None].float() for image in (made.ct, made.mri))
-    methods = {'wavelet': load_model('wavelet', 'cpu'), 'resnet': load_model('resnet', 'cpu'), 'laplacian': laplacian_pyramid}
-    print(f'{"method":<10} {"1 thread":>10} {"2 threads":>10}   parameters, trainable + frozen')
+    methods = {'wavelet': load_model('wavelet', 'cpu'), 'wavelet-lite': load_model('wavelet-lite', 'cpu'), 'resnet': load_model('resnet', 'cpu'), 'laplacian': laplacian_pyramid}
+    print(f'{"method":<12} {"1 thread":>10} {"2 threads":>10}   parameters, trainable + frozen')
     for name, fuse in methods.items():
         row = []
         for threads in (1, 2):
@@ -37,7 +37,7 @@ def main():
         if isinstance(fuse, torch.nn.Module):
             frozen = sum(weights.numel() for part, weights in fuse.named_parameters() if part.startswith('backbone.'))
             counts = f'{sum(weights.numel() for weights in fuse.parameters()) - frozen:,} + {frozen:,}'
-        print(f'{name:<10} {row[0]:>7.1f} ms {row[1]:>7.1f} ms   {counts}')
+        print(f'{name:<12} {row[0]:>7.1f} ms {row[1]:>7.1f} ms   {counts}')
 
 
 if __name__ == '__main__':
