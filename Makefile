@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test long fuzz any-cpu count lab export notebooks docs tables benchmark browser lock record ship
+.PHONY: help demo test long fuzz any-cpu count lab export notebooks docs dicom-check tables benchmark browser lock record ship
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
@@ -21,10 +21,12 @@ $(READY): $(LOCKED) settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(READY)   ## train, evaluate and show both methods on a synthetic data set
+demo: $(READY)   ## train, evaluate and show both methods on a synthetic data set, and fuse two scans of a synthetic head
 	$(BIN)/python .ci/demo.py fill
 	$(BIN)/medfusion train wavelet --run demo -p replace=true
 	$(BIN)/medfusion train resnet --run demo -p replace=true -p backbone_weights=medfusion -p epochs=3
+	$(BIN)/python .ci/demo.py scans
+	$(BIN)/medfusion scan results/demo_scans/ct results/demo_scans/mri --truth results/demo_scans/truth.tfm -o results/scan_fusion/demo --replace
 	$(BIN)/python .ci/demo.py report
 
 test: $(READY)   ## pass every check
@@ -57,6 +59,10 @@ docs: $(READY)   ## build the site of the notebooks, _docs/docs/index.html (fetc
 	@$(BIN)/python -c 'import myst_nb, latex2mathml' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . _docs
+
+dicom-check: $(READY)  ## check derived DICOM series by dciodvfy (apt-get install dicom3tools) and highdicom (fetched the first time)
+	@$(BIN)/python -c 'import highdicom' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check highdicom
+	$(BIN)/python .ci/dicom_check.py
 
 tables: $(READY) ## write the tables of README.md and MODEL_CARD.md from recorded results
 	$(BIN)/python .ci/tables.py

@@ -1,4 +1,5 @@
-"""The two ends of `make demo`: fill an empty Dataset/ with the phantom, and judge what was trained on it."""
+"""The parts of `make demo` that are no commands: fill an empty Dataset/ with the phantom, draw a head for two scanners, and judge what was trained."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,15 @@ def fill_if_empty():
     else:
         write_phantom(folder)
     print(inspect_dataset(folder))
+
+
+def draw_scans():
+    "A head as a CT and an MRI scanner saw it, in results/demo_scans, unless it is there."
+    from medfusion.phantom_volume import phantom_study, write_study
+    folder = ROOT / 'results/demo_scans'
+    if not (folder / 'brain.json').is_file():      # written last
+        shutil.rmtree(folder, ignore_errors=True)
+        print(write_study(phantom_study(0, (1.8, 1.8, 3.), (1.8, 1.8, 4.)), folder).relative_to(ROOT))
 
 
 def demo_runs():
@@ -44,6 +54,9 @@ def report():
     for folder in folders:
         for path in [*sorted(folder.glob('*.png')), folder / 'fused', folder / 'executed.ipynb']:
             print(f'  {path.relative_to(ROOT)}')
+    study = ROOT / 'results/scan_fusion/demo/report.html'
+    if study.is_file():
+        print(f'Two scans of one head, brought together and fused (nbs/scan_fusion.ipynb):\n  {study.relative_to(ROOT)}')
     found = shortfalls(next(iter(means)), means, kept)
     for sentence in found:
         print(f'The trained network does not beat the average: {sentence}', file=sys.stderr)
@@ -59,4 +72,4 @@ def shortfalls(network, means, kept):
 
 
 if __name__ == '__main__':
-    sys.exit({'fill': fill_if_empty, 'report': report}[sys.argv[1]]())
+    sys.exit({'fill': fill_if_empty, 'scans': draw_scans, 'report': report}[sys.argv[1]]())

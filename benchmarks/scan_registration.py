@@ -1,27 +1,96 @@
-"""How exact is registration, and is its verdict right? Writes results/recorded/registration_signs.csv and registration_poses.csv.
+"""How exact is registration, and is its verdict right? Rows are written as they come; what stands in the file already is not computed again.
 
-Usage: python benchmarks/scan_registration.py [HEADS]    (15 heads for the signs, 6 and 6 for the poses; an hour and more on one core)
+    python benchmarks/scan_registration.py poses 40    results/recorded/registration_poses.csv: heads never used for tuning (14 CPU minutes, and 10 more for the rest)
+    python benchmarks/scan_registration.py signs 15    results/recorded/registration_signs.csv: the heads by which the verdict was calibrated (10 CPU minutes)
+
+The number says how many heads; remove the file to begin anew. A stopped run goes on with the next head.
 """
-import sys
+import argparse
+import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from medfusion.phantom_volume import phantom_study
-from medfusion.registration import (ScanPyramid, descend, distance_between, half_disagreement, mirror_ratio, mirrored, moved, pose_of, quarter_turns, register,
-                                    rigid, search_pose)
+from medfusion.registration import (
+    ScanPyramid,
+    descend,
+    distance_between,
+    half_disagreement,
+    mirror_ratio,
+    mirrored,
+    moved,
+    pose_of,
+    quarter_turns,
+    register,
+    rigid,
+    search_pose,
+)
 from medfusion.scans import sitk
 
 RECORDS = Path(__file__).resolve().parents[1] / 'results/recorded'
+HARDER = {'5 mm slices': {'mri_spacing': (1.5, 1.5, 5.)}, 'noise 8 %': {'noise': .08}, 'bias 40 %': {'bias': .4}, 'a third missing': {'fraction': .67}}
 
 
-def head(seed):
+@lru_cache(maxsize=3)
+def head(seed, harder=''):
     "A study of the head with the seed, in a pose up to 40° and 60 mm away."
-    return phantom_study(seed, contrast=('T1', 'T2', 'FLAIR')[seed % 3], ct_spacing=(1.6, 1.6, 3.2), mri_spacing=(1.5, 1.5, 4.), pose=(40., 60.))
+    usual = dict(contrast=('T1', 'T2', 'FLAIR')[seed % 3], ct_spacing=(1.6, 1.6, 3.2), mri_spacing=(1.5, 1.5, 4.), pose=(40., 60.))
+    return phantom_study(seed, **usual | HARDER.get(harder, {}))
 
 
-def signs(pyramid, pose, truth, brain):
+# How exact
+
+def turned(study, matrix):
+    "The MRI of a study as if its head had lain turned by a matrix, and the truth for it."
+    middle = np.array(study.mri.TransformContinuousIndexToPhysicalPoint([(count - 1) / 2 for count in study.mri.GetSize()]))
+    mri = sitk.Image(study.mri)
+    mri.SetDirection((matrix @ np.reshape(mri.GetDirection(), (3, 3))).ravel().tolist())
+    mri.SetOrigin((matrix @ (np.array(mri.GetOrigin()) - middle) + middle).tolist())
+    return mri, rigid(sitk.CompositeTransform([pose_of(matrix, middle, middle), study.truth]))
+
+
+def seen_in_a_mirror(study):
+    "The MRI of a study as a mirror shows it that stands between left and right."
+    return mirrored(study.mri, moved(study.truth, study.brain.mean(0)[None])[0], np.reshape(study.truth.GetMatrix(), (3, 3))[:, 0])
+
+
+def pose_row(case, seed, study, ct, mri, truth):
+    "How far off a registration is, and what is said of it."
+    began = time.process_time()
+    found = register(ct, mri)
+    signs = {name: round(found.signs[name], 3) for name in ('halves_mm', 'mirror_ratio', 'seen_share')}
+    return {'case': case, 'seed': seed, 'contrast': study.contrast, 'error_mm': round(distance_between(found.transform, truth, study.brain), 3),
+            'verdict': found.verdict, **signs, 'cpu_seconds': round(time.process_time() - began, 1)}, found
+
+
+def poses(number):
+    "The rows of head `number`, counted from 0: in any pose, and for some heads a harder case, one by one."
+    seed, quarters = 3001 + number, [matrix for matrix in quarter_turns() if np.trace(matrix) in (1, -1)]       # by 90° or 180°
+    study = head(seed)
+    row, found = pose_row('any pose', seed, study, study.ct, study.mri, study.truth)
+    yield row
+    if number % 4 == 0:
+        yield pose_row('turned', seed, study, study.ct, *turned(study, quarters[(7 * number // 4) % len(quarters)]))[0]
+    if number % 5 == 1:
+        yield pose_row('mirrored', seed, study, study.ct, seen_in_a_mirror(study), study.truth)[0]
+    if number % 5 == 2:
+        yield pose_row('other head', seed, study, study.ct, head(seed - 1).mri, head(seed - 1).truth)[0]
+    if number % 13 == 3:                        # from MRI to CT: how far from the inverse
+        back, there = pose_row('MRI to CT', seed, study, study.mri, study.ct, rigid(study.truth.GetInverse()))
+        error = np.linalg.norm(moved(there.transform, moved(found.transform, study.brain)) - study.brain, axis=1).mean()
+        yield back | {'error_mm': round(float(error), 3)}
+    if number % 3 == 1:
+        harder = list(HARDER)[number // 3 % 4]
+        study = head(seed, harder)
+        yield pose_row(harder, seed, study, study.ct, study.mri, study.truth)[0]
+
+
+# Is the verdict right
+
+def signs_of(pyramid, pose, truth, brain):
     "What is recorded of a pose, refined."
     pose, information = descend(pyramid, 2, pose, 1., .005, 60, .15)
     return {'error_mm': round(distance_between(pose, truth, brain), 3), 'halves_mm': round(float(np.median(half_disagreement(pyramid, pose))), 2),
@@ -33,44 +102,33 @@ def settled(pyramid, start):
     return descend(pyramid, 4, descend(pyramid, 8, start, 8., .1, 60)[0])[0]
 
 
-def cases(seed):
-    "The right pose, the best wrong one, a mirrored MRI and another head's MRI: {case: signs}."
-    study, other = head(seed), head(seed + 3)
+def signs(number):
+    "The rows of a head: the right pose, the best wrong one, a mirrored MRI and another head's MRI."
+    seed = 1003 + number
+    study, other = head(seed), head(seed + 1)
     pyramid = ScanPyramid.of(study.ct, study.mri)
     right, tried = search_pose(pyramid)
-    middle = pyramid.points.mean(0)
-    wrong = settled(pyramid, pose_of(quarter_turns()[tried[1][0]], middle, pyramid.mri_middle))
-    seen = mirrored(study.mri, moved(right, middle[None])[0], np.reshape(right.GetMatrix(), (3, 3))[:, 0])
-    found = {'right': signs(pyramid, right, study.truth, study.brain), 'wrong turn': signs(pyramid, wrong, study.truth, study.brain)}
-    for case, mri, start in (('mirrored', seen, study.truth), ('other head', other.mri, other.truth)):
+    wrong = settled(pyramid, pose_of(quarter_turns()[tried[1][0]], pyramid.points.mean(0), pyramid.mri_points.mean(0)))
+    found = {'right': signs_of(pyramid, right, study.truth, study.brain), 'wrong turn': signs_of(pyramid, wrong, study.truth, study.brain)}
+    for case, mri, start in (('mirrored', seen_in_a_mirror(study), study.truth), ('other head', other.mri, other.truth)):
         stranger = ScanPyramid.of(study.ct, mri)
-        found[case] = signs(stranger, settled(stranger, start), start, study.brain)
+        found[case] = signs_of(stranger, settled(stranger, start), start, study.brain)
     if found['wrong turn']['error_mm'] < 1:      # the second start led to the right pose too
         del found['wrong turn']
-    return [{'seed': seed, 'case': case} | row for case, row in found.items()]
-
-
-def turned(study, matrix):
-    "The MRI of a study as if its head had lain turned by a matrix, and the truth for it."
-    middle = np.array(study.mri.TransformContinuousIndexToPhysicalPoint([(count - 1) / 2 for count in study.mri.GetSize()]))
-    mri = sitk.Image(study.mri)
-    mri.SetDirection((matrix @ np.reshape(mri.GetDirection(), (3, 3))).ravel().tolist())
-    mri.SetOrigin((matrix @ (np.array(mri.GetOrigin()) - middle) + middle).tolist())
-    return mri, rigid(sitk.CompositeTransform([pose_of(matrix, middle, middle), study.truth]))
-
-
-def pose_row(seed, turn):
-    "How far off a registration of the head with the seed is, its MRI turned by quarter turn number `turn`."
-    study = head(seed)
-    mri, truth = turned(study, quarter_turns()[turn])
-    found = register(study.ct, mri)
-    return {'seed': seed, 'turned': turn > 0, 'turn': turn, 'error_mm': round(distance_between(found.transform, truth, study.brain), 3), 'verdict': found.verdict,
-            'halves_mm': round(found.signs['halves_mm'], 2), 'mirror_ratio': round(found.signs['mirror_ratio'], 3), 'seconds': round(found.seconds)}
+    for case, row in found.items():
+        yield {'seed': seed, 'case': case} | row
 
 
 if __name__ == '__main__':
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    rows = [row for seed in range(1003, 1003 + count) for row in cases(seed)]
-    pd.DataFrame(rows).to_csv(RECORDS / 'registration_signs.csv', index=False, lineterminator='\n')
-    turns = [(1018 + k, 0) for k in range(6)] + [(1006, 13)] + list(zip(range(1007, 1013), (5, 9, 20, 8, 17, 23)))
-    pd.DataFrame([pose_row(*one) for one in turns]).to_csv(RECORDS / 'registration_poses.csv', index=False, lineterminator='\n')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('table', choices=('poses', 'signs'))
+    parser.add_argument('heads', type=int)
+    options = parser.parse_args()
+    make, first = {'poses': (poses, 3001), 'signs': (signs, 1003)}[options.table]
+    path = RECORDS / f'registration_{options.table}.csv'
+    rows = pd.read_csv(path).to_dict('records') if path.is_file() else []
+    for number in range(options.heads):
+        if first + number not in {row['seed'] for row in rows}:
+            rows += make(number)
+            pd.DataFrame(rows).to_csv(path, index=False, lineterminator='\n')
+            print(*(row for row in rows if row['seed'] == first + number), sep='\n', flush=True)

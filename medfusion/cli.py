@@ -1037,13 +1037,13 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
 def scan_parameters(typed: dict) -> dict:
     "The parameters of scan_fusion.ipynb for what was typed after `medfusion scan`, {option: value}; what -p says comes last."
     from medfusion.studies import windows_of
-    scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study') if typed[name]}
+    scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study', 'truth') if typed[name]}
     if len(scans) < 2 and 'study' not in paths:
         raise typer.BadParameter('a CT and an MRI are needed, or --study with a finished one')
     check_there(*scans, *paths.values())
     windows_of(typed['window'])
     plain = {name: typed[name] for name in ('window', 'grid', 'registered', 'different_patients', 'force', 'anonymous')}
-    given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous']}
+    given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
         given |= {'ct': str(scans[0].absolute()), 'mri': [str(path.absolute()) for path in scans[1:]]}
@@ -1056,6 +1056,8 @@ def tell_study(record: dict, out: Path) -> None:
     for label, told in record['mri'].items():
         reasons = f' ({"; ".join(told["reasons"])})' if told['reasons'] else ''
         typer.echo(f'registration{f" of {label}" if label else ""}: {words[told["verdict"]]}{reasons}')
+        if 'error_mm' in told:
+            typer.echo(f'against the truth: {told["error_mm"]:.2f} mm off')
     typer.echo(f'done: {out}\nlook at it: {out}/report.html')
     if record['verdict'] == 'failed' and not record['forced']:
         say('nothing was fused, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
@@ -1071,6 +1073,7 @@ def scan(
     window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
     grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
     transform: Annotated[Path | None, typer.Option(parser=typed_path, help='take this .tfm or .h5 and do not register')] = None,
+    truth: Annotated[Path | None, typer.Option(parser=typed_path, help='the true transform of a phantom: say how far off the registration is')] = None,
     study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI')] = None,
     registered: Annotated[bool, typer.Option('--registered', help='the scans lie on each other already')] = False,
     different_patients: Annotated[bool, typer.Option('--different-patients', help='fuse scans whose PatientID differs')] = False,

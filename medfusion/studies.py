@@ -6,10 +6,11 @@
 __all__ = ['Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume', 'common_grid',
            'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table', 'flicker',
            'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours', 'fused_planes',
-           'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given', 'brought_together', 'onto_grid', 'fuse_series',
-           'fuse_study', 'study_record', 'scan_fusion', 'check_replaceable', 'new_folder_at', 'write_volume',
-           'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item', 'without_patient', 'write_derived',
-           'write_dicom', 'scrubbed', 'report_html', 'write_report']
+           'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given', 'believed_frame', 'brought_together',
+           'onto_grid', 'fuse_series', 'study_record', 'fuse_study', 'scan_fusion', 'target_errors',
+           'check_replaceable', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
+           'derived_header', 'source_item', 'other_uid', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
+           'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -20,6 +21,7 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +34,8 @@ from .figures import checkerboard, mosaic
 from .files import absolute_path, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
-from .registration import Registration, graded, head_mask, points_in, read_transform, register, resampled, rigid, seen_share, shrunk, write_transform
+from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
+                                    shrunk, verdict_limits, write_transform)
 from .runs import versions
 from .scans import Scan, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
 
@@ -69,9 +72,12 @@ def windows_of(text: str) -> list[Window]:
         if not (np.isfinite(level) and 0 < width < 1e5):
             raise ValueError(f'A window of level {level:g} and width {width:g} shows nothing; the width is above 0 HU.')
         found.append(Window(f'{level:g}_{width:g}', level, width))
+    found = list(dict.fromkeys(found))
     if not found:
         raise ValueError(f'No window is named; write {", ".join(windows())}, or level,width in HU.')
-    return list(dict.fromkeys(found))
+    for name in {window.name for window in found if sum(other.name == window.name for other in found) > 1}:
+        raise ValueError(f'Two windows differ by less than a name tells, and both would be written as {name}; name one of them.')
+    return found
 
 # %% ../nbs/33_studies.ipynb #83c551c1
 def mri_limits(image: sitk.Image) -> tuple[float, float]:
@@ -174,34 +180,36 @@ def slices_along(values: np.ndarray, grid: sitk.Image, plane: str) -> np.ndarray
     return view
 
 # %% ../nbs/33_studies.ipynb #f569f36a
-def fuse_volume(ct, mri, grid: sitk.Image, model='wavelet', plane: str = 'axial', batch_size: int = 8, device='auto', progress=None) -> np.ndarray:
-    "Two volumes (z, y, x) in [0, 1] on a grid, fused slice by slice along a plane: float32 in [0, 1]. `progress` wraps the batches, as tqdm does."
+def fuse_volume(ct, mri, grid: sitk.Image, model='wavelet', plane: str = 'axial', batch_size: int = 8, device='auto', progress=quietly, told='fusing') -> np.ndarray:
+    "Two volumes (z, y, x) in [0, 1] on a grid, fused slice by slice along a plane: float32 in [0, 1]. `progress` wraps the batches, as tqdm does, and says `told`."
     model, fused = model_of(model, device), np.empty(ct.shape, np.float32)
     first, second, out = (slices_along(values, grid, plane) for values in (ct, mri, fused))
     if min(out.shape[1:]) < 16:
         raise ValueError(f'Slices of {out.shape[1]}×{out.shape[2]} voxels are too small to fuse; take another plane, or a finer spacing.')
     starts = range(0, len(out), batch_size)
-    for start in progress(starts) if progress else starts:
+    for start in progress(starts, desc=told):
         part = slice(start, start + batch_size)
         batch = [torch.from_numpy(np.ascontiguousarray(view[part], np.float32))[:, None] for view in (first, second)]
         out[part] = fuse_batch(model, *batch).numpy()[:, 0]
     return fused
 
 # %% ../nbs/33_studies.ipynb #ced8b3e9
-def slice_table(fused, ct, mri, both) -> pd.DataFrame:
+def slice_table(fused, ct, mri, both, progress=quietly) -> pd.DataFrame:
     "The metrics of slices (N, H, W) in [0, 1], a row for each in which at least a tenth is seen by both scans: EN, SD, SF, MI, Qabf, SSIM255, invented."
     kept = [index for index in range(len(fused)) if (both[index] > 0).mean() > .1 and min(np.ptp(ct[index]), np.ptp(mri[index])) > .05]
-    batches = (([str(index)], *(torch.from_numpy(np.ascontiguousarray(view[index], np.float32))[None, None] for view in (fused, ct, mri))) for index in kept)
+    batches = (([str(index)], *(torch.from_numpy(np.ascontiguousarray(view[index], np.float32))[None, None] for view in (fused, ct, mri))) for index in progress(kept, desc='measuring'))
     table = evaluate_batches(batches, names=['EN', 'SD', 'SF', 'MI', 'Qabf', 'SSIM255', 'invented'])
     table.index = pd.Index([int(name) for name in table.index], name='slice')
     return table[[name for name in table if not name.endswith(('_ct', '_mri', '_min'))]]
 
 # %% ../nbs/33_studies.ipynb #d1728862
-def flicker(fused, ct, mri) -> float:
-    "The mean absolute difference of neighbouring fused slices (N, H, W) where both sources show the same but for noise, as a multiple of the larger of the sources'."
+def flicker(fused, ct, mri, around: int = 7) -> float:
+    """The mean absolute difference of neighbouring fused slices (N, H, W) where both sources show the same but for noise, as a multiple of the larger of the sources'.
+
+    They show the same where they differ by less than .1 on the mean over `around` × `around` pixels."""
     steps = [np.abs(np.diff(view, axis=0)) for view in (fused, ct, mri)]
-    around = [uniform_filter(step, (0, 7, 7)) for step in steps[1:]]
-    still = (np.maximum(*around) < .1) & (np.minimum(ct[1:], mri[1:]) > .05)
+    nearby = [uniform_filter(step, (0, around, around)) for step in steps[1:]]
+    still = (np.maximum(*nearby) < .1) & (np.minimum(ct[1:], mri[1:]) > .05)
     means = [float(step[still].mean()) if still.any() else 0. for step in steps]
     return means[0] / max(*means[1:], 1e-6)
 
@@ -343,22 +351,35 @@ def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> l
 
 # %% ../nbs/33_studies.ipynb #481e499f
 def seen_by_given(ct: sitk.Image, mri: sitk.Image, given) -> tuple[dict, list[str]]:
-    """What was measured of a `given` rigid transform, {'seen_share': share of the CT's head that lies in the MRI}, and doubts about it.
+    """What was measured of a `given` rigid transform, {'seen_share': share of the head that lies in both scans}, and doubts about it.
 
-    Raises ValueError where the share is under 15 %, with which nothing can be fused."""
-    points = points_in(head_mask(shrunk(graded(ct), 4)))
-    if not len(points):
-        return {}, ['no head was found in the CT by which it could be checked']
-    share, back = (seen_share(mri, pose, points) for pose in (given, rigid(given.GetInverse())))
-    way = f'by its inverse the MRI would show {back:.0%} of the head in the CT instead of {share:.0%}, so it may point the other way, from the MRI to the CT'
-    doubts = [way] if back > share + .3 else []
-    if share < .15:
-        told = doubts[0] if doubts else f'by it the MRI shows only {share:.0%} of the head in the CT'
+    Raises ValueError where the share is too small for fusing; see `registration.verdict_limits`."""
+    points, mri_points = (points_in(head_mask(shrunk(graded(image), 4))) for image in (ct, mri))
+    if not len(points) or not len(mri_points):
+        return {}, ['no head was found by which it could be checked']
+    there, back = (seen_by(mri, pose, points).mean() for pose in (given, rigid(given.GetInverse())))
+    way = f'by its inverse the MRI would show {back:.0%} of the head in the CT instead of {there:.0%}, so it may point the other way, from the MRI to the CT'
+    doubts = [way] if back > there + .3 else []
+    share = seen_share(ct, mri, given, points, mri_points)
+    if share < verdict_limits()['seen_share'][1]:
+        told = doubts[0] if doubts else f'by it only {share:.0%} of the head is seen by both scans'
         raise ValueError(f'The given transform leads out of the MRI: {told}; give one that maps points of the CT to points of the MRI, or none.')
     return {'seen_share': share}, doubts
 
+# %% ../nbs/33_studies.ipynb #8fb5676c
+def believed_frame(ct: sitk.Image, mri: sitk.Image, progress=quietly) -> Registration:
+    "The `Registration` of two scans that name the same frame of reference: the identity, doubtful where registering them from it leads away or ends badly."
+    identity, found = rigid(sitk.Euler3DTransform()), register(ct, mri, sitk.Euler3DTransform(), progress)
+    away = distance_between(identity, found.transform, points_in(head_mask(shrunk(graded(ct), 4))))
+    doubts = [f'registered from there, the head moves by {away:.1f} mm'] if away > 3 else []
+    doubts += [] if found.verdict == 'good' else [f'registered from there, it is {found.verdict}: {reason}' for reason in found.reasons]
+    if doubts:
+        doubts.append('look at the pictures; if the scans lie on each other, say so (registered), else give a transform')
+    reasons = ['both scans name the same frame of reference', *doubts]
+    return Registration(identity, 'doubtful' if doubts else 'given', reasons, found.signs | {'moved_mm': away}, seconds=found.seconds)
+
 # %% ../nbs/33_studies.ipynb #8b8e1a04
-def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False) -> Registration:
+def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False, progress=quietly) -> Registration:
     """The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds.
 
     Raises ValueError where a given transform leads out of the MRI."""
@@ -369,8 +390,8 @@ def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = Fal
     if registered:
         return Registration(sitk.Euler3DTransform(), 'given', ['both scans were said to be registered'])
     if ct.frame_of_reference and ct.frame_of_reference == mri.frame_of_reference:
-        return Registration(sitk.Euler3DTransform(), 'given', ['both scans name the same frame of reference'])
-    return register(ct.image, mri.image)
+        return believed_frame(ct.image, mri.image, progress)
+    return register(ct.image, mri.image, progress=progress)
 
 # %% ../nbs/33_studies.ipynb #2641637d
 def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Image, spline: bool = False, n4: bool = False) -> FusedSeries:
@@ -381,31 +402,18 @@ def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Imag
                        {}, voxels_sha256(mri.image), frame_of(mri.image), list(mri.notes))
 
 # %% ../nbs/33_studies.ipynb #0ba14392
-def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=None) -> dict:
+def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=quietly) -> dict:
     "Fuses a series of a study in each window; returns {window: table of metrics by slice}, with the flicker in its `attrs`."
     tables, mri = {}, one.grey
     grey, one.fused = mri * (one.weight > 0), {}
     for window in chosen:
         ct = window.of(study.ct)
-        raw = fuse_volume(ct, mri, study.grid, model, study.plane, batch_size, device, progress)
+        raw = fuse_volume(ct, mri, study.grid, model, study.plane, batch_size, device, progress, f'fusing {window.name} {one.label}'.strip())
         one.fused[window.name] = joined(raw, ct, grey, study.ct_weight, one.weight)
         views = [slices_along(values, study.grid, study.plane) for values in (one.fused[window.name], ct, grey, np.minimum(study.ct_weight, one.weight))]
-        tables[window.name] = slice_table(*views)
+        tables[window.name] = slice_table(*views, progress)
         tables[window.name].attrs['flicker'] = flicker(*views[:3])
     return tables
-
-# %% ../nbs/33_studies.ipynb #5239a50c
-def fuse_study(study: Study, window='brain', model='wavelet', force=False, batch_size=8, device='auto', progress=None) -> Study:
-    "The study, its series fused (again) in the windows by the model; not those whose registration failed, without `force`. Its record says so."
-    chosen = windows_of(window)
-    find = model if isinstance(model, str) and os.sep not in model else 'a checkpoint' if isinstance(model, (str, Path)) else type(model).__name__
-    for one in study.series:
-        wanted = chosen if force or one.registration.verdict != 'failed' else []
-        study.tables[one.label] = fuse_series(study, one, wanted, model, batch_size, device, progress)
-        study.record['mri'][one.label]['slices'] = plain({name: {'means': table.mean().to_dict(), 'flicker': table.attrs['flicker']}
-                                                          for name, table in study.tables[one.label].items()})
-    study.record |= {'windows': [item._asdict() for item in chosen], 'model': find, 'model_sha256': model_sha256(model), 'forced': force}
-    return study
 
 # %% ../nbs/33_studies.ipynb #f6ef96e7
 def study_record(study: Study, ct: Scan, notes=()) -> dict:
@@ -418,23 +426,55 @@ def study_record(study: Study, ct: Scan, notes=()) -> dict:
                   'ct': {'description': ct.description, 'frame': frame_of(ct.image), 'voxels_sha256': voxels_sha256(ct.image), 'notes': list(ct.notes)},
                   'mri': series, 'notes': list(notes), 'versions': kinds})
 
+# %% ../nbs/33_studies.ipynb #5239a50c
+def fuse_study(study: Study, window='brain', model='wavelet', force=False, batch_size=8, device='auto', progress=quietly) -> Study:
+    "The study, its series fused (again) in the windows by the model; not those whose registration failed, without `force`. Its record says so."
+    chosen = windows_of(window)
+    find = model if isinstance(model, str) and os.sep not in model else 'a checkpoint' if isinstance(model, (str, Path)) else type(model).__name__
+    for one in study.series:
+        wanted = chosen if force or one.registration.verdict != 'failed' else []
+        study.tables[one.label] = fuse_series(study, one, wanted, model, batch_size, device, progress)
+        study.record['mri'][one.label]['slices'] = plain({name: {'means': table.mean().to_dict(), 'flicker': table.attrs['flicker']}
+                                                          for name, table in study.tables[one.label].items()})
+    study.record |= {'windows': [item._asdict() for item in chosen], 'model': find, 'model_sha256': model_sha256(model), 'forced': force}
+    return study
+
 # %% ../nbs/33_studies.ipynb #2aa585e2
 def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=0., plane='', spline=False, n4=False, transform=None, registered=False,
-                force=False, different_patients=False, batch_size=8, device='auto', progress=None) -> Study:
+                force=False, different_patients=False, batch_size=8, device='auto', progress=quietly) -> Study:
     """The fused `Study` of a CT and an MRI of one head, or of a dict {label: MRI} of several series. Scans are paths, `Scan`s or SimpleITK images.
 
     window, model: see `windows_of` and `inference.load_model`; grid, spacing: see `common_grid`; transform, registered: see `brought_together`;
-    plane: of the slices, by default that of the grid; `force` fuses after a failed registration too. Raises ValueError or FileNotFoundError in a sentence."""
+    plane: of the slices, by default that of the grid; `force` fuses after a failed registration too;
+    `progress` wraps the steps of each stage, as tqdm does. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
     notes = notes_on_scans(ct, scans, different_patients)
-    found = {label: brought_together(ct, one, transform, registered) for label, one in scans.items()}
+    found = {label: brought_together(ct, one, transform, registered, progress) for label, one in scans.items()}
     first = next(iter(scans))
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
     study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.ones(lattice.GetSize()[::-1], np.float32),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
     study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
+
+# %% ../nbs/33_studies.ipynb #1067cabf
+def target_errors(study: Study, truth, points=None) -> dict[str, float]:
+    """How far off the registrations of a study are, {label: mm}, on the mean over points (N, 3) of the CT's space, by default those in the head; kept in its record.
+
+    `truth`: the true transform from CT points to MRI points, or its file; points are read from a brain.json beside that. Raises FileNotFoundError or ValueError."""
+    known = truth if isinstance(truth, sitk.Transform) else read_transform(truth)
+    beside = absolute_path(truth).with_name('brain.json') if not isinstance(truth, sitk.Transform) else None
+    if points is None and beside and beside.is_file():
+        points = read_json(beside)['points_ct_mm']
+    if points is None:
+        ct = sitk.GetImageFromArray(study.ct)
+        ct.CopyInformation(study.grid)
+        points = points_in(head_mask(shrunk(graded(ct), 4)))
+    found = {one.label: distance_between(rigid(one.registration.transform), rigid(known), points) for one in study.series}
+    for label, error in found.items():
+        study.record['mri'][label]['error_mm'] = error
+    return found
 
 # %% ../nbs/33_studies.ipynb #a6548f96
 def check_replaceable(path: Path, replace: bool = False) -> bool:
@@ -484,7 +524,7 @@ def write_volume(path, values, grid: sitk.Image) -> Path:
     return Path(path)
 
 # %% ../nbs/33_studies.ipynb #4a116c2a
-def fill_study(folder, study: Study) -> Path:
+def fill_study(folder, study: Study, progress=quietly) -> Path:
     "The folder, which now holds the study's volumes, transforms, tables and run.json."
     folder = Path(folder)
     write_volume(folder / 'ct.nii.gz', np.rint(study.ct).clip(-32768, 32767).astype(np.int16), study.grid)
@@ -494,7 +534,7 @@ def fill_study(folder, study: Study) -> Path:
         write_volume(folder / f'mri_on_ct{end}.nii.gz', (np.rint(one.mri).astype(np.int16) if whole else one.mri) * (one.weight > 0), study.grid)
         write_volume(folder / f'mask{end}.nii.gz', (1 * (study.ct_weight > 0) + 2 * (one.weight > 0)).astype(np.uint8), study.grid)
         write_transform(folder / f'mri_to_ct{end}.tfm', one.registration.transform)
-        for name, values in one.fused.items():
+        for name, values in progress(list(one.fused.items()), desc='writing'):
             write_volume(folder / f'fused{end}_{name}.nii.gz', np.rint(4095 * values).astype(np.int16), study.grid)
         for name, table in study.tables.get(one.label, {}).items():
             write_atomically(folder / f'slices{end}_{name}.csv', table.to_csv(lineterminator='\n', float_format='%.6g').encode())
@@ -544,10 +584,12 @@ def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
     header.update({'SOPClassUID': pydicom.uid.MRImageStorage, 'Modality': 'MR', 'Manufacturer': 'medfusion', 'ImageType': ['DERIVED', 'SECONDARY', 'OTHER'],
                    'ScanningSequence': 'RM', 'SequenceVariant': 'NONE', 'ScanOptions': '', 'MRAcquisitionType': '', 'RepetitionTime': None, 'EchoTime': None,
                    'EchoTrainLength': None, 'SeriesInstanceUID': pydicom.uid.generate_uid(), 'SeriesNumber': 9000, 'SeriesDescription': description[:64],
-                   'DerivationDescription': told[:1024], 'BurnedInAnnotation': 'NO', 'SamplesPerPixel': 1, 'PhotometricInterpretation': 'MONOCHROME2',
+                   'DerivationDescription': told[:1024], 'BurnedInAnnotation': 'NO', 'Laterality': '', 'SamplesPerPixel': 1, 'PhotometricInterpretation': 'MONOCHROME2',
                    'BitsAllocated': 16, 'BitsStored': 12, 'HighBit': 11, 'PixelRepresentation': 0, 'WindowCenter': 2048, 'WindowWidth': 4096})
     if not header.FrameOfReferenceUID:
         header.FrameOfReferenceUID = pydicom.uid.generate_uid()
+    if not header.SpecificCharacterSet:             # what is empty here is an error, and not an unknown
+        del header.SpecificCharacterSet
     return header
 
 # %% ../nbs/33_studies.ipynb #ffb58b07
@@ -557,15 +599,25 @@ def source_item(header) -> pydicom.Dataset:
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = str(header.SOPClassUID), str(header.SOPInstanceUID)
     return item
 
+# %% ../nbs/33_studies.ipynb #16bc7c2a
+@lru_cache
+def other_uid(uid: str) -> str:
+    "A UID that stands for another one: the same for the same UID within this process, and found by nobody else."
+    return str(pydicom.uid.generate_uid(entropy_srcs=[uid, os.urandom(32).hex()]))
+
 # %% ../nbs/33_studies.ipynb #532e8e4e
 def without_patient(header) -> None:
-    "Replaces in place what PS3.15 Annex E's basic profile lists, UIDs consistently within this process. Raises ImportError in a sentence."
+    "Replaces in place what PS3.15 Annex E's basic profile lists; what was of one study stays of one study. Raises ImportError in a sentence."
     try:
         from dicomanonymizer import anonymize_dataset
     except ImportError as error:
         raise ImportError(f'Headers are made anonymous by dicom-anonymizer ({error}); pip install "medfusion[scans]" brings it.') from None
-    kept = {keyword: header[keyword].value for keyword in ('SeriesDescription', 'DerivationDescription', 'Manufacturer') if keyword in header}
+    kept = {keyword: header[keyword].value for keyword in ('SeriesDescription', 'DerivationDescription', 'Manufacturer', 'SeriesInstanceUID') if keyword in header}
+    kept |= {keyword: other_uid(header[keyword].value) for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID') if keyword in header}
     anonymize_dataset(header, delete_private_tags=True)
+    for element in header:
+        if element.VR in ('DA', 'TM'):              # dates in the year 1 are none by the standard; empty ones are
+            element.value = ''
     header.update(kept)
     header.PatientIdentityRemoved, header.DeidentificationMethod = 'YES', 'PS3.15 Annex E basic profile, by dicom-anonymizer'
 
@@ -576,6 +628,8 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
     folder.mkdir(parents=True, exist_ok=True)
     stored, files = np.rint(4095 * values).astype('<u2'), []
     shared = derived_header(reference[0], told, description)
+    if anonymous:
+        without_patient(shared)           # once: slices of one series have to stay so
     number = lambda x: f'{x:.10g}'[:16]
     for index, pixels in enumerate(stored):
         one = pydicom.Dataset()
@@ -587,8 +641,6 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
         if not anonymous:
             one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
         one.PixelData = pixels.tobytes()
-        if anonymous:
-            without_patient(one)
         one.file_meta = pydicom.dataset.FileMetaDataset()
         one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         files.append(folder / f'{index + 1:04d}.dcm')
@@ -613,7 +665,7 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
 
 # %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:
-    "An executed notebook (its JSON) without papermill's metadata and without the paths `secrets`, whole or in parts; a single word that the notebook itself holds stays."
+    "An executed notebook (its JSON) without papermill's metadata, bars of progress and the paths `secrets`, whole or in parts; a single word that the notebook itself holds stays."
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
     parts = {part for secret in secrets for part in Path(secret).parts if len(part) > 2 and part not in own}
     words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<!\w){re.escape(part)}(?!\w)' for part in parts]
@@ -625,7 +677,7 @@ def scrubbed(notebook: dict, secrets: list) -> dict:
         if isinstance(value, list):
             return [clean(one, name) for one in value]
         ours = name.startswith('image/') or name in ('output_type', 'cell_type', 'id', 'name', 'execution_state')
-        return pattern.sub('…', value) if isinstance(value, str) and not ours else value
+        return pattern.sub('…', re.sub('\\r[^\\r\\n]*\\n?', '', value)) if isinstance(value, str) and not ours else value        # without bars
     return clean(notebook)
 
 # %% ../nbs/33_studies.ipynb #3c8b9335

@@ -54,6 +54,24 @@ def test_a_head_that_lay_turned_by_180_degrees_is_found(study):
     assert tried[0][1] > 1.15 * min(value for _, value in tried[:6])
 
 
+def test_a_ct_that_reaches_from_the_chest_to_the_crown(study):
+    "Shoulders below the head draw its centre of mass by 150 mm into the chest."
+    values, step = sitk.GetArrayFromImage(study.ct), study.ct.GetSpacing()
+    rows, columns = ((np.arange(count) - count / 2) * mm for count, mm in zip(values.shape[1:], step[1::-1]))
+    below = np.full((50, *values.shape[1:]), -1000, np.float32)
+    for depth, picture in enumerate(below[::-1]):
+        wide = min(60 + 1.2 * max(0, depth * step[2] - 20), 118)
+        picture[(rows[:, None] / min(wide, 90)) ** 2 + (columns / wide) ** 2 < 1] = 40
+    ct = sitk.GetImageFromArray(np.concatenate([below, values]))
+    ct.CopyInformation(sitk.Image(ct.GetSize(), sitk.sitkFloat32))
+    ct.SetSpacing(step), ct.SetDirection(study.ct.GetDirection())
+    ct.SetOrigin(study.ct.TransformIndexToPhysicalPoint((0, 0, -50)))
+    pyramid = ScanPyramid.of(ct, study.mri)
+    pose, _ = search_pose(pyramid)
+    assert distance_between(pose, study.truth, study.brain) < 2
+    assert np.median(half_disagreement(pyramid, pose)) < 4
+
+
 def test_a_mirrored_mri_is_not_called_good(study):
     seen = mirrored(study.mri, moved(study.truth, study.brain.mean(0)[None])[0], (1, 0, 0))
     found = register(study.ct, seen, start=study.truth)

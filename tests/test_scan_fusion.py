@@ -197,6 +197,16 @@ def test_a_given_transform_is_checked(scans, drawn):
     assert 'other way' in studies.brought_together(ct, Scan(apart, 'MR'), away(-40.)).sentence
 
 
+def test_a_frame_of_reference_is_not_believed_unchecked(drawn):
+    "The phantom's MRI in place, and 7 mm aside, under the CT's frame of reference."
+    there = studies.resampled(drawn.mri, drawn.ct, drawn.truth)
+    aside = sitk.Image(there)
+    aside.SetOrigin([x + y for x, y in zip(there.GetOrigin(), (6., 0., 4.))])
+    found = [studies.brought_together(Scan(drawn.ct, 'CT', is_hu=True, frame_of_reference='1.2'), Scan(mri, 'MR', frame_of_reference='1.2')) for mri in (there, aside)]
+    assert [one.verdict for one in found] == ['given', 'doubtful'] and 'moves by' in found[1].sentence
+    assert all(np.allclose(one.transform.TransformPoint((1., 2., 3.)), (1, 2, 3)) for one in found)
+
+
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     reference = read_scan(patient / 'ct').reference
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
@@ -206,6 +216,9 @@ def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     studies.write_dicom(tmp_path / 'whole', study, reference, anonymous=True)
     told = {pydicom.dcmread(path).DerivationDescription for path in (tmp_path / 'whole').rglob('*.dcm')}
     assert len(told) == 2 and not [text for text in told if 't1 space' in text or 'sha256' not in text]
+    series = [pydicom.dcmread(path) for path in (tmp_path / 'whole').rglob('*.dcm')]
+    assert [len({one[keyword].value for one in series}) for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID', 'SeriesInstanceUID')] == [1, 1, 2]
+    assert not [text for one in series for text in (one.StudyDate, one.PatientBirthDate, one.get('SpecificCharacterSet')) if text]
 
 
 def test_a_study_does_not_name_the_files_that_broke_off(drawn, patient, tmp_path):
@@ -257,6 +270,12 @@ def test_stopped_between_the_two_renames(tmp_path, monkeypatch):
         (folder / 'run.json').write_text('{"format": "medfusion study 1", "verdict": "good"}')
         monkeypatch.setattr('medfusion.studies.os.replace', stops)
     assert [path.name for path in tmp_path.iterdir()] == ['study'] and 'verdict' not in (tmp_path / 'study/run.json').read_text()
+
+
+def test_bars_of_progress_stay_out_of_reports():
+    bar = {'output_type': 'stream', 'name': 'stderr', 'text': '\rtrying:   0%|          | 0/24\rtrying: 100%|###| 24/24 [00:03]\nMind the gap\n'}
+    notebook = {'cells': [{'cell_type': 'code', 'id': 'a', 'metadata': {}, 'source': '', 'outputs': [bar]}], 'metadata': {}}
+    assert scrubbed(notebook, [])['cells'][0]['outputs'][0]['text'] == 'Mind the gap\n'
 
 
 def test_a_short_name_of_a_folder_garbles_no_report():
