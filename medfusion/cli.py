@@ -1123,15 +1123,15 @@ def models():
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar='MODEL', help='wavelet, resnet, run:NAME, a checkpoint, or a folder with one')],
-    out: Annotated[Path, typer.Argument(parser=typed_path, metavar='FILE.onnx')],
+    out: Annotated[Path, typer.Argument(parser=typed_path, metavar='FILE', help='ends in .onnx, or in .safetensors')],
     replace: Annotated[bool, typer.Option('--replace', help='take the place of a file that is there')] = False,
 ):
-    """Write a network as one ONNX file, for programs without PyTorch. Needs: pip install "medfusion[onnx]"
+    """Write a network as one ONNX file, for programs without PyTorch (needs: pip install "medfusion[onnx]"), or its weights as safetensors.
 
     Example: medfusion export wavelet wavelet.onnx
     """
-    from medfusion.exporting import export_onnx
-    typer.echo(export_onnx(model, out, replace=replace))
+    from medfusion.exporting import export_network
+    typer.echo(export_network(model, out, replace=replace))
 
 # %% ../nbs/50_cli.ipynb #193d8621
 def run_as_module(name: str, spec) -> None:

@@ -40,7 +40,7 @@ from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
-from .runs import build_model, find_run, load_checkpoint, run_checkpoint
+from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, run_checkpoint
 
 # %% ../nbs/20_inference.ipynb #71f44b5e
 class MethodInfo(NamedTuple):
@@ -115,7 +115,7 @@ def rules() -> dict[str, Callable]:
 
 # %% ../nbs/20_inference.ipynb #4d2ea7b6
 def best_in(folder: Path) -> Path:
-    """The best checkpoint in a folder: that of a run, of `checkpoints/` or `checkpoints/final/`, or the only .pt file.
+    """The best checkpoint in a folder: that of a run, of `checkpoints/` or `checkpoints/final/`, or the only checkpoint file.
 
     Raises FileNotFoundError where there is none, ValueError where there are several.
     """
@@ -124,9 +124,9 @@ def best_in(folder: Path) -> Path:
     starts = [folder / start for start in ('', 'final', 'checkpoints/final')]
     names = [Path(place) / method.best_name for method in methods().values() for place in ('', method.directory)]
     found = [start / name for start in starts for name in names if (start / name).is_file()]
-    found = found or [path for path in sorted(folder.glob('*.pt')) if path.is_file()]
+    found = found or sorted(path for path in folder.iterdir() if path.suffix in checkpoint_suffixes() and path.is_file())
     if not found:
-        raise FileNotFoundError(f'The folder {folder} holds no checkpoint (*.pt); name the folder of a run, or a file.')
+        raise FileNotFoundError(f'The folder {folder} holds no checkpoint (*{", *".join(checkpoint_suffixes())}); name the folder of a run, or a file.')
     if len(found) > 1:
         raise ValueError(f'The folder {folder} holds {len(found)} checkpoints ({found[0].relative_to(folder)}, '
                          f'{found[1].relative_to(folder)}{", …" if len(found) > 2 else ""}); name one of the files.')
@@ -174,7 +174,7 @@ def named_model(text: str) -> tuple[str, str]:
     if told:
         return told[1].strip(), told[2].strip()
     spec = text.removeprefix('run:')
-    return (Path(spec).name if spec != text or Path(spec).suffix != '.pt' else Path(spec).stem), text
+    return (Path(spec).stem if spec == text and Path(spec).suffix in checkpoint_suffixes() else Path(spec).name), text
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
 def method_of(checkpoint: dict, path) -> MethodInfo:

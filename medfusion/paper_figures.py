@@ -19,7 +19,7 @@ from .figures import Box, as_picture, comparison, difference_figure, new_figure,
 from .files import Pair, absolute_path, image_suffixes, list_pairs, name_key, read_image, stem_of
 from .inference import fuse, named_model
 from .metrics import lower_is_better
-from .runs import read_run, resolve_path
+from .runs import checkpoint_suffixes, read_run, resolve_path
 
 # %% ../nbs/27_paper_figures.ipynb #709a427a
 def named_method(spec):
@@ -34,7 +34,7 @@ def finished_slices(spec):
     path = absolute_path(spec)
     if '{name}' in path.name or path.is_file() and path.suffix.lower() in image_suffixes():
         return path
-    models = path.is_dir() and ((path / 'run.json').exists() or any(path.glob('*.pt')))
+    models = path.is_dir() and ((path / 'run.json').exists() or any(file.suffix in checkpoint_suffixes() for file in path.iterdir()))
     return path if path.is_dir() and not models and any(file.suffix.lower() in image_suffixes() for file in path.iterdir()) else None
 
 # %% ../nbs/27_paper_figures.ipynb #26c45a9a

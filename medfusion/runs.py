@@ -6,13 +6,13 @@
 __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_parameters', 'accepts', 'as_meant', 'wrong_type',
            'check_parameters', 'check_run_name', 'check_weights', 'check_values', 'in_test', 'names_made_by',
            'unknown_names', 'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack',
-           'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault', 'build_model', 'make_folder', 'try_lock',
-           'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root',
-           'checkpoint_files', 'part_folders', 'check_folders', 'named_cases', 'sides', 'divide', 'open_parts',
-           'split_of', 'write_history', 'write_metadata', 'data_sha256', 'git_revision', 'device_name', 'write_run',
-           'is_claimed', 'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint',
-           'command_again', 'ways_out', 'needs_room', 'make_room', 'resume_settings', 'warn_of_changes', 'Run',
-           'SharedRun', 'claim_places', 'open_run']
+           'read_safetensors', 'checkpoint_suffixes', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault',
+           'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
+           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'named_cases', 'sides',
+           'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256', 'git_revision',
+           'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run', 'find_run',
+           'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room', 'resume_settings',
+           'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -46,6 +46,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 import medfusion
@@ -370,6 +371,23 @@ def unpack(path: Path):
         damaged = ' '.join(str(error).split('\n')[0].split()) or type(error).__name__
     raise ValueError(f'{path} is truncated, damaged or no checkpoint at all ({damaged}); copy or train it again.')
 
+# %% ../nbs/09_runs.ipynb #c75df3d8
+def read_safetensors(path: Path) -> dict:
+    "The fields of a checkpoint whose weights are a safetensors file, the others from the metadata.json beside it. ValueError without that, and for a damaged file."
+    beside = path.with_name('metadata.json')
+    if not beside.is_file():
+        raise ValueError(f'{path} holds weights alone; put the metadata.json beside it that says what network they are of.')
+    try:
+        weights = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f'{path} is truncated, damaged or no safetensors file ({error}); copy or export it again.') from None
+    return {'format': 'medfusion checkpoint 1', **read_json(beside), 'state_dict': weights}
+
+# %% ../nbs/09_runs.ipynb #a18a601f
+def checkpoint_suffixes() -> tuple[str, ...]:
+    "The endings of the files that `load_checkpoint` reads."
+    return '.pt', '.safetensors'
+
 # %% ../nbs/09_runs.ipynb #c8e65327
 def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
     """The fields of a checkpoint, its tensors on the CPU.
@@ -380,7 +398,7 @@ def load_checkpoint(path: str | Path, method: str | None = None) -> dict:
     path = Path(path).absolute()
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
-    checkpoint = unpack(path)
+    checkpoint = read_safetensors(path) if path.suffix == '.safetensors' else unpack(path)
     form = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if not isinstance(form, str) or not form.startswith('medfusion checkpoint'):
         raise ValueError(f'{path} is not a checkpoint of medfusion; write one with save_checkpoint of medfusion.runs.')
@@ -707,9 +725,9 @@ def write_history(path: str | Path, history: list[dict]) -> Path:
     return write_atomically(path, text.getvalue().encode())
 
 # %% ../nbs/09_runs.ipynb #4308f6a6
-def write_metadata(checkpoint_path: str | Path, **facts) -> Path:
-    "The path of metadata.json beside a checkpoint: its file's sha256, what it holds, and `facts` (data, numbers, use)."
-    checkpoint, path = load_checkpoint(checkpoint_path), Path(checkpoint_path)
+def write_metadata(checkpoint_path: str | Path, checkpoint: dict | None = None, **facts) -> Path:
+    "The path of metadata.json beside a checkpoint: its file's sha256, what it holds (read from it, if it is not given), and `facts` (data, numbers, use)."
+    checkpoint, path = checkpoint or load_checkpoint(checkpoint_path), Path(checkpoint_path)
     kept = {name: checkpoint[name] for name in ('method', 'config', 'epoch', 'metrics', 'data_sha256', 'versions')}
     known = {'checkpoint': path.name, 'sha256': sha256_of(path)}
     return write_json(path.with_name('metadata.json'), known | kept | facts)

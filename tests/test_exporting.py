@@ -1,4 +1,4 @@
-"""A network as an ONNX file: what ONNX Runtime makes of it, and what is refused."""
+"""A network as an ONNX file and as safetensors: what is made of it, and what is refused."""
 import sys
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.exporting import export_onnx, onnx_session
-from medfusion.files import sha256_of
-from medfusion.inference import fuse, shipped_models
+from medfusion.evaluation import cases_trained_on
+from medfusion.exporting import export_network, export_onnx, onnx_session
+from medfusion.files import read_json, sha256_of, write_json
+from medfusion.inference import fuse, load_model, shipped_models
 from medfusion.phantom import phantom_slice
 
 
@@ -54,3 +55,29 @@ def test_where_the_packages_are_missing(tmp_path, monkeypatch):
             with pytest.raises(ImportError, match=r'pip install "medfusion\[onnx\]"'):
                 export_onnx('wavelet', tmp_path / 'a.onnx')
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
+    "The same bits, the same facts; a folder or a file, and a sentence where one of the two files is missing, torn or another's."
+    file = export_network('resnet', tmp_path / 'shared.safetensors')
+    told, before = read_json(tmp_path / 'metadata.json'), shipped_models()['resnet'].metadata
+    assert told['sha256'] == sha256_of(file) and {name: fact for name, fact in told.items() if name not in ('checkpoint', 'sha256')} == \
+        {name: fact for name, fact in before.items() if name not in ('checkpoint', 'sha256')}
+    assert cases_trained_on(file) == cases_trained_on(shipped_models()['resnet'].path)
+    cut = phantom_slice(12, 4, size=64)
+    assert all(np.array_equal(fuse(cut.ct, cut.mri, model=str(place)), fuse(cut.ct, cut.mri, model='resnet')) for place in (tmp_path, file))
+    with pytest.raises(FileExistsError, match='is there already'):
+        export_network('wavelet', file)
+    with pytest.raises(FileExistsError, match='metadata.json is there already'):
+        export_network('wavelet', tmp_path / 'other.safetensors')
+    export_network('wavelet', file, replace=True)
+    assert type(load_model(tmp_path, device='cpu')).__name__ == 'WaveletFusion'
+    write_json(tmp_path / 'metadata.json', told)
+    with pytest.raises(ValueError, match='do not fit ResNetFusion'):
+        load_model(file)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='truncated, damaged'):
+        load_model(tmp_path)
+    (tmp_path / 'metadata.json').unlink()
+    with pytest.raises(ValueError, match='put the metadata.json beside it'):
+        load_model(tmp_path)
