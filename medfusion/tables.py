@@ -60,7 +60,8 @@ class Form(NamedTuple):
 def latex_text(text: str) -> str:
     "A text as LaTeX writes it: its special characters escaped, arrows, signs and dashes as commands."
     words = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '↑': r'$\uparrow$', '↓': r'$\downarrow$',
-             '±': r'$\pm$', '×': r'$\times$', '−': r'$-$', '–': '--', '†': r'$^\dagger$', 'η': r'$\eta$', '…': r'\ldots{}', '<': r'$<$', '>': r'$>$'}
+             '±': r'$\pm$', '×': r'$\times$', '−': r'$-$', '–': '--', '†': r'$^\dagger$', 'η': r'$\eta$', '…': r'\ldots{}', '<': r'$<$', '>': r'$>$',
+             '|': r'\textbar{}', '[': '{[}', '*': '{*}'}    # after \\ the last two would be options
     return ''.join(words.get(one, '\\' + one if one in '&%$#_{}' else one) for one in str(text))
 
 # %% ../nbs/25_tables.ipynb #c346ef72

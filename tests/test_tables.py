@@ -1,4 +1,9 @@
 """Tables from outside: their corners, and LaTeX as TeX would read it."""
+import os
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,6 +32,42 @@ def test_latex_has_as_many_cells_in_each_row_and_no_bare_special_character():
     rows = [line for line in lines if line.endswith(r'\\')]
     assert len(rows) == 4 and {row.replace(r'\&', '').count('&') for row in rows} == {3} and r'50 \% \& more\_\#' in rows[2]
     assert rows[3].split('&')[3].strip() == r'-- \\'
+
+
+NASTY = ['50 % & more_#1 {x} $2', 'a\\b~c^d', '[0, 1] * 2', '* of two', 'Läsion † −3 × η … <a> |b|', 'w_gradient=0.5+seed=1', 'MI ↑', '–']
+
+
+def as_printed(latex):
+    "What TeX prints of a text of a cell: its commands and escaped characters as they look."
+    signs = {'uparrow': '↑', 'downarrow': '↓', 'pm': '±', 'times': '×', 'dagger': '†', 'textbackslash': '\\', 'textasciitilde': '~', 'textasciicircum': '^',
+             'textbar': '|', 'ldots': '…'}
+    text = re.sub(r'\$(\^?)([^$]+)\$', lambda math: {'-': '−', r'\eta': 'η'}.get(math[2], math[2]), latex)
+    return re.sub(r'\\([a-z]+)(?:\{\})?|\\(.)|\{([\[*])\}', lambda found: signs[found[1]] if found[1] else found[2] or found[3], text).replace('--', '–')
+
+
+def test_latex_prints_what_was_meant():
+    "Read as TeX reads it: a tabular within its rules, as many cells in each row as columns, braces that match, no bare special character, and the names themselves."
+    lines = T.render(MEANS.iloc[[0] * len(NASTY)].set_axis(NASTY).rename(columns={'SD': 'SD ± 5 %'}), 'latex', note='50 % of _\n& #').splitlines()
+    assert [line for line in lines if line.startswith('%')] == ['% 50 % of _', '% & #', r'% \usepackage{booktabs}']
+    body = [line for line in lines if not line.startswith('%')]
+    assert body[0] == r'\begin{tabular}{lrrr}' and body[1] == r'\toprule' and body[3] == r'\midrule' and body[-2:] == [r'\bottomrule', r'\end{tabular}']
+    rows = [body[2], *body[4:-2]]
+    for row in rows:
+        bare = re.sub(r'\\[a-z]+|\\.', '', row.removesuffix(r' \\'))
+        assert row.endswith(r' \\') and bare.count('{') == bare.count('}') and bare.count('$') % 2 == 0 and not re.search('[%#_~]|^[\[*]', bare)
+        assert '^' not in re.sub(r'\$[^$]*\$', '', bare)
+    cells = [re.split(r'(?<!\\) & ', row.removesuffix(r' \\')) for row in rows]
+    assert [as_printed(row[0]) for row in cells] == ['', *NASTY] and as_printed(cells[0][1]) == 'SD ± 5 %' and {len(row) for row in cells} == {4}
+
+
+@pytest.mark.skipif(not shutil.which('pdflatex'), reason='there is no LaTeX here')
+def test_latex_compiles(tmp_path):
+    table = T.render(MEANS.iloc[[0] * len(NASTY)].set_axis(NASTY), 'latex', bold=NASTY, marked=None, note='50 % of _\n& #')
+    paper = T.paper_table(measured()).text('latex')
+    (tmp_path / 'a.tex').write_text('\n'.join([r'\documentclass{article}', r'\usepackage{booktabs}', r'\begin{document}', table, paper, r'\end{document}']), encoding='utf-8')
+    done = subprocess.run(['pdflatex', '-interaction=nonstopmode', '-halt-on-error', 'a.tex'], cwd=tmp_path, capture_output=True, text=True, errors='replace',
+                          env={**os.environ, 'HOME': str(tmp_path), 'TEXMFVAR': str(tmp_path / 'var')})
+    assert done.returncode == 0 and 'Missing character' not in done.stdout and (tmp_path / 'a.pdf').stat().st_size > 10_000, done.stdout[-2000:]
 
 
 def test_markdown_stays_what_it_was():
