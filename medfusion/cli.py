@@ -587,7 +587,7 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
     papermill_io.register('medfusion:', executed)
     for name in ('papermill', 'asyncio'):       # of a kernel that ends they tell in their own words, and sometimes late
         logging.getLogger(name).setLevel('CRITICAL')
-    where = lambda: f'; see {executed.path}.' if executed.written else '.'
+    where = lambda: f'; see {executed.path}.' if executed.written and not quiet else '.'
     try:
         with own_temporary_files():
             execute_notebook(str(nbs_dir() / notebook), 'medfusion:executed.ipynb', given, kernel_name='python3', language='python',
@@ -707,14 +707,15 @@ def launch(words: list[str], count: int) -> None:
     import logging
 
     import torch
-    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(1, 1, count, run_id='medfusion', rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', max_restarts=0)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // count)))
     logging.disable()       # the processes say themselves what went wrong
     try:
         with own_temporary_files():
-            run.run(run.parse_args(['--standalone', f'--nproc-per-node={count}', '--local-addr=127.0.0.1', '-m', 'medfusion', *words]))
+            elastic_launch(config, sys.executable)('-m', 'medfusion', *words)
     except SignalException as error:
         raise typer.Exit(128 + error.sigval) from None
     except ChildFailedError as error:

@@ -378,11 +378,12 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
     if best:
         facts = {name: value for name, value in best_checkpoint(state).items() if name != 'versions'}
         save_checkpoint(files.best(), **facts)
+        if run is not None:
+            run.checkpoints[files.best_name] = sha256_of(files.best())
         write_metadata(files.best(), shipped=False, cases=None if run is None else run.split)
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:
-        run.checkpoints[files.best_name] = sha256_of(files.best()) if best else run.checkpoints[files.best_name]
         write_history(run_folder(run.parameters) / 'history.csv', state.history)
     if files.history_name is not None:
         data = io.BytesIO()
