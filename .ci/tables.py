@@ -73,7 +73,7 @@ def ranked(record, first=None):
 def comparison(record):
     "Sentences: where a shipped network is better or worse than whichever other method is best in a column."
     tests, sentences, published = recorded(record, 'significance'), [], ' (published)'
-    for name in SHIPPED:
+    for name in (TITLES['wavelet'], TITLES['resnet']):
         own = tests[(tests.method == name) & (tests.rival == 'best in the column')]
         parts = []
         for verdict, word in (('better', 'ahead in'), ('worse', 'behind in'), ('open', 'not told apart in')):
