@@ -38,6 +38,8 @@ def absolute_path(path):
         path = Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f'{path} names a home folder that is not there ({error}); write the path in full.') from error
+    if '..' not in path.parts:
+        return path
     found = Path(path.anchor)
     for part in path.parts[1:]:
         if part == '..':  # of a link it is the folder above its target
