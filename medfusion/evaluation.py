@@ -290,6 +290,7 @@ def in_processes(task, items, jobs: int = 1):
         return
     pool = ProcessPoolExecutor(jobs, get_context('spawn'), _as_worker)      # a fork would inherit the locks of torch's threads
     try:
+        _start(pool, jobs)
         for _, future in ahead(pool, task, items, 4 * jobs):
             yield future.result()
     except BrokenProcessPool:
@@ -298,8 +299,16 @@ def in_processes(task, items, jobs: int = 1):
         pool.shutdown(cancel_futures=True)
 
 
+def _start(pool, jobs):
+    "Ctrl-C reaches all processes, and the first one answers it: the others inherit that it is held back here."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, 'pthread_sigmask') else None
+    for _ in range(jobs):
+        pool.submit(int)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _as_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches all; the one that started them answers it
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
 
