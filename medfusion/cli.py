@@ -370,24 +370,28 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
     typer.echo(heads_note(table))
 
 # %% ../nbs/50_cli.ipynb #e47c3407
-def measure_paths(ct: Path, mri: Path, fused: Path, preset: str, value_range=None):
+def measure_paths(ct: Path, mri: Path, fused: Path, preset: str, value_range=None, csv=None, jobs=1, progress=False):
     "The table of metrics of three files, or of three folders. Raises ValueError where some are files and some are folders."
     from medfusion.evaluation import evaluate_files, evaluate_folders
     from medfusion.files import is_folder
     folders = [is_folder(path) for path in (ct, mri, fused)]
     if any(folders) and not all(folders):
         raise ValueError(f'{ct}, {mri} and {fused} must be three files or three folders.')
-    return (evaluate_folders if all(folders) else evaluate_files)(ct, mri, fused, preset=preset, value_range=value_range)
+    more = {'jobs': jobs, 'progress': progress} if all(folders) else {}
+    return (evaluate_folders if more else evaluate_files)(ct, mri, fused, preset=preset, value_range=value_range, path=csv, **more)
 
 # %% ../nbs/50_cli.ipynb #ec03e3bd
 @app.command()
 def evaluate(
+    context: typer.Context,
     ct: Annotated[Path, typer.Argument(parser=typed_path, metavar='CT', help='a CT slice, or a folder of them')],
     mri: Annotated[Path | None, typer.Argument(parser=typed_path, metavar='MRI', help='the MRI slice, or folder')] = None,
     fused: Annotated[Path | None, typer.Argument(parser=typed_path, metavar='FUSED', help='the fused slice, or the folder with those of the same names')] = None,
     preset: Annotated[Preset, typer.Option(help='which convention the numbers follow')] = Preset.cvpr,
     values: ValueRange = None,
-    csv: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='write a row for each pair here')] = None,
+    csv: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='write a row for each pair here; of folders, rows '
+                                      'that are there and of the same files are not measured again')] = None,
+    jobs: Annotated[int, typer.Option(min=1, help='of folders, processes that measure at the same time')] = 1,
     task: Task = None,
     pattern: Annotated[str, typer.Option(metavar='PATTERN', help='how the files of FUSED are named, as in {name}_fused.png')] = '',
 ):
@@ -396,13 +400,11 @@ def evaluate(
         return detection_task(list(filter(None, (ct, mri, fused))), task, csv)
     fused = fused / pattern if pattern else fused
     check_there(ct, mri, fused)
-    from medfusion.inference import check_output
-    from medfusion.metrics import convention, write_table
-    if csv is not None:
-        check_output(csv, [ct, mri, fused], ('.csv',))
-    table = measure_paths(ct, mri, fused, preset.value, read_range(values))
-    if csv is not None:
-        write_table(table, csv)
+    from medfusion.files import is_folder
+    from medfusion.metrics import convention
+    if csv is not None and is_folder(fused):
+        context.meta['kept'] = f'rows that were measured are kept in {csv}. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
+    table = measure_paths(ct, mri, fused, preset.value, read_range(values), csv, jobs, sys.stderr.isatty())
     pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
     typer.echo(f'{pairs}; {convention(preset.value)}')
     typer.echo(metric_summary(table).to_string(float_format='{:.4f}'.format, na_rep=''))

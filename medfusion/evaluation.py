@@ -5,26 +5,42 @@
 # %% auto #0
 __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colours', 'write_fused', 'find_fused', 'find_external',
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
-           'lesions_kept_table', 'read_three', 'is_coloured', 'evaluate_files', 'evaluate_folders', 'colour_table',
-           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes',
-           'run_numbers']
+           'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
+           'GrowingTable', 'in_processes', 'kept_rows', 'faults_sentence', 'table_of_files', 'evaluate_files',
+           'evaluate_folders', 'colour_table', 'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare',
+           'pairwise', 'reading_notes', 'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
+import csv
+import hashlib
+import os
+import signal
+import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from functools import partial
+from io import StringIO
 from itertools import combinations
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata, wilcoxon
 from torch.utils.data import ConcatDataset
+from tqdm.auto import tqdm
 
+import medfusion
 from .data import CTMRIDataset, case_of
-from .files import (files_for, find_naming, format_of, list_images, match_images, read_image, read_json, slice_name, source_folders,
-                             split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
-from .inference import fuse, read_slice, with_luminance
-from .metrics import colour_kept, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better
+from .files import (add_whole, file_bytes, files_for, find_naming, format_of, list_images, luminance, match_images, read_image, read_json,
+                             slice_name, source_folders, split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
+from .inference import ahead, check_output, fuse, read_slice, result_key, with_luminance
+from .metrics import (colour_columns, colour_kept, convention, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better, measure,
+                               rows_as_table, wanted_columns, write_table)
 
 # %% ../nbs/21_evaluation.ipynb #1ffb14a9
 class JoinedPairs(ConcatDataset):
@@ -182,59 +198,205 @@ def lesions_kept_table(lesions) -> pd.DataFrame | None:
     return lesions_kept(lesions, by=['method']).unstack(sort=False)
 
 # %% ../nbs/21_evaluation.ipynb #41efc2ab
-def read_three(ct: Path, mri: Path, fused: Path, value_range=None, largest=None) -> tuple:
-    """A batch ([name of the CT], fused, ct, mri) of three files, for `metrics.evaluate_batches`.
+def read_three(ct: Path, mri: Path, fused: Path, value_range=None, files=(None,) * 3) -> list[np.ndarray]:
+    """The arrays of three files of one size, (H, W), or (H, W, 3) where there is colour.
 
-    `value_range` is that of the two sources. {(folder, type): largest value} is noted in `largest`, for one warning a folder.
+    `value_range` is that of the two sources; `files` are the bytes, if read already. Raises ValueError for sizes that differ.
     """
-    arrays = [read_image(fused, quiet=True), *(read_image(path, value_range=value_range, quiet=True) for path in (ct, mri))]
-    for path, array in zip((fused, ct, mri), arrays[:1] if value_range else arrays):
-        if largest is not None:
-            largest[path.parent, array.dtype] = max(largest.get((path.parent, array.dtype), 0), array.max())
-    images = [torch.from_numpy(to_float(array))[None, None] for array in arrays]
-    if len({image.shape for image in images}) > 1:
-        sizes = [f'{path} has {"{2}×{3}".format(*image.shape)} pixels' for path, image in zip((fused, ct, mri), images)]
+    paths = (ct, mri, fused)
+    arrays = [read_slice(path, drawn, True, data) for path, drawn, data in zip(paths, (value_range, value_range, None), files)]
+    if len({array.shape[:2] for array in arrays}) > 1:
+        sizes = [f'{path} has {"{0}×{1}".format(*array.shape)} pixels' for path, array in zip(paths, arrays)]
         raise ValueError(f'The three slices differ in size: {", ".join(sizes)}; name a fused slice with its own sources.')
-    return [ct.name], *images
+    return arrays
 
-# %% ../nbs/21_evaluation.ipynb #14b6010e
-def is_coloured(path) -> bool:
-    "Whether there is colour in an image file; grey that was stored in three channels is none."
-    return read_slice(path, quiet=True).ndim == 3
+# %% ../nbs/21_evaluation.ipynb #a2b32ef6
+def row_key(name: str, files, preset='cvpr', value_range=None) -> str:
+    "32 hexadecimal digits for what a row is made from: the bytes of CT, MRI and fused image, and how they are measured."
+    ct, mri, fused = (hashlib.sha256(data).hexdigest() for data in files)
+    return result_key(name, ct, mri, f'{convention(preset)} {value_range} {medfusion.__version__}', fused).hex()
 
-# %% ../nbs/21_evaluation.ipynb #842ae9e9
-def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None) -> pd.DataFrame:
-    """The table of `metrics.evaluate_batches` for three files: one row, index the CT's name.
+# %% ../nbs/21_evaluation.ipynb #4b8efc15
+class Measured(NamedTuple):
+    "What became of three files: the name of the pair, its `row_key`, {column: value}, {(folder, type): largest value}; and the fault, a sentence, if there is one."
+    name: str
+    key: str = ''
+    values: dict = {}
+    largest: dict = {}
+    fault: str = ''
 
-    A second source in colour adds `metrics.colour_kept`. `value_range` is that of the two sources (see `files.read_image`). Raises ValueError for sizes that differ.
-    """
-    return _measure_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range)
+# %% ../nbs/21_evaluation.ipynb #a27d1e81
+def measure_three(paths, preset='cvpr', columns=None, value_range=None) -> Measured:
+    "The `Measured` of the files (CT, MRI, fused)."
+    name, largest = paths[0].name, {}
+    try:
+        files = [file_bytes(path) for path in paths]
+        arrays = read_three(*paths, value_range, files)
+        for path, array in list(zip(paths, arrays))[2 if value_range else 0:]:
+            largest[path.parent, array.dtype] = max(array.max(), largest.get((path.parent, array.dtype), 0))
+        ct, mri, fused = (torch.from_numpy(to_float(luminance(array)))[None, None] for array in arrays)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.* is undefined')        # said once, of the whole table
+            values = {column: value.item() for column, value in measure(fused, ct, mri, preset, columns).items()}
+        if arrays[1].ndim == 3:
+            values |= colour_kept(to_float(arrays[2]), to_float(arrays[1]))
+        return Measured(name, row_key(name, files, preset, value_range), values, largest)
+    except (ValueError, OSError, MemoryError) as error:
+        reason = getattr(error, 'strerror', None) or str(error) or 'there is not enough memory for it'
+        return Measured(name, fault=reason if name in reason else f'{name}: {reason}')
 
+# %% ../nbs/21_evaluation.ipynb #335f934a
+def rows_there(path, columns) -> dict[str, tuple[list, str]]:
+    "{name: (values of the columns, key)} of the whole rows of a table with keys; nothing of any other file. Colour is NaN where the table has none."
+    try:
+        text = Path(path).read_bytes().decode()
+        lines = csv.DictReader(StringIO(text[:text.rfind('\n') + 1].partition('\n')[2]))        # the first line is the convention
+        if not {'name', 'files', *columns} - {*colour_columns()} <= set(lines.fieldnames or ()):
+            return {}
+        return {line['name']: ([float(line.get(column) or 'nan') for column in columns], line['files']) for line in lines}
+    except (OSError, ValueError, csv.Error):
+        return {}
 
-def _measure_files(triples, preset, columns, value_range):
-    largest = {}
-    table = evaluate_batches((read_three(*paths, value_range, largest) for paths in triples), preset, columns)
-    colours = [colour_kept(*(to_float(read_slice(path, quiet=True)) for path in (fused, mri))) for _, mri, fused in triples if is_coloured(mri)]
-    if colours:
-        table = table.join(pd.DataFrame(colours, index=[ct.name for ct, mri, _ in triples if is_coloured(mri)]))
-    for sentence in filter(None, (unused_range(folder, value, dtype) for (folder, dtype), value in largest.items())):
-        warnings.warn(sentence, stacklevel=3)
+# %% ../nbs/21_evaluation.ipynb #4dddb1e5
+def keyed_table(rows, columns, preset='cvpr') -> pd.DataFrame:
+    "The table of {name: (values, key)} as it is written, the keys in its last column, `files`."
+    table = pd.DataFrame([values for values, _ in rows.values()], index=pd.Index(list(rows), name='name', dtype='str'), columns=columns)
+    table['files'] = [key for _, key in rows.values()]
+    table.attrs = {'convention': convention(preset)}
     return table
 
+# %% ../nbs/21_evaluation.ipynb #e8c20605
+class GrowingTable:
+    "The rows of a table, {name: (values, key)}, and at `path`, if that is given, a CSV which grows with them."
+
+    def __init__(self, columns, preset='cvpr', path=None):
+        self.columns, self.preset, self.path = [*columns, *colour_columns()], preset, path
+        self.rows, self.file = {}, None
+
+    def add(self, found: Measured) -> None:
+        self.rows[found.name] = [found.values.get(column, np.nan) for column in self.columns], found.key
+        if self.path is None:
+            return
+        if self.file is None:       # until there is something new, what was there stays
+            self.file = open(write_table(keyed_table(self.rows, self.columns, self.preset), self.path), 'rb+', buffering=0)
+            return
+        values, line = ['' if value != value else value for value in self.rows[found.name][0]], StringIO()
+        csv.writer(line, lineterminator='\n').writerow([found.name, *values, found.key])
+        try:
+            add_whole(self.file.fileno(), line.getvalue().encode(), sync=False)
+        except OSError as error:
+            raise OSError(error.errno, f'{self.path} could not take one more row ({error.strerror}); the others are kept. Free some space') from error
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+# %% ../nbs/21_evaluation.ipynb #58241201
+def in_processes(task, items, jobs: int = 1):
+    "Yields task(item) of the items, in order, by `jobs` processes (1: by this one). Raises ChildProcessError where one of them dies."
+    if jobs == 1:
+        yield from map(task, items)
+        return
+    pool = ProcessPoolExecutor(jobs, get_context('spawn'), _as_worker)      # a fork would inherit the locks of torch's threads
+    try:
+        _start(pool, jobs)
+        for _, future in ahead(pool, task, items, 4 * jobs):
+            yield future.result()
+    except BrokenProcessPool:
+        raise ChildProcessError('A process that measured was ended from outside, perhaps for its memory; ask for fewer.') from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(pool, jobs):
+    "Ctrl-C reaches all processes, and the first one answers it: the others inherit that it is held back here."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, 'pthread_sigmask') else None
+    for _ in range(jobs):
+        pool.submit(int)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_worker():
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+
+# %% ../nbs/21_evaluation.ipynb #ae8d0cbe
+def kept_rows(triples, path, columns, preset='cvpr', value_range=None) -> dict[str, tuple[list, str]]:
+    "{name: (values, key)} of those rows of the table at `path` that are made from the files of today, as they would be now."
+    there, kept = {} if path is None else rows_there(path, columns), {}
+    for paths in triples:
+        name = paths[0].name
+        with suppress(OSError, ValueError):     # which is told when they are measured
+            if name in there and there[name][1] == row_key(name, map(file_bytes, paths), preset, value_range):
+                kept[name] = there[name]
+    return kept
+
+# %% ../nbs/21_evaluation.ipynb #dc642cf4
+def faults_sentence(faults: list[str], of: int, path=None) -> str:
+    "What to say of the faults of some among `of` rows, the others being kept at `path`, if anywhere."
+    if of == 1:
+        return faults[0]
+    rest = 'a table on disk (a CSV) would keep the others' if path is None else f'the others are in {path}, and the same call measures what is missing'
+    more = f'; and {len(faults) - 3} more' if len(faults) > 3 else ''
+    return f'{len(faults)} of {of} rows could not be measured, {rest}: {"; ".join(fault.rstrip(".") for fault in faults[:3])}{more}.'
+
+# %% ../nbs/21_evaluation.ipynb #f075f3c1
+def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False) -> pd.DataFrame:
+    "The table of triples (CT, MRI, fused) of files; arguments as of `evaluate_folders`. Raises ValueError for faults, after all others were measured."
+    table, faults, largest = GrowingTable(wanted_columns(columns), preset, path if len(triples) > 1 else None), [], {}
+    table.rows |= kept_rows(triples, path, table.columns, preset, value_range)
+    left = [paths for paths in triples if paths[0].name not in table.rows]
+    task = partial(measure_three, preset=preset, columns=columns, value_range=value_range)
+    with closing(table), tqdm(total=len(triples), initial=len(table.rows), unit='pair', disable=not progress) as bar:
+        for found in in_processes(task, left, max(1, min(jobs, len(left)))):
+            faults.append(found.fault) if found.fault else table.add(found)
+            for place, value in found.largest.items():
+                largest[place] = max(value, largest.get(place, 0))
+            bar.update()
+    whole = keyed_table({ct.name: table.rows[ct.name] for ct, _, _ in triples if ct.name in table.rows}, table.columns, preset)
+    if whole[colour_columns()].isna().all(axis=None):
+        whole = whole.drop(columns=colour_columns())
+    if path is not None and len(whole):
+        write_table(whole, path)
+    if faults:
+        raise ValueError(faults_sentence(faults, len(triples), path))
+    for sentence in filter(None, (unused_range(folder, value, dtype) for (folder, dtype), value in largest.items())):
+        warnings.warn(sentence, stacklevel=3)
+    numbers = whole.drop(columns='files')
+    return rows_as_table(numbers.index, numbers, list(numbers), preset)
+
+# %% ../nbs/21_evaluation.ipynb #e89a6d55
+def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None, path=None) -> pd.DataFrame:
+    """The table of `metrics.rows_as_table` for three files: one row, index the CT's name.
+
+    A second source in colour adds `metrics.colour_kept`. `value_range` is that of the two sources (see `files.read_image`). `path` gets
+    the table, with its key. Raises ValueError for sizes that differ.
+    """
+    if path is not None:
+        check_output(path, (ct, mri, fused), ('.csv',))
+    return table_of_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range, path)
+
 # %% ../nbs/21_evaluation.ipynb #ace32c41
-def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, value_range=None) -> pd.DataFrame:
-    """The table of `metrics.evaluate_batches` for every fused image in a folder and the CT and MRI of the same name.
+def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False) -> pd.DataFrame:
+    """The table of `metrics.rows_as_table` for every fused image in a folder and the CT and MRI of the same name.
 
     Endings may differ (a fused PNG of two TIFF files), so may names by what is before and behind (`files.find_naming`), and sources
-    without a fused image are left aside. Raises ValueError for a fused image without its sources, and for two files that are one slice.
+    without a fused image are left aside. `path` is a CSV that grows with the rows; those in it that are of the same files are not measured again.
+    `jobs` processes measure. Raises ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
+    measured, for files that cannot be.
     """
+    if path is not None:
+        check_output(path, (ct_dir, mri_dir, fused_dir), ('.csv',))
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f'jobs is {jobs!r}; it must be a whole number from 1 up.')
     ct_dir, mri_dir = source_folders(ct_dir, mri_dir)
-    names = [slice_name(path, split_pattern(ct_dir)[1]) for path in list_images(ct_dir)]
+    names = [slice_name(one, split_pattern(ct_dir)[1]) for one in list_images(ct_dir)]
     rows, faults = match_images({'fused': (named := find_naming(fused_dir, names)), 'CT': ct_dir, 'MRI': mri_dir}, by_stem=True)
-    alone = [path.name for path in list_images(named) if path.name in faults]
+    alone = [one.name for one in list_images(named) if one.name in faults]
     if alone:
         raise ValueError(faults[alone[0]])
-    return _measure_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range)
+    return table_of_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range, path, jobs, progress)
 
 # %% ../nbs/21_evaluation.ipynb #f6289cb2
 def colour_table(data_set, methods) -> pd.DataFrame | None:

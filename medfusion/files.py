@@ -6,10 +6,10 @@
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
            'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
-           'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'append_line', 'read_lines', 'is_slice_name',
-           'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key',
-           'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for',
-           'read_pair']
+           'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'read_lines',
+           'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
+           'sort_by_key', 'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming',
+           'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import hashlib
@@ -38,6 +38,8 @@ def absolute_path(path):
         path = Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f'{path} names a home folder that is not there ({error}); write the path in full.') from error
+    if '..' not in path.parts:
+        return path
     found = Path(path.anchor)
     for part in path.parts[1:]:
         if part == '..':  # of a link it is the folder above its target
@@ -378,6 +380,17 @@ def cut_torn_line(file):
         os.ftruncate(file, end)
     return end
 
+# %% ../nbs/00_files.ipynb #3ccbfbaa
+def add_whole(file, lines, sync=True):
+    "Adds lines (bytes) to an open file behind its last whole line: all of them, or nothing and an OSError."
+    size = cut_torn_line(file)
+    try:
+        os.lseek(file, size, os.SEEK_SET)
+        write_synced(file, lines, sync)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
 # %% ../nbs/00_files.ipynb #b21198db
 def append_line(path, text, sync=True):
     """Adds a line to a file, which is made if it is missing: the whole line, forced to the disk, or nothing.
@@ -392,13 +405,7 @@ def append_line(path, text, sync=True):
         file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
         try:
             lock_file(file)
-            size = cut_torn_line(file)
-            try:
-                os.lseek(file, size, os.SEEK_SET)
-                write_synced(file, line + b'\n', sync)
-            except OSError:
-                os.ftruncate(file, size)
-                raise
+            add_whole(file, line + b'\n', sync)
         finally:
             os.close(file)  # and with it the lock
     except OSError as error:

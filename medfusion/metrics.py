@@ -11,8 +11,8 @@ __all__ = ['quantise', 'check_images', 'safe_power', 'safe_ratio', 'joint_histog
            'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise', 'lesion_contrast',
            'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns', 'psnr_columns',
            'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names', 'lower_is_better',
-           'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept', 'evaluate_batches',
-           'write_table', 'read_table']
+           'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept', 'colour_columns',
+           'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
 
 # %% ../nbs/05_metrics.ipynb #c0cca051
 import math
@@ -776,7 +776,7 @@ def _row_of(column):
 # %% ../nbs/05_metrics.ipynb #631875de
 def lower_is_better(name):
     "Whether less of a column of `measure` or `colour_kept` is better; ValueError for a column that does not exist."
-    return name in ('hue_error', 'saturation_loss') or _row_of(name).better == 'down'
+    return name in colour_columns() or _row_of(name).better == 'down'
 
 # %% ../nbs/05_metrics.ipynb #5d8424f2
 def convention(preset='cvpr'):
@@ -866,15 +866,31 @@ def colour_kept(fused: np.ndarray, source: np.ndarray) -> dict[str, float]:
     error = (shown * angles).sum() / shown.sum() if shown.any() else float('nan')
     return {'hue_error': float(error), 'saturation_loss': float(1 - np.minimum(weights, np.abs(here)).sum() / weights.sum())}
 
+# %% ../nbs/05_metrics.ipynb #ed4fa78d
+def colour_columns():
+    "The columns of `colour_kept`, of both of which less is better."
+    return ['hue_error', 'saturation_loss']
+
+# %% ../nbs/05_metrics.ipynb #af82d9db
+def rows_as_table(names, rows, columns, preset='cvpr'):
+    "The table of rows of values, with the names of the pairs as index and the convention in `attrs`. One warning a column says which have no value and why."
+    choices = _convention(preset)
+    table = pd.DataFrame(np.array(rows, float).reshape(len(rows), len(columns)), columns=columns, index=pd.Index(names, name='name', dtype='str'))
+    table.attrs = {'preset': choices.name, 'convention': convention(choices)}
+    for row in undefined_in(table):
+        absent = table.index[table[row.name].isna()]
+        warnings.warn(f'{row.name} is undefined (NaN) for {", ".join(absent[:5])}{" ..." if len(absent) > 5 else ""} '
+                      f'({len(absent)} of {len(table)}): {row.undefined}.', stacklevel=3)
+    return table
+
 # %% ../nbs/05_metrics.ipynb #6c346b7c
 def evaluate_batches(batches, preset='cvpr', names=None):
-    """Table of `measure`, one row a pair, index `name`, of `batches`: an iterable of (names, fused, ct, mri).
+    """Table of `measure`, one row a pair (see `rows_as_table`), of `batches`: an iterable of (names, fused, ct, mri).
 
-    The images of a batch are (B, 1, H, W) in [0, 1]; batches may differ in size. `attrs` holds the convention. One
-    warning a column says which pairs have no value and why.
+    The images of a batch are (B, 1, H, W) in [0, 1]; batches may differ in size.
     """
     choices, columns = _convention(preset), wanted_columns(names)
-    rows, index = [], []
+    index, rows = [], []
     for pair_names, *images in batches:
         with warnings.catch_warnings():
             # Said once below, with the names of the pairs.
@@ -884,15 +900,8 @@ def evaluate_batches(batches, preset='cvpr', names=None):
             except ValueError as error:
                 raise ValueError(f'{", ".join(pair_names)}: {error}') from error
         index += pair_names
-        rows.append(torch.stack([scores[column].cpu() for column in columns], 1).numpy())
-    table = pd.DataFrame(np.concatenate(rows) if rows else np.empty((0, len(columns))), columns=columns,
-                         index=pd.Index(index, name='name', dtype='str'))
-    table.attrs = {'preset': choices.name, 'convention': convention(choices)}
-    for row in undefined_in(table):
-        absent = table.index[table[row.name].isna()]
-        warnings.warn(f'{row.name} is undefined (NaN) for {", ".join(absent[:5])}{" ..." if len(absent) > 5 else ""} '
-                      f'({len(absent)} of {len(table)}): {row.undefined}.', stacklevel=2)
-    return table
+        rows += torch.stack([scores[column].cpu() for column in columns], 1).tolist()
+    return rows_as_table(index, rows, columns, choices)
 
 # %% ../nbs/05_metrics.ipynb #e2026a93
 def write_table(table, path):
@@ -907,7 +916,7 @@ def write_table(table, path):
 
 # %% ../nbs/05_metrics.ipynb #7e21de34
 def read_table(path):
-    "The table that `write_table` wrote, with `attrs['convention']`; numbers are those written, bit by bit."
+    "The numbers of a table that `write_table` wrote, with `attrs['convention']`; those that were written, bit by bit."
     path = Path(path)
     with open(path, encoding='utf-8', newline='') as file:
         first = file.readline()
@@ -915,6 +924,6 @@ def read_table(path):
             raise ValueError(f'{path.resolve()} does not begin with a comment that names its convention; '
                              'write it with write_table.')
         # Text first: pandas' own reader of numbers is exact in some versions only.
-        table = pd.read_csv(file, index_col=0, dtype=str).astype(float)
+        table = pd.read_csv(file, index_col=0, dtype=str).drop(columns='files', errors='ignore').astype(float)
     table.attrs = {'convention': first[2:].strip()}
     return table

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -427,6 +428,38 @@ def test_one_pair_has_the_numbers_of_its_row_in_the_folder(pairs):
     medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', f'out/{pairs[0]}', '--csv', 'one.csv')
     together, alone = read_table('all.csv'), read_table('one.csv')
     np.testing.assert_allclose(alone.loc[pairs[0]], together.loc[pairs[0], alone.columns], rtol=1e-4)
+
+
+@pytest.mark.fault('evaluate', 'stopped (Ctrl-C, SIGTERM)')
+@pytest.mark.parametrize('jobs, stop, code', [(1, signal.SIGTERM, 143), pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.long)])
+def test_stopped_while_evaluating(pairs, jobs, stop, code):
+    "One sentence, from one process or several; the rows are kept, and the command that it names goes on."
+    for i in range(40):
+        for side in ('CT', 'MRI'):
+            shutil.copy(Path(side, pairs[0]), Path(side, f'8{i:03d}.png'))
+    slow = ('import time; from medfusion import evaluation; real = evaluation.GrowingTable.add\n'
+            'evaluation.GrowingTable.add = lambda *given: (time.sleep(0.2), real(*given))\n'
+            'from medfusion.cli import app\nif __name__ == "__main__": app(prog_name="medfusion")')
+    Path('slow.py').write_text(slow)
+    words = ['evaluate', 'CT', 'MRI', 'CT', '--csv', 't.csv', '--jobs', str(jobs)]
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', 'slow.py', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not Path('t.csv').exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)       # Ctrl-C reaches all processes
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code and said.count('\n') == 1, said
+    assert said.rstrip().endswith(shlex.join(['medfusion', *words])) and 'kept in t.csv' in said
+    there = Path('t.csv').read_text().count('\n') - 2
+    result = medfusion(*words)
+    assert 0 < there < 43 and result.exit_code == 0 and result.stdout.startswith('43 pairs') and Path('t.csv').read_text().count('\n') == 45
+
+
+def test_a_bad_file_among_those_to_evaluate(pairs):
+    shutil.copytree('CT', 'F')
+    Path('F', pairs[1]).write_bytes(b'')
+    assert_sentence(medfusion('evaluate', 'CT', 'MRI', 'F', '--csv', 't.csv'), '1 of 3 rows', 't.csv', f'{pairs[1]} is empty')
+    shutil.copy(Path('CT', pairs[1]), 'F')
+    assert medfusion('evaluate', 'CT', 'MRI', 'F', '--csv', 't.csv').stdout.startswith('3 pairs')
 
 
 # Models

@@ -1,5 +1,13 @@
 """What 21_evaluation.ipynb does not show: files of other depths and kinds, complaints, and the statistics' corners."""
+import itertools
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -13,6 +21,7 @@ from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
 from medfusion.files import read_image, to_float, write_image
 from medfusion.inference import fuse
+from medfusion.metrics import read_table
 from medfusion.phantom import write_phantom
 
 
@@ -242,3 +251,217 @@ def test_results_in_colour_are_written_as_fuse_writes_them(tmp_path, dtype):
     there, wanted = read_image(file, color=True), fuse(data_set.pairs[0].ct, data_set.pairs[0].mri, 'average')
     assert there.dtype == wanted.dtype == dtype and there.shape == wanted.shape == (48, 40, 3)
     assert np.abs(to_float(there) - to_float(wanted)).max() < 4 / 255, 'the data set holds luminance in 8 bits'
+
+
+# A table of many files
+
+COLUMNS = ['EN', 'SD', 'VIF']
+
+
+@pytest.fixture
+def triples(pairs, tmp_path):
+    "Folders CT, MRI and F of four triples, of which the fused image of each is the CT of the next."
+    for side, place in (('CT', 'ct'), ('MRI', 'mri'), ('F', 'ct')):
+        (tmp_path / side).mkdir()
+        for i, pair in enumerate(pairs.pairs):
+            shutil.copy(getattr(pairs.pairs[(i + (side == 'F')) % 4], place), tmp_path / side / pair.name)
+    return tmp_path
+
+
+def measured(root, **options):
+    "(the table, the names of what was measured, and not found in the table on disk)."
+    names, real = [], E.measure_three
+
+    def noted(paths, **given):
+        names.append(paths[0].name)
+        return real(paths, **given)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(E, 'measure_three', noted)
+        table = E.evaluate_folders(root / 'CT', root / 'MRI', root / 'F', **{'columns': COLUMNS, 'path': root / 't.csv'} | options)
+    return table, names
+
+
+def test_two_processes_give_the_table_of_one(triples, pairs):
+    one = E.evaluate_folders(triples / 'CT', triples / 'MRI', triples / 'F', path=triples / 'one.csv', columns=COLUMNS)
+    two = E.evaluate_folders(triples / 'CT', triples / 'MRI', triples / 'F', path=triples / 'two.csv', columns=COLUMNS, jobs=2)
+    assert one.equals(two) and one.attrs == two.attrs and list(one.index) == pairs.names
+    assert (triples / 'one.csv').read_bytes() == (triples / 'two.csv').read_bytes()
+    assert read_table(triples / 'one.csv').equals(one)
+    with pytest.raises(ValueError, match='jobs is 0'):
+        E.evaluate_folders(triples / 'CT', triples / 'MRI', triples / 'F', jobs=0)
+
+
+def test_a_row_counts_if_it_is_of_these_files(triples, pairs):
+    "Measured is what is new, or changed, or was measured otherwise; what is gone leaves the table."
+    first, names = measured(triples)
+    assert names == pairs.names and measured(triples)[1] == []
+    shutil.copy(triples / 'F' / names[0], triples / 'F' / names[2])
+    changed, again = measured(triples)
+    assert again == names[2:3] and changed.drop(index=again).equals(first.drop(index=again)) and changed.EN[names[2]] != first.EN[names[2]]
+    assert measured(triples, preset='textbook')[1] == names and measured(triples, preset='textbook')[1] == []
+    assert measured(triples, value_range=(0, 200))[1] == names
+    assert measured(triples, columns=['EN', 'AG'])[1] == names and measured(triples, columns=['AG'])[1] == []     # in the table already
+    (triples / 'F' / names[1]).unlink()
+    left, again = measured(triples, columns=['AG'])
+    assert again == [] and list(left.index) == list(read_table(triples / 't.csv').index) == [names[0], *names[2:]]
+
+
+def test_any_other_table_is_replaced(triples, pairs):
+    for text in ('', 'holiday', '# x\nname,EN,SD,VIF,files\n"', '# x\nname,EN,SD,VIF,files\n' + pairs.names[0] + ',1,2,3\n', 'name,EN\n1001.png,3\n', 'a\0b\n\0\n'):
+        (triples / 't.csv').write_text(text)
+        assert measured(triples)[1] == pairs.names
+    (triples / 't.csv').write_bytes(b'\xff\xfe\n')
+    assert measured(triples)[1] == pairs.names
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_a_bad_file_does_not_cost_the_others_their_rows(triples, pairs, jobs):
+    names, whole = pairs.names, (triples / 'MRI' / pairs.names[1]).read_bytes()
+    (triples / 'MRI' / names[1]).write_bytes(whole[:99])
+    write_image(triples / 'F' / names[3], np.zeros((20, 20), np.uint8))
+    with pytest.raises(ValueError, match=f'2 of 4 rows .* the others are in .*t.csv, .*{names[1]} is truncated.*differ in size: .*{names[3]} has 20×20'):
+        E.evaluate_folders(triples / 'CT', triples / 'MRI', triples / 'F', columns=COLUMNS, path=triples / 't.csv', jobs=jobs)
+    assert list(read_table(triples / 't.csv').index) == [names[0], names[2]]
+    (triples / 'MRI' / names[1]).write_bytes(whole)
+    shutil.copy(triples / 'F' / names[0], triples / 'F' / names[3])
+    assert measured(triples)[1] == [names[1], names[3]]
+    assert list(read_table(triples / 't.csv').index) == names
+
+
+def test_nothing_but_faults_leaves_the_table_that_was_there(triples, pairs):
+    measured(triples)
+    before = (triples / 't.csv').read_bytes()
+    for name in pairs.names:
+        (triples / 'F' / name).write_bytes(b'no image')
+    with pytest.raises(ValueError, match='4 of 4 rows .*; and 1 more'):
+        measured(triples)
+    assert (triples / 't.csv').read_bytes() == before
+
+
+def test_coloured_pairs_among_grey_ones(triples, pairs):
+    "Whether there are columns of colour is known at the end; the rows before have none."
+    grey = read_image(triples / 'MRI' / pairs.names[3])
+    write_image(triples / 'MRI' / pairs.names[3], np.stack([grey, grey // 2, 255 - grey], 2))
+    table, _ = measured(triples)
+    assert table.saturation_loss.isna().tolist() == [True, True, True, False] and measured(triples)[0].equals(table)
+    (triples / 'F' / pairs.names[3]).unlink()
+    assert 'hue_error' not in measured(triples)[0] and 'hue_error' not in (triples / 't.csv').read_text()
+
+
+class Killed(BaseException):
+    "Stands for the end of the process: nothing that catches errors catches it."
+
+
+@pytest.mark.fault('evaluate', 'killed between two writes', points=10)
+@pytest.mark.parametrize('moment', ['before', 'after', 'within'])
+def test_killed_at_any_write_the_table_is_valid_and_goes_on(triples, pairs, moment):
+    "The table of before, or whole rows of this one; what is there is not measured again, and in the end all is as if undisturbed."
+    path, names = triples / 't.csv', pairs.names
+    whole = measured(triples)[0]
+    final, old = path.read_bytes(), (triples / 'old.csv')
+    measured(triples, path=old, preset='textbook')
+    for last in itertools.count():
+        shutil.copy(old, path)
+        calls = []
+
+        def dying(*given, real, **more):
+            calls.append(given)
+            if len(calls) > last:
+                if moment == 'after':
+                    real(*given, **more)
+                if moment == 'within' and real is E.add_whole:
+                    os.write(given[0], given[1][:20])
+                raise Killed
+            return real(*given, **more)
+        with pytest.MonkeyPatch.context() as patched:
+            for door in ('write_table', 'add_whole'):
+                patched.setattr(E, door, lambda *given, real=getattr(E, door), **more: dying(*given, real=real, **more))
+            try:
+                measured(triples)
+                assert last == len(calls) == 5
+                break
+            except Killed:
+                pass
+        if path.read_bytes() != old.read_bytes():
+            text = path.read_bytes()
+            path.write_bytes(text[:text.rfind(b'\n') + 1])       # for read_table; the next run cuts it by itself
+            rows = read_table(path)
+            assert rows[whole.columns].equals(whole.loc[rows.index]), last
+            path.write_bytes(text)
+        there = E.rows_there(path, COLUMNS).keys() if path.read_bytes() != old.read_bytes() else set()
+        assert measured(triples)[1] == [name for name in names if name not in there], last
+        assert path.read_bytes() == final
+
+
+@pytest.mark.fault('evaluate', 'disk full, or failing', points=4)
+def test_no_space_for_one_more_row(triples, pairs):
+    "The rows before stay; a limit on the size of files stands for the full disk."
+    from conftest import in_little_space
+    measured(triples)
+    whole = (triples / 't.csv').read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for rows in range(1, 4):
+        (triples / 't.csv').unlink()
+        space = sum(map(len, lines[:2 + rows])) + 40        # the growing table has two columns more
+        said = in_little_space(E.evaluate_folders, triples / 'CT', triples / 'MRI', triples / 'F', 'cvpr', COLUMNS, None, triples / 't.csv', limit=space)
+        assert 't.csv could not take one more row' in said, said
+        assert list(read_table(triples / 't.csv').index) == pairs.names[:rows]
+    (triples / 't.csv').unlink()
+    said = in_little_space(E.evaluate_folders, triples / 'CT', triples / 'MRI', triples / 'F', 'cvpr', COLUMNS, None, triples / 't.csv', limit=100)
+    assert 't.csv could not be written' in said and not list(triples.glob('*.csv'))
+
+
+@pytest.mark.fault('evaluate', 'several at once')
+def test_two_runs_into_one_table(triples, pairs):
+    "Each adds to its own; the last one's whole table stands there."
+    one, two = E.GrowingTable(COLUMNS, path=triples / 't.csv'), E.GrowingTable(COLUMNS, 'textbook', triples / 't.csv')
+    rows = [E.Measured(name, f'{i}' * 32, dict.fromkeys(COLUMNS, i)) for i, name in enumerate(pairs.names)]
+    for row in rows:
+        one.add(row)
+        two.add(row)
+        assert [key for _, key in E.rows_there(triples / 't.csv', COLUMNS).values()] == [known.key for known in rows[:rows.index(row) + 1]]
+    assert (triples / 't.csv').read_text().startswith('# preset textbook')
+    one.close()
+    two.close()
+
+
+def lonely(children):
+    "Those of some process numbers that are alive."
+    def alive(number):
+        try:
+            return Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+        except FileNotFoundError:
+            return False
+    return [number for number in children if alive(number)]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='processes are looked up in /proc')
+@pytest.mark.fault('evaluate', 'killed from outside')
+def test_killed_for_real_with_its_processes(triples, pairs):
+    "SIGKILL of the first process: the others end too, the rows are kept. SIGKILL of one of the others: a sentence."
+    for i in range(60):
+        for side in ('CT', 'MRI', 'F'):
+            (triples / side / f'9{i:03d}.png').hardlink_to(triples / side / pairs.names[i % 4])
+    code = ('from pathlib import Path; from medfusion.evaluation import evaluate_folders\n'
+            'if __name__ == "__main__": evaluate_folders("CT", "MRI", "F", path=Path("t.csv"), jobs=2)')
+    (triples / 'main.py').write_text(code)
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', 'main.py'], cwd=triples)
+    while not (triples / 't.csv').exists() and process.poll() is None:
+        time.sleep(0.01)
+    children = [int(number) for number in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while lonely(children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) >= 2 and not lonely(children)
+    there = set(E.rows_there(triples / 't.csv', []))
+    table, names = measured(triples, columns=None)
+    assert there and len(names) == 64 - len(there) and not there & set(names) and len(table) == 64
+    with pytest.raises(ChildProcessError, match='ended from outside'):
+        list(E.in_processes(die, [1, 2, 3], jobs=2))
+
+
+def die(item):
+    os.kill(os.getpid(), signal.SIGKILL)
