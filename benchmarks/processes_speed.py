@@ -4,11 +4,13 @@
     python benchmarks/processes_speed.py --method resnet --rounds 8 --pairs 4
 
 torch's launcher starts two processes, joined by gloo over loopback. In turn, the first takes a few steps alone, each on
-`--pairs` pairs of the phantom, and then both take as many together, on twice the pairs, with the gradients averaged;
-so whatever else the machine does slows both. Printed are the pairs a second of the fastest round and what two reach of
-twice one; the same by CPU time (of the slower of two; the median over rounds), which a busy machine changes less and
-which holds the work of exchanging gradients, though not the waiting for the other; and an average of as many bytes as
-the gradients have: its median, when both processes are ready. At the end a calculation, no measurement, for 8 and 64 GPUs.
+`--pairs` pairs of the phantom; both take as many at the same time without a word to each other; and both take as many
+together, on twice the pairs, with the gradients averaged. So whatever else the machine does slows all three. Printed are
+the pairs a second of the fastest round, and what part of twice one that is: two that do not talk show what the machine
+has for a second process (two threads of one core, a common cache), two together what talking costs. Beside it the same
+by CPU time, of the slower process, in the median over rounds, which a busy machine changes less, and in which the work
+of exchanging counts and waiting for the other does not; and how long an average of as many bytes as the gradients have
+takes where both are ready, in the median. At the end a calculation, no measurement, for 8 and 64 GPUs.
 """
 import argparse
 import copy
@@ -37,26 +39,20 @@ def method_parts(method, folder):
     return model, partial(resnet_fusion.training_step, cfg=cfg), train, torch.optim.Adam(resnet_fusion.parameter_groups(model, 1e-4, 0.8))
 
 
-def timed(model, step, optimizer, accelerator, loader, share=None):
-    "Seconds, CPU seconds and number of steps of a pass over a loader; with a `share` it is one of several processes."
+def timed(model, step, optimizer, accelerator, loader, together, share=None):
+    """Wall seconds and CPU seconds of a step, the mean of a pass over a loader; `together`: of the slower of two processes,
+    which share the steps if each has a `share` of them."""
     from medfusion.processes import Share
     from medfusion.training import optimise
-    start, cpu, steps = time.perf_counter(), time.process_time(), 0
-    for batch in loader:
+    start, cpu = time.perf_counter(), time.process_time()
+    for steps, batch in enumerate(loader, start=1):
         with Share(share):
             loss = step(model, batch)['loss']
         optimise(model, loss, optimizer, accelerator, clip=1.0)
-        steps += 1
-    if share is not None:
-        torch.distributed.barrier()    # the pass ends when both have ended
-    return time.perf_counter() - start, time.process_time() - cpu, steps
-
-
-def of_slower(cpu):
-    "The CPU seconds of whichever process took more."
-    seconds = torch.tensor(cpu)
-    torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
-    return seconds.item()
+    seconds = torch.tensor([time.perf_counter() - start, time.process_time() - cpu]) / steps
+    if together:
+        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
+    return seconds.tolist()
 
 
 def averaging(size, repeats=30):
@@ -88,30 +84,33 @@ def work(method, folder, rounds, pairs):
     network.broadcast_buffers = False
     one, two = ([DataLoader(train, batch_sampler=SharedBatches(EpochSampler(length, seed=0), size, process))
                  for length, size, process in ((2 * pairs, pairs, Process()), (4 * pairs, 2 * pairs, this_process()))])
-    alone, shared = [], []
+    rows = {'one': [], 'two apart': [], 'two together': []}
     for _ in range(rounds + 1):
         torch.distributed.barrier()
         if this_process().number == 0:
-            alone.append(timed(own, step, own_optimizer, accelerator, one))
+            rows['one'].append(timed(own, step, own_optimizer, accelerator, one, together=False))
         torch.distributed.barrier()
-        seconds, cpu, steps = timed(network, step, optimizer, accelerator, two, share=1 / this_process().count)
-        shared.append((seconds, of_slower(cpu), steps))
+        rows['two apart'].append(timed(own, step, own_optimizer, accelerator, one, together=True))
+        torch.distributed.barrier()
+        rows['two together'].append(timed(network, step, optimizer, accelerator, two, together=True, share=1 / this_process().count))
     size = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     exchange = averaging(size)
     if this_process().number == 0:
-        report(method, pairs, alone[1:], shared[1:], size, exchange)    # the first round warms up
+        report(method, pairs, {name: of_name[1:] for name, of_name in rows.items()}, size, exchange)    # the first round warms up
 
 
-def report(method, pairs, alone, shared, size, exchange):
+def report(method, pairs, rows, size, exchange):
     "Prints the table."
-    best = {name: min(seconds / steps for seconds, _, steps in rounds) for name, rounds in (('one', alone), ('two', shared))}
-    cpu = {name: statistics.median(cpu / steps / pairs for _, cpu, steps in rounds) for name, rounds in (('one', alone), ('two', shared))}
-    worth = statistics.median(one / two for (_, one, _), (_, two, _) in zip(alone, shared))    # as many steps in each
-    print(f'{method}: {size:,} weights, {pairs} pairs of 256 x 256 a step and process, one thread each, {len(alone)} rounds')
-    print(f'{"processes":<12}{"pairs/s":>10}{"of n times one":>16}{"CPU ms/pair":>14}{"by CPU time":>14}')
-    for count, name in ((1, 'one'), (2, 'two')):
-        print(f'{count:<12}{count * pairs / best[name]:>10.2f}{best["one"] / best[name]:>16.0%}{1000 * cpu[name]:>14.1f}{1.0 if count == 1 else worth:>14.0%}')
-    print(f'averaging {4 * size / 1e6:.2f} MB of gradients: {1000 * exchange:.2f} ms, {exchange / best["two"]:.1%} of a step')
+    wall = {name: min(seconds for seconds, _ in rounds) for name, rounds in rows.items()}
+    print(f'{method}: {size:,} weights, {pairs} pairs of 256 x 256 a step and process, one thread each, {len(rows["one"])} rounds')
+    print(f'{"processes":<14}{"pairs/s":>10}{"of n times one":>16}{"CPU ms/pair":>14}{"by CPU time":>14}')
+    for name, rounds in rows.items():
+        count = 1 if name == 'one' else 2
+        cpu = statistics.median(cpu for _, cpu in rounds)
+        worth = statistics.median(one / other for (_, one), (_, other) in zip(rows['one'], rounds))    # round by round
+        print(f'{name:<14}{count * pairs / wall[name]:>10.2f}{wall["one"] / wall[name]:>16.0%}{1000 * cpu / pairs:>14.1f}{worth:>14.0%}')
+    print(f'together beside apart: {wall["two apart"] / wall["two together"]:.0%}; averaging {4 * size / 1e6:.2f} MB of gradients takes '
+          f'{1000 * exchange:.2f} ms, {exchange / wall["two together"]:.1%} of a step')
     print(calculation(size), flush=True)
 
 

@@ -712,11 +712,11 @@ def launch(words: list[str], count: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    config = LaunchConfig(1, 1, count, run_id='medfusion', rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', max_restarts=0)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // count)))
     logging.disable()       # the processes say themselves what went wrong
     try:
         with own_temporary_files():
+            config = LaunchConfig(1, 1, count, run_id='medfusion', rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', max_restarts=0)
             elastic_launch(config, sys.executable)('-m', 'medfusion', *words)
     except SignalException as error:
         raise typer.Exit(128 + error.sigval) from None

@@ -509,11 +509,13 @@ class History(list):
     best: dict
 
 # %% ../nbs/10_training.ipynb #d053bd31
-def agreed(row: dict) -> dict:
-    "The row of the first process, whose random states all others take."
+def agreed(row: dict, companion=None) -> dict:
+    "The row of the first process, whose random states all others take, and the state of its `companion`, if there is one."
     if this_process().count > 1:
-        row, states = from_first((row, random_states()))
-        restore_random_states(states)
+        row, states, learnt = from_first((row, random_states(), companion and copied(companion.state_dict())))
+        if this_process().number > 0:
+            restore_random_states(states)
+            companion and companion.load_state_dict(learnt)
     return row
 
 # %% ../nbs/10_training.ipynb #f2f6a018
@@ -541,7 +543,7 @@ class Loop:
         with self.state.average.applied():
             for loader in self.loaders[1:]:
                 row |= run_epoch(self.network, self.step, loader, self.accelerator, epoch)
-        return agreed(row)
+        return agreed(row, self.state.companion)
 
 # %% ../nbs/10_training.ipynb #fb36f6b4
 def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: bool) -> None:
