@@ -207,11 +207,14 @@ def flicker(fused, ct, mri, around: int = 7) -> float:
     """The mean absolute difference of neighbouring fused slices (N, H, W) where both sources show the same but for noise, as a multiple of the larger of the sources'.
 
     They show the same where they differ by less than .1 on the mean over `around` × `around` pixels."""
-    steps = [np.abs(np.diff(view, axis=0)) for view in (fused, ct, mri)]
-    nearby = [uniform_filter(step, (0, around, around)) for step in steps[1:]]
-    still = (np.maximum(*nearby) < .1) & (np.minimum(ct[1:], mri[1:]) > .05)
-    means = [float(step[still].mean()) if still.any() else 0. for step in steps]
-    return means[0] / max(*means[1:], 1e-6)
+    sums, count = np.zeros(3), 0
+    for before, now in zip(zip(fused, ct, mri), zip(fused[1:], ct[1:], mri[1:])):
+        steps = [np.abs(after - view) for view, after in zip(before, now)]
+        nearby = np.maximum(*(uniform_filter(step, around) for step in steps[1:]))
+        still = (nearby < .1) & (np.minimum(*now[1:]) > .05)
+        sums, count = sums + [step[still].sum(dtype=float) for step in steps], count + still.sum()
+    means = sums / max(count, 1)
+    return float(means[0] / max(*means[1:], 1e-6))
 
 # %% ../nbs/33_studies.ipynb #82c3c665
 @dataclass
@@ -284,26 +287,28 @@ def marked(figure, study: Study):
 # %% ../nbs/33_studies.ipynb #0c81ec7b
 def checkerboards(study: Study, before=None, label: str = ''):
     "A figure: CT and MRI as checkerboards in three planes after the registration; `before`: the MRI's values (z, y, x) without it, for a row above."
-    one, tiles = _series(study, label), {}
-    ct = middle_slices(study, windows()['subdural'].of(study.ct))
-    for word, values in (('before', before), ('after', one.mri * (one.weight > 0))):
+    (one, seen), tiles = _seen(study, label), {}
+    low, high = one.limits
+    ct = {plane: windows()['subdural'].of(hu) for plane, hu in middle_slices(study, study.ct).items()}
+    for word, values in (('before', before), ('after', one.mri)):
         if values is not None:
-            low, high = one.limits
-            mri = middle_slices(study, np.clip((values - low) / (high - low), 0, 1))
+            mri = {plane: np.clip((value - low) / (high - low), 0, 1) * (seen[plane] if word == 'after' else 1) for plane, value in middle_slices(study, values).items()}
             tiles |= {f'{plane}, {word}': checkerboard(ct[plane], mri[plane], max(ct[plane].shape[1] // 8, 1)) for plane in ct}
     return marked(mosaic(tiles, columns=3, size=2.6), study)
 
 
-def _series(study, label):
-    return next(one for one in study.series if not label or one.label == label)
+def _seen(study, label):
+    "A series, and where it is seen in the middle slices."
+    one = next(one for one in study.series if not label or one.label == label)
+    return one, {plane: weight > 0 for plane, weight in middle_slices(study, one.weight).items()}
 
 # %% ../nbs/33_studies.ipynb #1b0fbfde
 def bone_contours(study: Study, label: str = ''):
     "A figure: the MRI in three planes with the contour of the CT's bone (300 HU) in orange; it has to lie on the dark bone of the MRI."
-    one = _series(study, label)
-    mri, bone, tiles = middle_slices(study, one.grey * (one.weight > 0)), middle_slices(study, study.ct > 300), {}
-    for plane, picture in mri.items():
-        inside = bone[plane]
+    (one, seen), hu, tiles = _seen(study, label), middle_slices(study, study.ct), {}
+    low, high = one.limits
+    for plane, values in middle_slices(study, one.mri).items():
+        picture, inside = np.clip((values - low) / (high - low), 0, 1) * seen[plane], hu[plane] > 300
         edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
         colours = np.stack([picture] * 3, -1)
         colours[edge] = (1, .6, 0)
@@ -313,7 +318,7 @@ def bone_contours(study: Study, label: str = ''):
 # %% ../nbs/33_studies.ipynb #10d5b581
 def fused_planes(study: Study, label: str = ''):
     "A figure: the fused volume of every window in three planes."
-    one = _series(study, label)
+    one = _seen(study, label)[0]
     tiles = {f'{name}, {plane}': picture for name, values in one.fused.items() for plane, picture in middle_slices(study, values).items()}
     return marked(mosaic(tiles, columns=3, size=2.6), study)
 
@@ -330,7 +335,7 @@ def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
 # %% ../nbs/33_studies.ipynb #33026a2d
 def voxels_sha256(image: sitk.Image) -> str:
     "What tells whether two volumes hold the same values: the SHA-256 of their bytes, in hexadecimal."
-    return hashlib.sha256(sitk.GetArrayViewFromImage(image).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(sitk.GetArrayViewFromImage(image))).hexdigest()
 
 # %% ../nbs/33_studies.ipynb #add123e1
 def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> list[str]:
@@ -404,13 +409,16 @@ def onto_grid(mri: Scan, label: str, registration: Registration, grid: sitk.Imag
 # %% ../nbs/33_studies.ipynb #0ba14392
 def fuse_series(study: Study, one: FusedSeries, chosen: list, model='wavelet', batch_size: int = 8, device='auto', progress=quietly) -> dict:
     "Fuses a series of a study in each window; returns {window: table of metrics by slice}, with the flicker in its `attrs`."
-    tables, mri = {}, one.grey
-    grey, one.fused = mri * (one.weight > 0), {}
+    tables, one.fused = {}, {}
+    both = (study.ct_weight > 0) & (one.weight > 0)
     for window in chosen:
-        ct = window.of(study.ct)
-        raw = fuse_volume(ct, mri, study.grid, model, study.plane, batch_size, device, progress, f'fusing {window.name} {one.label}'.strip())
-        one.fused[window.name] = joined(raw, ct, grey, study.ct_weight, one.weight)
-        views = [slices_along(values, study.grid, study.plane) for values in (one.fused[window.name], ct, grey, np.minimum(study.ct_weight, one.weight))]
+        ct, mri = window.of(study.ct), one.grey
+        fused = fuse_volume(ct, mri, study.grid, model, study.plane, batch_size, device, progress, f'fusing {window.name} {one.label}'.strip())
+        mri *= one.weight > 0
+        for layer in zip(fused, ct, mri, study.ct_weight, one.weight):           # layer by layer, since volumes are large
+            layer[0][:] = joined(*layer)
+        one.fused[window.name] = fused
+        views = [slices_along(values, study.grid, study.plane) for values in (fused, ct, mri, both)]
         tables[window.name] = slice_table(*views, progress)
         tables[window.name].attrs['flicker'] = flicker(*views[:3])
     return tables
@@ -453,7 +461,7 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     found = {label: brought_together(ct, one, transform, registered, progress) for label, one in scans.items()}
     first = next(iter(scans))
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
-    study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.ones(lattice.GetSize()[::-1], np.float32),
+    study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.broadcast_to(np.float32(1), lattice.GetSize()[::-1]),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
     study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
@@ -532,7 +540,7 @@ def fill_study(folder, study: Study, progress=quietly) -> Path:
         end = f'_{one.label}' if one.label else ''
         whole = np.abs(one.mri).max() < 32767 and one.limits[1] - one.limits[0] > 500          # finer than anyone sees
         write_volume(folder / f'mri_on_ct{end}.nii.gz', (np.rint(one.mri).astype(np.int16) if whole else one.mri) * (one.weight > 0), study.grid)
-        write_volume(folder / f'mask{end}.nii.gz', (1 * (study.ct_weight > 0) + 2 * (one.weight > 0)).astype(np.uint8), study.grid)
+        write_volume(folder / f'mask{end}.nii.gz', (study.ct_weight > 0) + np.uint8(2) * (one.weight > 0), study.grid)
         write_transform(folder / f'mri_to_ct{end}.tfm', one.registration.transform)
         for name, values in progress(list(one.fused.items()), desc='writing'):
             write_volume(folder / f'fused{end}_{name}.nii.gz', np.rint(4095 * values).astype(np.int16), study.grid)
