@@ -26,7 +26,7 @@ def draw_scans():
     folder = ROOT / 'results/demo_scans'
     if not (folder / 'brain.json').is_file():      # written last
         shutil.rmtree(folder, ignore_errors=True)
-        print(write_study(phantom_study(0, (1.8, 1.8, 3.), (1.8, 1.8, 4.)), folder).relative_to(ROOT))
+        print(write_study(phantom_study(0, (2.2, 2.2, 4.), (2.2, 2.2, 4.)), folder).relative_to(ROOT))
 
 
 def demo_runs():

@@ -3,8 +3,8 @@
     python benchmarks/scan_speed.py             the whole command; targets: at most 120 s, 3 GB
     python benchmarks/scan_speed.py --stages    its stages, one after the other in one process; target of registering: at most 30 s
 
-The phantom is drawn with coarse voxels and interpolated: how long it takes does not depend on how sharp it is. Memory is the sum of the processes' resident
-sets, so what they share is counted twice. On a machine that does other work, CPU time is what to compare.
+The phantom is drawn with coarse voxels and interpolated: how long it takes does not depend on how sharp it is. Memory is the sum of the processes' proportional
+sets: what they share is counted once. On a machine that does other work, CPU time is what to compare, with OMP_NUM_THREADS=1, for two threads wait for each other.
 """
 import argparse
 import json
@@ -49,7 +49,7 @@ def whole_command(folder):
     while process.poll() is None:
         try:
             top = psutil.Process(process.pid)
-            peak = max(peak, sum(one.memory_info().rss for one in (top, *top.children(recursive=True))))
+            peak = max(peak, sum(one.memory_full_info().pss for one in (top, *top.children(recursive=True))))
         except psutil.NoSuchProcess:      # one that has just ended
             pass
         time.sleep(.2)

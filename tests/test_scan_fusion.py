@@ -140,7 +140,7 @@ def test_what_only_the_ct_shows_is_the_ct(study):
 
 
 def test_a_failed_registration_fuses_nothing_unless_forced(scans, monkeypatch):
-    monkeypatch.setattr(studies, 'register', lambda ct, mri: Registration(sitk.Euler3DTransform(), 'failed', ['halves lie 30 mm apart']))
+    monkeypatch.setattr(studies, 'register', lambda ct, mri, **more: Registration(sitk.Euler3DTransform(), 'failed', ['halves lie 30 mm apart']))
     assert scan_fusion(*scans, model='maximum').series[0].fused == {}
     forced = scan_fusion(*scans, model='maximum', force=True)
     assert list(forced.series[0].fused) == ['brain']
