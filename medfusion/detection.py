@@ -25,7 +25,7 @@ from .anatomy import case_sequence, draw_head
 from .baselines import baselines
 from .detectability import brain_region, channel_width
 from .files import read_image, read_json, stem_of, to_depth, to_float, write_image, write_json
-from .inference import fuse
+from .inference import as_batch, as_given, fuse_batch, model_of
 from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
                                 interval, laguerre_gauss, search_channels, search_statistic)
 from .phantom import Spot, painted_plane, phantom_seeds, scan_plane, slice_level, with_spots
@@ -163,9 +163,9 @@ def method_for(method, case: str):
 
 # %% ../nbs/23_detection.ipynb #893258fa
 def fuse_pairs_rounded(pairs: np.ndarray, method, batch: int = 5) -> np.ndarray:
-    "The fused images (N, H, W), uint8, that a function makes of pairs (N, 2, H, W), uint8, `batch` at a time."
-    fused = [fuse(ct, mri, method)[:, 0] for ct, mri in (torch.from_numpy(pairs[start:start + batch]).split(1, 1)
-                                                         for start in range(0, len(pairs), batch))]
+    "The fused images (N, H, W), uint8, that a function makes of pairs (N, 2, H, W), uint8, in register, `batch` at a time."
+    batches = (torch.from_numpy(pairs[start:start + batch]).split(1, 1) for start in range(0, len(pairs), batch))
+    fused = [as_given(fuse_batch(model_of(method), as_batch(ct), as_batch(mri)), ct)[:, 0] for ct, mri in batches]
     return torch.cat(fused).numpy()
 
 # %% ../nbs/23_detection.ipynb #5f895732
@@ -343,7 +343,7 @@ def summarise_detection(table: pd.DataFrame) -> pd.DataFrame:
 
 def _eta(both, axis=0):
     "η of mean detectabilities, of rows (of the method, of the joint observer)."
-    return efficiency(*both.mean(axis))
+    return efficiency(*np.moveaxis(both.mean(axis), -1, 0))
 
 # %% ../nbs/23_detection.ipynb #37105492
 def efficiency_table(table: pd.DataFrame, search: bool = False) -> pd.DataFrame:

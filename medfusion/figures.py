@@ -95,6 +95,7 @@ def mosaic(images, columns=4, size=1.75):
     tallest = max(picture.shape[0] / picture.shape[1] for picture in pictures.values())
     figure, axes = _grid(len(images), columns, size, size * tallest + 0.25)
     for axis in axes:
+        axis.set(xticks=[], yticks=[])    # never seen, and half the time of the layout
         axis.axis('off')
     for axis, (title, picture) in zip(axes, pictures.items()):
         axis.imshow(picture, cmap='gray', vmin=0, vmax=1)

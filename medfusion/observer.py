@@ -124,9 +124,9 @@ def observe(training: tuple, testing: tuple, internal_noise: float = 0.0) -> Obs
     return Observation(detectability(absent, present), area_under_curve(absent, present), weights, absent, present)
 
 # %% ../nbs/06_observer.ipynb #721b2882
-def efficiency(fused: float, joint: float) -> float:
-    "η of equation (5), from two detectabilities; a lesion that looks reversed on the tested heads (d' < 0) counts 0."
-    return float(max(fused, 0.0) ** 2 / joint ** 2)
+def efficiency(fused, joint):
+    "η of equation (5), from two detectabilities or arrays of them; a lesion that looks reversed on the tested heads (d' < 0) counts 0."
+    return np.maximum(fused, 0.0) ** 2 / joint ** 2
 
 # %% ../nbs/06_observer.ipynb #6c3516c1
 def interval(values, statistic=np.mean, draws: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -139,7 +139,7 @@ def interval(values, statistic=np.mean, draws: int = 2000, level: float = 0.95, 
     if len(values) < 2:
         return float('nan'), float('nan')
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    found = [statistic(values[rows], axis=0) for rows in chosen]
+    found = statistic(values[chosen], axis=1)      # of all draws at once
     low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return float(low), float(high)
 

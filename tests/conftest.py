@@ -125,17 +125,26 @@ def notebook(folder, *cells, tags=('parameters',)):
     return path
 
 
-def in_child(function):
-    "The wait status of a child process that runs `function`; forked, because importing torch takes seconds."
+def begin_child(function):
+    "The process id of a child that runs `function`, and exits with the status that it asks for; forked, because importing torch takes seconds."
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            if 'torch' in sys.modules:
+                sys.modules['torch'].set_num_threads(1)    # a forked child can have no more
             function()
             status = 0
+        except SystemExit as end:
+            status = end.code or 0
         finally:
             os._exit(status)
-    return os.waitpid(child, 0)[1]
+    return child
+
+
+def in_child(function):
+    "The wait status of a child process that runs `function`."
+    return os.waitpid(begin_child(function), 0)[1]
 
 
 def in_little_space(function, *arguments, limit=3000):

@@ -1,8 +1,7 @@
-"""The benchmark notebook from outside: what a papermill run writes, and what it refuses. Its statistics: test_evaluation.py."""
+"""The benchmark notebook from outside: what a run writes, and what it refuses. Its statistics: test_evaluation.py."""
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -69,17 +68,14 @@ def execute(parameters, until=None):
 
 @pytest.fixture(scope='module')
 def run(dataset):
-    "The results folder of a papermill run over two parts that was started from another folder."
-    parameters = arguments(dataset, join=['val'], published=str(dataset / 'published.csv'), checkpoints=[str(dataset / 'mine.pt')])
-    given = '\n'.join(f'{name}: {json.dumps(value)}' for name, value in parameters.items())
-    papermill = [sys.executable, '-m', 'papermill', str(NOTEBOOK), str(dataset / 'executed.ipynb'), '-y', given]
-    done = subprocess.run(papermill, cwd=dataset, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'IN_TEST': ''})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dataset / 'results'
+    "The results folder of a run over two parts that was started from another folder, and what it printed. By papermill: test_own_method.py."
+    with contextlib.chdir(dataset), contextlib.redirect_stdout(io.StringIO()) as printed:
+        execute(arguments(dataset, join=['val'], published=str(dataset / 'published.csv'), checkpoints=[str(dataset / 'mine.pt')]))
+    return dataset / 'results', printed.getvalue()
 
 
 def test_every_file_is_written(run):
+    run, _ = run
     files = {path.name for path in run.iterdir()}
     assert {'metrics.csv', 'summary.csv', 'ranking.csv', 'significance.csv', 'lesions.csv', 'box_plots.png',
             'contact_sheet.png', 'run.json', 'fused'} <= files
@@ -94,6 +90,7 @@ def test_every_file_is_written(run):
 
 
 def test_tables(run):
+    run, printed = run
     metrics = pd.read_csv(run / 'metrics.csv', comment='#')
     summary = pd.read_csv(run / 'summary.csv', index_col='method')
     rules = {'laplacian_pyramid', 'wavelet_maximum', 'guided_filter'}
@@ -106,12 +103,12 @@ def test_tables(run):
         assert summary.loc['average', column] == pytest.approx(of_average.mean(), rel=1e-4)
         assert summary.loc['average', f'{column}_sd'] == pytest.approx(of_average.std(), rel=1e-4)
     assert summary.trained_on.dropna().index.tolist() == ['mine'] and summary.invented['average'] < 1e-3
-    assert '**mine †**' in (run.parent / 'executed.ipynb').read_text(encoding='utf-8')
+    assert '**mine †**' in printed
     assert np.isnan(summary.ms_per_pair['minimum']) and summary.parameters['average'] == 0 and summary.parameters['mine'] > 100
 
 
 def test_significance(run):
-    tests = pd.read_csv(run / 'significance.csv')
+    tests = pd.read_csv(run[0] / 'significance.csv')
     best, column = (tests[tests.rival == rival] for rival in ('best baseline', 'best in the column'))
     assert set(best.method) == {'mine', 'minimum', 'Wonder (published)'} and best.against.nunique() == 1
     assert not best.against.iloc[0].startswith('copy_') and set(best.over) == {'6 slices of 2 patients'}

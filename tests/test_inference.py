@@ -5,8 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import begin_child
 from PIL import Image, ImageCms
 from torch import nn
 
@@ -106,11 +105,6 @@ def test_a_name_always_means_the_shipped_network(tmp_path, monkeypatch):
 def test_rules_by_name(name, same, pair):
     assert load_model(name) is load_model(same)
     assert np.array_equal(fuse(*pair, model=name), fuse(*pair, model=load_model(name)))
-
-
-def test_inference_stands_without_training():
-    code = 'import sys, medfusion.inference; sys.exit("medfusion.training" in sys.modules)'
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode == 0
 
 
 def test_a_folder_means_the_best_in_it(trained, tmp_path):
@@ -694,15 +688,15 @@ def test_killed_between_any_two_writes(folders, door, moment, monkeypatch):
 @pytest.mark.fault('fuse', 'killed from outside')
 def test_killed_for_real(folders):
     "SIGKILL while another process writes: whole files, no foreign ones, and the next run ends the work and tidies up."
-    code = ('import sys, time; from pathlib import Path; from medfusion import inference; real = inference.write_atomically\n'
-            'inference.write_atomically = lambda *given: (time.sleep(0.05), real(*given))\n'
-            'inference.fuse_folder("CT", "MRI", "out", "maximum", progress=False, batch_size=1, workers=1)')
-    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], cwd=folders)
-    while not names_in(folders / 'out') and process.poll() is None:
+    def slowly(real=inference.write_atomically):
+        inference.write_atomically = lambda *given: (time.sleep(0.05), real(*given))
+        run(folders, batch_size=1, workers=1)
+    child = begin_child(slowly)
+    while not names_in(folders / 'out'):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (folders / 'out' / f'.5000.png.{process.pid}.tmp').write_bytes(b'half')
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    (folders / 'out' / f'.5000.png.{child}.tmp').write_bytes(b'half')
     names = names_in(folders / 'CT')
     report = run(folders, 'maximum')
     assert report.ok and sorted(report.fused + report.skipped) == names and report.skipped

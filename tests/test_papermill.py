@@ -1,7 +1,8 @@
 """The method notebooks as papermill runs them: read by its own inspection, from any folder, in mixed precision, killed and resumed."""
+import contextlib
 import json
-import os
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
+from papermill.cli import papermill
 from papermill.inspection import display_notebook_help, inspect_notebook
 
 from medfusion.files import read_image, write_image
@@ -22,7 +25,6 @@ from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERMILL = [sys.executable, '-m', 'papermill', '--no-progress-bar']
 WAVELET, RESNET = 'trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb'
 PARAMETERISED = sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb') if '"parameters"' in path.read_text(encoding='utf-8'))
 SMALL = {WAVELET: {'num_epochs': 2, 'width': 4}, RESNET: {'epochs': 2, 'backbone_weights': 'none', 'deepest': 'layer1',
@@ -34,21 +36,29 @@ def dataset(tmp_path_factory):
     return write_phantom(tmp_path_factory.mktemp('data') / 'Dataset', cases=3, slices=2, size=64)
 
 
-def command(notebook, dataset, folder, **parameters):
-    "A papermill call at smoke size that writes into `folder` only."
+def arguments(notebook, dataset, folder, **parameters):
+    "Those of a papermill call at smoke size that writes into `folder` only."
     values = {'ct_dir': dataset / 'train/CT', 'mri_dir': dataset / 'train/MRI', 'save_dir': folder / 'results',
               **SMALL[notebook], 'run': 'mine', **parameters}
     options = [text for name, value in values.items() for text in ('-p', name, str(value))]
-    return [*PAPERMILL, str(ROOT / 'nbs' / notebook), str(folder / 'executed.ipynb'), *options]
+    return ['--no-progress-bar', str(ROOT / 'nbs' / notebook), str(folder / 'executed.ipynb'), *options]
 
 
 def run(notebook, dataset, folder, **parameters):
-    return subprocess.run(command(notebook, dataset, folder, **parameters), cwd=folder, capture_output=True, text=True)
+    "What a call ended with, in this process; the notebook has its own."
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(papermill, arguments(notebook, dataset, folder, **parameters))
+
+
+def begin(notebook, dataset, folder, **parameters):
+    "A call in a process of its own, which may be killed: what it cannot remove then lies in `folder`."
+    words = [sys.executable, '-m', 'papermill', *arguments(notebook, dataset, folder, **parameters)]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'TMPDIR': str(folder)})
 
 
 def finished(done, folder):
     "The record of a run that ended well."
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.exit_code == 0, done.output[-3000:]
     record = json.loads((folder / 'results/mine/run.json').read_text())
     assert record['state'] == 'finished'
     return record
@@ -56,7 +66,7 @@ def finished(done, folder):
 
 def failure(done, folder):
     "The error of a failed run, which kept its executed notebook."
-    assert done.returncode != 0
+    assert done.exit_code != 0
     outputs = [output for cell in nbformat.read(folder / 'executed.ipynb', 4).cells for output in cell.get('outputs', [])]
     error, = [output for output in outputs if output.output_type == 'error']
     return error.evalue
@@ -106,11 +116,11 @@ def test_recipes_name_parameters_of_their_notebook(recipe):
 # Runs
 
 @pytest.mark.parametrize('notebook', [WAVELET, RESNET])
-def test_a_run_in_mixed_precision_leaves_everything_in_its_place(notebook, dataset, tmp_path):
+def test_a_run_in_mixed_precision_leaves_everything_in_its_place(notebook, dataset, tmp_path, caplog):
     method = next(method for method in methods().values() if method.notebook == notebook)
     done = run(notebook, dataset, tmp_path, precision='bf16', w_qabf=1., ema=0.5)
     record, run_dir = finished(done, tmp_path), tmp_path / 'results/mine'
-    assert 'Unable to parse' not in done.stderr
+    assert 'Unable to parse' not in caplog.text
     assert record['parameters']['precision'] == 'bf16' and set(record['split']) == {'train', 'val', 'test'}
     network = next(iter(record['numbers']['means']))
     assert {network, 'average', 'maximum', 'copy_ct', 'copy_mri'} == set(record['numbers']['means'])
@@ -172,8 +182,7 @@ def kill(process):
 def start_and_kill(dataset, folder, moment):
     "A run of four epochs, killed after its second."
     second = folder / 'results/mine/checkpoints/intermediate/trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_2.pt'
-    process = subprocess.Popen(command(WAVELET, dataset, folder, num_epochs=4), cwd=folder, stderr=subprocess.DEVNULL,
-                               env=os.environ | {'TMPDIR': str(folder)})   # what a killed process cannot remove
+    process = begin(WAVELET, dataset, folder, num_epochs=4)
     deadline = time.monotonic() + 120
     while not second.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -227,8 +236,7 @@ def test_a_file_where_the_results_folder_should_be(dataset, tmp_path):
 @pytest.mark.fault('train', 'several at once')
 @pytest.mark.long
 def test_two_runs_at_once_in_one_folder(dataset, tmp_path):
-    first = subprocess.Popen(command(WAVELET, dataset, tmp_path, num_epochs=10_000), cwd=tmp_path,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'TMPDIR': str(tmp_path)})
+    first = begin(WAVELET, dataset, tmp_path, num_epochs=10_000)
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.rglob('*_epoch_1.pt')) and time.monotonic() < deadline:

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import unicodedata
@@ -229,12 +228,6 @@ def test_no_clone_anywhere(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='neither above'):
         resolve_path('../Dataset')
     assert resolve_path(tmp_path / 'a') == tmp_path / 'a'
-
-
-def test_runs_import_no_training():
-    "Inference stands on runs, and loads neither the loop nor accelerate."
-    code = 'import sys, medfusion.runs; print([name for name in ("accelerate", "medfusion.training", "papermill") if name in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout == '[]\n'
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
