@@ -1,6 +1,7 @@
 """Sweeps from outside: what is started, gone on with and left alone; failures and stops; the table of runs. A run here is a small script."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 from test_cli import assert_sentence, medfusion
 
 from medfusion import sweeps as S
+from medfusion.cli import read_value
+from medfusion.inference import named_model
+from medfusion.paper_figures import named_method
 from medfusion.phantom import write_phantom
 from medfusion.runs import read_run, write_history, write_run
+from medfusion.tables import split_values
 
 GRID = {'w_gradient': [0.5, 1.0], 'seed': [0, 1]}
 # Takes the place of `medfusion train`: epochs until told to stop, a record of how it ended; `w_sd` is how it misbehaves.
@@ -204,3 +209,12 @@ def test_real_runs_interrupted_and_gone_on_with(base, tmp_path):
     table = S.load_runs(str(tmp_path))
     assert table.state.eq('finished').all() and table.epochs.eq(150).all() and len(table) == 4
     assert read_run(tmp_path / 'w_gradient=0.5+seed=0')['started'] == began and S.varied(table) == ['seed', 'w_gradient']
+
+
+def test_the_names_work_wherever_a_run_is_named():
+    "In a shell, in a list of the benchmark's checkpoints, with a title, between commas."
+    name = S.name_of_run({'w_gradient': 0.5, 'lr': 1e-5, 'start': 'run:a,b'}, 'wide')
+    assert shlex.quote(name) == name and split_values(f'{name},maximum') == [name, 'maximum']
+    specs = read_value(f'[run:{name}, ours=run:{name}]', list[str])
+    assert [named_model(spec) for spec in specs] == [(name, f'run:{name}'), ('ours', f'run:{name}')]
+    assert [named_method(spec)[1] for spec in specs] == [f'run:{name}'] * 2
