@@ -55,10 +55,10 @@ export: $(READY) ## clean the notebooks and write the package from them
 notebooks: $(READY)  ## execute all notebooks on the phantom for the outputs that are committed
 	$(BIN)/python .ci/execute_notebooks.py
 
-docs: $(READY)   ## build the site of the notebooks, _docs/docs/index.html (fetches Sphinx the first time)
+docs: $(READY)   ## build the site of the notebooks, _docs/html/docs/index.html (fetches Sphinx the first time)
 	@$(BIN)/python -c 'import myst_nb, latex2mathml' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs . _docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . _docs/html
 
 dicom-check: $(READY)  ## check derived DICOM series by dciodvfy (apt-get install dicom3tools) and highdicom (fetched the first time)
 	@$(BIN)/python -c 'import highdicom' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check highdicom
