@@ -877,7 +877,8 @@ Markdown = Annotated[Path | None, typer.Option('--markdown', parser=typed_path, 
 def check_tables(csv=None, latex=None, markdown=None) -> None:
     "Raises ValueError or OSError, before anything is computed, where a table could not be written to one of these paths."
     from medfusion.inference import check_output
-    for path, ending in ((csv, '.csv'), (latex, '.tex'), (markdown, '.md')):
+    from medfusion.tables import forms
+    for path, ending in ((csv, '.csv'), (latex, forms()['latex'].suffix), (markdown, forms()['markdown'].suffix)):
         if path is not None:
             check_output(path, [], (ending,))
 
