@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .certain_pixels import keep_certain, pad_to_multiple
+from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
 
@@ -141,8 +141,7 @@ class WaveletFusion(SubbandMasks):
     def apply_maps(self, ct, mri, maps):
         mix = mix_on_four_grids if self.config['cycle_spin'] else mix_subbands
         fused = mix(pad_to_multiple(ct, 8), pad_to_multiple(mri, 8), maps)[..., :ct.shape[-2], :ct.shape[-1]]
-        gate = (32 * (torch.maximum(ct, mri) - 4 / 255)).clamp(0, 1)  # 0 up to 4 grey levels of 255, 1 from 12 on
-        return keep_certain(fused, ct, mri, gate, self.config['white_bone']).to(ct.dtype)
+        return keep_certain(fused, ct, mri, dark_gate(ct, mri), self.config['white_bone']).to(ct.dtype)
 
     @torch.no_grad()
     def maps(self, ct, mri):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .certain_pixels import keep_certain, pad_to_multiple
+from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
 from .wavelet_fusion import haar, inverse_haar, subband_names
@@ -78,8 +78,7 @@ class WaveletLite(nn.Module):
     def forward(self, ct, mri):
         check_images(ct, mri, least=16)
         fused = inverse_haar(self.mix(ct, mri)[0])[..., :ct.shape[-2], :ct.shape[-1]]
-        gate = (32 * (torch.maximum(ct, mri) - 4 / 255)).clamp(0, 1)  # 0 up to 4 grey levels of 255, 1 from 12 on
-        return keep_certain(fused, ct, mri, gate, self.config['white_bone']).to(ct.dtype)
+        return keep_certain(fused, ct, mri, dark_gate(ct, mri), self.config['white_bone']).to(ct.dtype)
 
     @torch.no_grad()
     def maps(self, ct, mri):

@@ -1,14 +1,16 @@
-"""The wavelet network: any size, any type of numbers, black stays black, a slice alone equals the slice in a batch."""
+"""The wavelet networks, the large and the small: any size, any type of numbers, black stays black, a slice alone equals the slice in a batch."""
 import pytest
 import torch
 
+from medfusion import wavelet_lite
 from medfusion.wavelet_fusion import WaveletFusion, haar, inverse_haar, training_step
+from medfusion.wavelet_lite import WaveletLite
 
 
-def trained_like(**config):
+def trained_like(network=WaveletFusion, **config):
     "A network whose maps are far from their initial values."
     torch.manual_seed(1)
-    model = WaveletFusion(**config).eval()
+    model = network(**config).eval()
     torch.nn.init.normal_(model.network.head.weight, std=0.5)
     return model
 
@@ -19,9 +21,9 @@ def pair(*shape):
 
 
 @pytest.mark.parametrize('size', [(16, 16), (17, 31), (201, 183)])
-@pytest.mark.parametrize('cycle_spin', [False, True])
-def test_any_size_gives_the_same_size(size, cycle_spin):
-    model = trained_like(width=8, cycle_spin=cycle_spin)
+@pytest.mark.parametrize('config', [{}, {'cycle_spin': True}, {'network': WaveletLite}], ids=str)
+def test_any_size_gives_the_same_size(size, config):
+    model = trained_like(width=8, **config)
     ct, mri = pair(2, 1, *size)
     with torch.no_grad():
         fused = model(ct, mri)
@@ -134,3 +136,46 @@ def test_the_lesions_of_a_recipe_reach_the_loss():
 def test_an_unknown_term_gets_a_sentence():
     with pytest.raises(ValueError, match="no term 'msse'"):
         training_step(trained_like(width=8), dict(zip(('ct', 'mri'), pair(1, 1, 32, 32))), {'msse': 1.})
+
+
+# The small one
+
+def test_the_small_one_is_small():
+    assert sum(weights.numel() for weights in WaveletLite().parameters()) <= 3000
+
+
+def test_even_slices_stay_even_and_white_bone_white():
+    model = trained_like(WaveletLite)
+    with torch.no_grad():
+        for level in (0., 85 / 255, 1.):
+            even = torch.full((1, 1, 48, 48), level)
+            assert torch.equal(model(even, torch.zeros_like(even)), even)
+        ct, mri = pair(1, 1, 40, 40)
+        ct[..., 10:20, 10:20] = 1
+        assert (model(ct, mri)[ct == 1] == 1).all()
+
+
+def test_without_a_gain_the_subbands_lie_between_their_sources():
+    model, (ct, mri) = trained_like(WaveletLite, gain=0.), pair(1, 1, 32, 32)
+    with torch.no_grad():
+        fused = model.mix(ct, mri)[0]
+    low, high = torch.minimum(haar(ct), haar(mri)), torch.maximum(haar(ct), haar(mri))
+    assert (fused >= low - 1e-6).all() and (fused <= high + 1e-6).all()
+
+
+def test_it_learns_to_imitate():
+    torch.manual_seed(0)
+    model, (ct, mri) = WaveletLite(), pair(2, 1, 32, 32)
+
+    def teacher(ct, mri):
+        return (3 * ct + mri) / 4
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
+    for _ in range(30):
+        terms = wavelet_lite.training_step(model, {'ct': ct, 'mri': mri}, teacher, {'imitation': 1.})
+        optimizer.zero_grad()
+        terms['loss'].backward()
+        optimizer.step()
+        losses.append(float(terms['imitation'].detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(ValueError):
+        wavelet_lite.training_step(model, {'ct': ct, 'mri': mri}, teacher, {'imitation': -1.})
