@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shrunk', 'graded', 'tissue_threshold', 'head_mask', 'points_in', 'quarter_turns', 'middles_along', 'pose_of', 'moved',
            'distance_between', 'rigid', 'Registration', 'ScanPyramid', 'one_thread', 'descend', 'quietly',
-           'search_pose', 'half_disagreement', 'mirrored', 'mirror_ratio', 'seen_share', 'seen_by', 'verdict_limits',
+           'search_pose', 'seen_by', 'half_disagreement', 'mirrored', 'mirror_ratio', 'seen_share', 'verdict_limits',
            'judge', 'register', 'resampled', 'write_transform', 'read_transform']
 
 # %% ../nbs/32_registration.ipynb #fa15e5ad
@@ -231,6 +231,12 @@ def search_pose(pyramid: ScanPyramid, progress=quietly) -> tuple:
     pose, _ = max((descend(pyramid, 4, pose) for _, pose, _ in better[:2]), key=lambda one: one[1])
     return pose, [(number, value) for number, _, value in [*better, *tried[few:]]]
 
+# %% ../nbs/32_registration.ipynb #2e77eb69
+def seen_by(image: sitk.Image, pose, points) -> np.ndarray:
+    "Which of points (N, 3), in mm, a pose maps into the volume that an image covers, (N,) bool."
+    places = (moved(pose, points) - image.GetOrigin()) @ np.linalg.inv(np.reshape(image.GetDirection(), (3, 3))).T / image.GetSpacing()
+    return ((places > -.5) & (places < np.array(image.GetSize()) - .5)).all(1)
+
 # %% ../nbs/32_registration.ipynb #228666c5
 def half_disagreement(pyramid: ScanPyramid, pose, progress=quietly) -> list[float]:
     "How far apart, in mm, opposite halves of the head come to lie (left and right, front and back, lower and upper) when each is registered for itself from `pose`."
@@ -272,12 +278,6 @@ def seen_share(ct: sitk.Image, mri: sitk.Image, pose, points, mri_points) -> flo
     "The share of a head's points (N, 3), of the CT's `points` or of the MRI's, whichever is larger, that lie in the other scan by a pose: 1 for a small scan within a large one."
     back = rigid(pose).GetInverse()
     return float(max(seen_by(mri, pose, points).mean(), seen_by(ct, rigid(back), mri_points).mean()))
-
-# %% ../nbs/32_registration.ipynb #2e77eb69
-def seen_by(image: sitk.Image, pose, points) -> np.ndarray:
-    "Which of points (N, 3), in mm, a pose maps into the volume that an image covers, (N,) bool."
-    places = (moved(pose, points) - image.GetOrigin()) @ np.linalg.inv(np.reshape(image.GetDirection(), (3, 3))).T / image.GetSpacing()
-    return ((places > -.5) & (places < np.array(image.GetSize()) - .5)).all(1)
 
 # %% ../nbs/32_registration.ipynb #907a6970
 def verdict_limits() -> dict[str, tuple[float, float]]:
