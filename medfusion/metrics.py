@@ -10,8 +10,8 @@ __all__ = ['quantise', 'check_images', 'safe_power', 'safe_ratio', 'joint_histog
            'gradient_length', 'invented_edges', 'invented', 'similarity_maps', 'ssim_statistics', 'ssim_of_pair',
            'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise', 'lesion_contrast',
            'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns', 'psnr_columns',
-           'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names', 'lower_is_better',
-           'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept', 'colour_columns',
+           'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names', 'colour_columns',
+           'lower_is_better', 'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept',
            'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
 
 # %% ../nbs/05_metrics.ipynb #c0cca051
@@ -773,6 +773,11 @@ def _row_of(column):
     raise ValueError(f'{column!r} is no column of a table of metrics; they are {", ".join(metric_names())}, and their '
                      'parts such as VIF_min.')
 
+# %% ../nbs/05_metrics.ipynb #ed4fa78d
+def colour_columns():
+    "The columns of `colour_kept`, of both of which less is better."
+    return ['hue_error', 'saturation_loss']
+
 # %% ../nbs/05_metrics.ipynb #631875de
 def lower_is_better(name):
     "Whether less of a column of `measure` or `colour_kept` is better; ValueError for a column that does not exist."
@@ -865,11 +870,6 @@ def colour_kept(fused: np.ndarray, source: np.ndarray) -> dict[str, float]:
     shown = weights * (np.abs(here) > 1e-3)
     error = (shown * angles).sum() / shown.sum() if shown.any() else float('nan')
     return {'hue_error': float(error), 'saturation_loss': float(1 - np.minimum(weights, np.abs(here)).sum() / weights.sum())}
-
-# %% ../nbs/05_metrics.ipynb #ed4fa78d
-def colour_columns():
-    "The columns of `colour_kept`, of both of which less is better."
-    return ['hue_error', 'saturation_loss']
 
 # %% ../nbs/05_metrics.ipynb #af82d9db
 def rows_as_table(names, rows, columns, preset='cvpr'):
