@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['backbone_stages', 'ResNetBackbone', 'find_backbone', 'check_named_hash', 'download_backbone', 'backbone_file',
            'read_weights', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'OnFrozenBackbone', 'half_storage',
-           'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'TrainingPairs']
+           'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'cut_or_varied',
+           'TrainingPairs']
 
 # %% ../nbs/12_backbone.ipynb #d1792a83
 import contextlib
@@ -28,7 +29,8 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import medfusion
 from .certain_pixels import pad_to_multiple
-from .files import read_json, sha256_of
+from .data import check_vary, vary_pair
+from .files import read_json, sha256_of, to_float
 from .processes import connect, from_first_here, shared_out, this_process
 from .runs import nbs_dir, resolve_path
 
@@ -296,17 +298,25 @@ def cut(maps, place, stride=1):
     rows, columns = (slice(part.start // stride, part.stop // stride) if part.stop else part for part in place)
     return maps[:, rows, columns]
 
+# %% ../nbs/12_backbone.ipynb #314d0be0
+def cut_or_varied(slices, place, size, rng, vary=0.0):
+    "CT and MRI (1, H, W), cut at a place; of a share `vary` instead a window of `size` pixels a side by `data.vary_pair`, whose features nobody knows."
+    if vary and rng.random() < vary:
+        return [torch.from_numpy(to_float(image))[None] for image in vary_pair(*(one[0].numpy() for one in slices), size, rng)]
+    return [cut(one, place).contiguous() for one in slices]
+
 # %% ../nbs/12_backbone.ipynb #816aa0ed
 class TrainingPairs(Dataset):
     """The items of a dataset, cropped to `crop` pixels a side (0: whole) and mirrored at random, with their cached
     features: {'ct', 'mri', 'name', 'case'} and, with a cache, 'features': {stage: (2, h, w, channels)}.
 
-    What is random depends on (seed, epoch, index) only. Raises ValueError for a crop that is off the features' grid."""
-    def __init__(self, dataset, cache=None, crop=0, mirror=False, seed=0):
+    Without a cache a share `vary` is made by `cut_or_varied`. What is random depends on (seed, epoch, index) only."""
+    def __init__(self, dataset, cache=None, crop=0, mirror=False, seed=0, vary=0.0):
         self.grid = max(16, backbone_stages()[cache.stages[-1]][1]) if cache else 16
         if crop % self.grid or crop < 0:
             raise ValueError(f'crop is {crop}; it must be a multiple of {self.grid}, or 0 for whole slices.')
-        self.dataset, self.cache, self.crop, self.mirror, self.seed = dataset, cache, crop or None, mirror, seed
+        check_vary(vary, crop and cache is None, 'a crop and no cache (cache_gb=0)')
+        self.dataset, self.cache, self.crop, self.mirror, self.seed, self.vary = dataset, cache, crop or None, mirror, seed, vary
         self.pairs, self.names, self.cases, self.sizes = dataset.pairs, dataset.names, dataset.cases, dataset.sizes
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()           # workers see set_epoch too
 
@@ -320,9 +330,8 @@ class TrainingPairs(Dataset):
         item, rng = self.dataset[index], np.random.default_rng((self.seed, int(self.epoch), index))
         mirror = int(self.mirror and rng.random() < 0.5)
         place = [random_interval(rng, side, self.crop, self.grid) for side in item['ct'].shape[1:]]
-        for modality in ('ct', 'mri'):
-            item[modality] = cut(item[modality].flip(-1) if mirror else item[modality], place).contiguous()
-        if self.cache is not None:
-            item['features'] = {stage: cut(of_stage, place, backbone_stages()[stage][1])
-                                for stage, of_stage in self.cache.get(index, mirror).items()}
+        slices = (item[modality].flip(-1) if mirror else item[modality] for modality in ('ct', 'mri'))
+        item['ct'], item['mri'] = cut_or_varied(slices, place, self.crop, rng, self.vary)
+        if known := self.cache and self.cache.get(index, mirror):
+            item['features'] = {stage: cut(maps, place, backbone_stages()[stage][1]) for stage, maps in known.items()}
         return item

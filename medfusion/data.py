@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_pair', 'crop_pair', 'zoom_pair', 'vary_pair',
-           'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html', 'describe_pairs',
+           'check_vary', 'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html', 'describe_pairs',
            'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files', 'data_root',
            'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split', 'recorded_files',
            'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files',
@@ -129,6 +129,12 @@ def vary_pair(ct, mri, size, rng):
         ct = np.clip((ct - np.float32(low)) / np.float32(high - low), 0, 1)
     return [to_depth(image, np.uint8) for image in (ct, mri)]
 
+# %% ../nbs/02_data.ipynb #061087e8
+def check_vary(vary, possible, needs):
+    "Raises ValueError for a share of varied crops that is none, or that is above 0 where crops cannot be varied; `needs` tells what that takes."
+    if not 0 <= vary <= 1 or vary and not possible:
+        raise ValueError(f'vary is {vary}; it must be a share from 0 to 1, and above 0 needs {needs}.')
+
 # %% ../nbs/02_data.ipynb #228bcf52
 def pairs_of_cases(pairs, cases, case_of=case_of):
     "The pairs of these cases (None: of all); a case without a slice is an error."
@@ -209,8 +215,7 @@ class CTMRIDataset(Dataset):
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,
                  vary=0.0):
-        if not 0 <= vary <= 1 or vary and not (augment and crop):
-            raise ValueError(f'vary is {vary}; it must be a share from 0 to 1, and above 0 needs augment and a crop.')
+        check_vary(vary, augment and crop, 'augment and a crop')
         self.pairs = pairs_of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
         self.augment, self.crop, self.seed, self.vary = augment, crop, seed, vary
         self.case_of, self.value_range = case_of, value_range

@@ -44,6 +44,7 @@ class Config:
     schedule: str = 'constant'
     augment: bool = True
     crop: int = 0
+    vary: float = 0.0
     ema: float = 0.0
     start: str = ''
     seed: int = 0
@@ -85,6 +86,8 @@ def check_config(cfg):
     if cfg.crop % grid or cfg.w_perceptual and 0 < cfg.crop < 48:
         raise ValueError(f'crop is {cfg.crop}; it must be a multiple of {grid}, the grid of the features, and 48 or more '
                          'with the perceptual term, which leaves out 16 pixels at each border; 0 means whole slices.')
+    if cfg.vary and cfg.cache_gb:
+        raise ValueError(f'vary is {cfg.vary}, and nobody knows the features of a varied crop beforehand; set cache_gb to 0.')
     if cfg.schedule not in ('constant', 'cosine'):
         raise ValueError(f"schedule is {cfg.schedule!r}; it must be 'constant' or 'cosine'.")
 
@@ -247,7 +250,7 @@ def training_sets(model, train, val, cfg):
 
     Without a cache (`cache_gb` 0) `training_step` computes the features itself."""
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    options = {'crop': cfg.crop, 'mirror': cfg.augment, 'seed': cfg.seed}
+    options = {'crop': cfg.crop, 'mirror': cfg.augment, 'seed': cfg.seed, 'vary': cfg.vary}
     if not cfg.cache_gb:
         return TrainingPairs(train, **options), val and TrainingPairs(val)
     folder = resolve_path(cfg.save_dir)

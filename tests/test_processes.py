@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from typer.testing import CliRunner
 
@@ -46,6 +47,7 @@ def together(count, folder, function):
             code = 1
             try:
                 signal.alarm(600)    # nobody waits for ever for one that is gone
+                AcceleratorState._reset_state(reset_partial_state=True)    # torchrun's processes begin without one of an earlier training
                 if count > 1:
                     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
                     os.environ.update(zip(names, map(str, (number, count, number, count))))
