@@ -237,16 +237,16 @@ class DetectionTerm:
     def load_state_dict(self, state):
         self.running.matrices = dict(state)
 
-    def __call__(self, model):
-        "The loss, a scalar, of a model (ct, mri) -> fused."
+    def __call__(self, model, setting=0):
+        "The loss, a scalar, of a model (ct, mri) -> fused; one with a dial has running covariances for each setting, an integer."
         if model.training:
-            return self.of_one_spot(model)
+            return self.of_one_spot(model, setting)
         generator = torch.Generator().manual_seed(0)
-        return sum(self.of_one_spot(model, generator) for _ in range(4)) / 4
+        return sum(self.of_one_spot(model, setting, generator) for _ in range(4)) / 4
 
-    def of_one_spot(self, model, generator=None):
+    def of_one_spot(self, model, setting, generator=None):
         spot, device = spot_to_find(self.sources, generator), next(model.parameters()).device
         ct, mri, brain = (part.to(device) for part in self.crops.draw(self.count, generator))
         absent, present = answers_of(model, ct, mri, random_places(brain > 0, generator=generator), spot)
-        running = self.running.follow(spot.index, absent, present, model.training)
+        running = self.running.follow(spot.index + len(spot_sizes()) * setting, absent, present, model.training)
         return efficiency_loss(fused_detectability(absent, present, running) / spot.detectability ** 2).float()

@@ -34,7 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
                                largest_disagreement, map_overlay, overlay, window_level)
 from .files import luminance, write_atomically
-from .inference import with_luminance
+from .inference import at_lesions, with_luminance
 from .metrics import lower_is_better, measure
 
 # %% ../nbs/40_explorer.ipynb #b7fb7e19
@@ -271,14 +271,16 @@ class SliceWork:
         return item['ct'][None], item['mri'][None]
 
     def fuse(self, dataset, index, method):
-        "The picture that a method makes and its metric values."
-        return fused_and_measured(self.methods[method], *self.read(dataset, index))
+        "The picture that a method makes and its metric values; a pair is a method and where its dial for lesions stands."
+        name, lesions = method if isinstance(method, tuple) else (method, None)
+        return fused_and_measured(at_lesions(self.methods[name], lesions), *self.read(dataset, index))
 
     @torch.no_grad()
     def map(self, dataset, index, method):
         "The maps of a method, {'method: map': array (h, w)}, 1 where CT is chosen; empty where the method has none."
         ct, mri = self.read(dataset, index)
-        maps = self.map_functions[method](ct, luminance(mri)) if method in self.map_functions else {}
+        method, turned = (method[0], {'lesions': method[1]}) if isinstance(method, tuple) else (method, {})
+        maps = self.map_functions[method](ct, luminance(mri), **turned) if method in self.map_functions else {}
         titles = {name: f'{method}: {name}' + ' (1: from the MRI)' * (name == 'mri') for name in maps}
         return {titles[name]: as_array(weights) for name, weights in maps.items()}
 
@@ -488,7 +490,7 @@ def control_rows(controls, boxes, buttons):
     def row(*children):
         return widgets.HBox(children, layout=widgets.Layout(flex_flow='row wrap', align_items='center'))
     views = ('mode',), ('window', 'level', 'zoom'), ('across', 'down', 'alpha', 'tile')
-    return [row(controls['dataset'], controls['case'], controls['slice']), row(*boxes.values(), buttons),
+    return [row(controls['dataset'], controls['case'], controls['slice']), row(*boxes.values(), *(controls[name] for name in ('lesions',) if name in controls), buttons),
             *(row(*(controls[name] for name in names)) for names in views)]
 
 # %% ../nbs/40_explorer.ipynb #fbox0000
@@ -509,6 +511,11 @@ class ExplorerFrame(PictureBox):
         self.methods = method_boxes(store.methods, first, self.changes)
         self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice,
                          **self.panel.controls}
+        self.dials = {name: method.lesions for name, method in store.methods.items() if getattr(method, 'dial', None) is not None}
+        if self.dials:
+            self.controls['lesions'] = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as metrics like it, 1 every lesion',
+                                              min=0.0, max=1.0, step=0.05, value=next(iter(self.dials.values())))
+            self.controls['lesions'].observe(self.changes, 'value')
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
         self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -525,11 +532,15 @@ class ExplorerFrame(PictureBox):
         "The names of the ticked methods."
         return [name for name, box in self.methods.items() if box.value]
 
+    def asked(self, name):
+        "What the store is asked for: the method of this name, with the position of its dial if it has one."
+        return (name, self.controls['lesions'].value) if name in self.dials else name
+
 # %% ../nbs/40_explorer.ipynb #4c0f7b1f
 def slices_shown(store, dataset, index, methods):
-    "The pictures that are looked at, by name: 'CT', 'MRI', and the slice that each method fused."
+    "The pictures that are looked at, by name: 'CT', 'MRI', and the slice that each of {name: method of the store} fused."
     ct, mri = (as_picture(image) for image in store.pair(dataset, index))
-    return {'CT': ct, 'MRI': mri, **{name: store.fused(dataset, index, name) for name in methods}}
+    return {'CT': ct, 'MRI': mri, **{name: store.fused(dataset, index, method) for name, method in methods.items()}}
 
 # %% ../nbs/40_explorer.ipynb #f9cd1dd0
 class Explorer(ExplorerFrame):
@@ -549,8 +560,9 @@ class Explorer(ExplorerFrame):
     def draw(self):
         "Draws what the controls say."
         where, view = (self.picker.dataset.value, self.picker.index), self.panel.view
-        self.slices = slices_shown(self.store, *where, self.shown)
-        maps = [self.store.maps(*where, name) for name in self.shown] if view.mode == 'maps' else []
+        asked = {name: self.asked(name) for name in self.shown}
+        self.slices = slices_shown(self.store, *where, asked)
+        maps = [self.store.maps(*where, method) for method in asked.values()] if view.mode == 'maps' else []
         ct, mri, *_ = self.slices.values()
         fused = {name: self.slices[name] for name in self.shown}
         tiles = view_tiles(ct, mri, fused, {name: part for some in maps for name, part in some.items()}, view)
@@ -559,8 +571,8 @@ class Explorer(ExplorerFrame):
         hide_idle(self.panel)
         name, (height, width) = self.store.datasets[where[0]].names[where[1]], ct.shape[:2]
         self.status.value = escape(f'{name}, {height} × {width} pixels; numbers of the whole slice:')
-        self.numbers.value = metric_table({name: self.store.numbers(*where, name) for name in self.shown})
-        self.store.prepare(where[0], neighbours(self.picker), self.shown, maps=view.mode == 'maps')
+        self.numbers.value = metric_table({name: self.store.numbers(*where, method) for name, method in asked.items()})
+        self.store.prepare(where[0], neighbours(self.picker), asked.values(), maps=view.mode == 'maps')
 
 # %% ../nbs/40_explorer.ipynb #ba8da78a
 def find_disagreement(explorer):
@@ -573,14 +585,16 @@ def find_disagreement(explorer):
     set_view(explorer.panel, explorer.panel.view._replace(zoom=4.0, centre=centre))
 
 # %% ../nbs/40_explorer.ipynb #202935b6
-def show_view(explorer, dataset, name, methods, view):
-    "Sets an Explorer to a slice, by its file name, to some methods and a View, and draws once."
+def show_view(explorer, dataset, name, methods, view, lesions=None):
+    "Sets an Explorer to a slice, by its file name, to some methods and a View, and its dial for lesions, and draws once."
     unknown = [method for method in methods if method not in explorer.methods]
     if unknown:
         raise ValueError(f'The explorer has no method {unknown[0]!r}; it has {", ".join(explorer.methods)}.')
     with explorer.changes.together():
         choose_slice(explorer.picker, dataset, name)
         set_view(explorer.panel, view)
+        if lesions is not None and explorer.dials:
+            explorer.controls['lesions'].value = lesions
         for method, box in explorer.methods.items():
             box.value = method in methods
 
@@ -589,7 +603,8 @@ def view_call(explorer):
     "The call of `show_view` that makes what an Explorer shows again."
     dataset = explorer.picker.dataset.value
     name = explorer.store.datasets[dataset].names[explorer.picker.index]
-    return f'show_view(explorer, {dataset!r}, {name!r}, {explorer.shown!r}, {explorer.panel.view!r})'
+    dial = f', lesions={explorer.controls["lesions"].value}' if explorer.dials else ''
+    return f'show_view(explorer, {dataset!r}, {name!r}, {explorer.shown!r}, {explorer.panel.view!r}{dial})'
 
 # %% ../nbs/40_explorer.ipynb #4b90e113
 def save_view(explorer, folder='explorer_views'):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbone import FeatureCache, OnFrozenBackbone, TrainingPairs, backbone_stages, working_type
-from .certain_pixels import keep_certain, pad_to_multiple
+from .certain_pixels import keep_certain, only_at_edges, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
 from .processes import mean_over_step
@@ -58,6 +58,7 @@ class Config:
     deepest: str = 'layer3'
     residual: float = 0.2
     white_bone: bool = False
+    follow_edges: bool = False
     perceptual_stages: str = 'stem layer1 layer2'
     w_ssim: float = 1.0
     w_gradient: float = 0.5
@@ -125,13 +126,17 @@ class DecoderStep(nn.Module):
         return self.convolve(torch.cat([x, skip.to(x.dtype)], 1))
 
 # %% ../nbs/resnet_based_fusion.ipynb #4646164b
-def weighted_sum(ct, mri, logits, residual, white_bone=False):
+def weighted_sum(ct, mri, logits, residual, white_bone=False, edges_only=False):
     """Equation 2: the fused slices and the two weights, each (B, 1, H, W), of three outputs per pixel, (B, 3, H, W).
 
-    `residual` bounds the correction; with `white_bone` the fused slice is white where the CT is."""
-    weights = torch.sigmoid(logits[:, :2])                                       # (B, 2, H, W)
+    `residual` bounds the correction; with `white_bone` the fused slice is white where the CT is;
+    with `edges_only` weights and correction jump only where a slice has an edge."""
+    decisions = torch.cat([torch.sigmoid(logits[:, :2]), residual * torch.tanh(logits[:, 2:])], 1)   # (B, 3, H, W)
+    if edges_only:
+        decisions = only_at_edges(decisions, ct, mri)
+    weights, correction = decisions[:, :2].clamp(0, 1), decisions[:, 2:]
     gate = (8 * torch.maximum(ct, mri)).clamp(max=1)
-    fused = (weights * torch.cat([ct, mri], 1)).sum(1, keepdim=True) + gate * residual * torch.tanh(logits[:, 2:])
+    fused = (weights * torch.cat([ct, mri], 1)).sum(1, keepdim=True) + gate * correction
     return keep_certain(fused, ct, mri, white_bone=white_bone), weights[:, :1], weights[:, 1:]
 
 # %% ../nbs/resnet_based_fusion.ipynb #46383913
@@ -172,12 +177,14 @@ class ResNetFusion(FusionLayers):
     backbone: see `load_backbone`; backbone_sha256: what its SHA-256 has to be (None: whatever it is). widths: channels
     of fusion modules and decoder, from the stem down to `deepest`; what is left over is not used. `features`, where
     they are known already, are those of the method of that name. Raises ValueError on slices that do not fit."""
+    free_at_start = ('follow_edges',)
 
     def __init__(self, backbone='medfusion', backbone_sha256=None, deepest='layer3', widths=(16, 32, 48, 64, 64),
-                 residual=0.2, white_bone=False):
+                 residual=0.2, white_bone=False, follow_edges=False):
         super().__init__(backbone, backbone_sha256, deepest, widths)
         self.config = {'backbone': backbone, 'backbone_sha256': self.backbone_sha256, 'deepest': deepest,
-                       'widths': list(widths[:len(self.fusions)]), 'residual': residual, 'white_bone': white_bone}
+                       'widths': list(widths[:len(self.fusions)]), 'residual': residual, 'white_bone': white_bone,
+                       'follow_edges': follow_edges}
 
     def forward(self, ct, mri, features=None):
         return self.fuse(ct, mri, features)[0]
@@ -187,7 +194,7 @@ class ResNetFusion(FusionLayers):
         slices = pad_to_multiple(torch.cat([ct, mri], 1), self.stride)                    # (B, 2, H', W')
         logits, shares = self.decide(slices, features or self.features(ct, mri))          # (B, 3, H', W')
         logits = logits[..., :ct.shape[-2], :ct.shape[-1]]                                # (B, 3, H, W)
-        fused, of_ct, of_mri = weighted_sum(ct, mri, logits, self.config['residual'], self.config['white_bone'])
+        fused, of_ct, of_mri = weighted_sum(ct, mri, logits, *(self.config[name] for name in ('residual', 'white_bone', 'follow_edges')))
         return fused.to(ct.dtype), {'ct': of_ct, 'mri': of_mri, **shares}
 
     @torch.no_grad()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['subband_names', 'haar', 'inverse_haar', 'two_convolutions', 'MaskNetwork', 'mix_subbands', 'between_blocks',
-           'mix_on_four_grids', 'SubbandMasks', 'WaveletFusion', 'training_step', 'warm_cosine']
+           'mix_on_four_grids', 'check_lesions', 'Dial', 'SubbandMasks', 'WaveletFusion', 'training_step', 'weights_at',
+           'dial_step', 'warm_cosine']
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #37a6bb6a
 import math
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
 from .losses import weighted_loss
@@ -105,19 +107,45 @@ def mix_on_four_grids(ct, mri, maps):
         fused = fused + part[..., down:down + height, right:right + width]
     return fused / 4
 
+# %% ../nbs/trainable-wavelet-fusion.ipynb #c224dead
+def check_lesions(lesions):
+    "Raises ValueError unless `lesions`, the position of a dial, is a number from 0 to 1."
+    if isinstance(lesions, bool) or not isinstance(lesions, (int, float)) or not 0 <= lesions <= 1:
+        raise ValueError(f'lesions is {lesions!r}; it must be a number from 0 (as the usual metrics like it) to 1 (every lesion).')
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #19c542d5
+class Dial(nn.Module):
+    "Equation 3, for the convolutions of these names in a network; nothing changes before it is trained, nor in the middle of the dial."
+
+    def __init__(self, network, names):
+        super().__init__()
+        self.names = list(names)    # `ends`, a convolution each: both ends of the dial, factor and shift, channels
+        self.ends = nn.ParameterList(torch.zeros(2, 2, network.get_submodule(name).out_channels) for name in self.names)
+
+    def weights(self, network, lesions):
+        "{name: tensor}, the network's weights with the dial at `lesions`, for `torch.func.functional_call`."
+        turned, low, high = {}, max(0., 1 - 2 * lesions), max(0., 2 * lesions - 1)
+        for name, ends in zip(self.names, self.ends):
+            convolution, (factor, shift) = network.get_submodule(name), low * ends[0] + high * ends[1]
+            turned[f'{name}.weight'] = convolution.weight * (1 + factor)[:, None, None, None]
+            turned[f'{name}.bias'] = convolution.bias * (1 + factor) + shift
+        return turned
+
 # %% ../nbs/trainable-wavelet-fusion.ipynb #30412875
 class SubbandMasks(nn.Module):
     "What the trained half of the method decides: masks and residuals. The arguments are those of `WaveletFusion`."
 
-    def __init__(self, width, residual, shared_mask):
+    def __init__(self, width, residual, shared_mask, dial=False):
         super().__init__()
         self.residual = residual
         self.network = MaskNetwork(width, masks=1 if shared_mask else 4)
+        self.dial = Dial(self.network, ['encode1.2', 'encode2.2', 'encode3.2', 'decode2.0', 'decode1.0', 'head']) if dial else None
 
-    def decide(self, ct, mri):
+    def decide(self, ct, mri, lesions=0.5):
         "Four masks in [0, 1] and four bounded residuals, (B, 8, h, w), of slices padded to multiples of 8: h is H/2."
+        weights = self.dial.weights(self.network, lesions) if self.dial else {}
         bands = torch.cat([haar(pad_to_multiple(x, 8)) for x in (ct, mri)], 1)               # (B, 8, h, w)
-        maps = self.network(bands.to(self.network.head.weight.dtype)).to(bands.dtype)        # (B, 8 or 5, h, w)
+        maps = functional_call(self.network, weights, bands.to(self.network.head.weight.dtype)).to(bands.dtype)  # (B, 8 or 5, h, w)
         masks = torch.sigmoid(maps[:, :-4]).expand(-1, 4, -1, -1)                            # (B, 4, h, w)
         return torch.cat([masks, self.residual * torch.tanh(maps[:, -4:])], 1)
 
@@ -127,16 +155,28 @@ class WaveletFusion(SubbandMasks):
 
     width: channels of the first stage of the mask network; residual: bound of what may be added to a fused subband
     (0: masks alone); cycle_spin: average over the four one-pixel shifts of the Haar grid; white_bone: white where the
-    CT is saturated; shared_mask: one mask for all subbands."""
+    CT is saturated; shared_mask: one mask for all subbands; dial: equation 3. lesions: where the dial stands unless a
+    call says otherwise, from 0 (as the usual metrics like it) to 1 (every lesion)."""
+    free_at_start = ('dial', 'lesions')
 
-    def __init__(self, width=24, residual=0.25, cycle_spin=False, white_bone=False, shared_mask=False):
-        super().__init__(width, residual, shared_mask)
+    def __init__(self, width=24, residual=0.25, cycle_spin=False, white_bone=False, shared_mask=False, dial=False, lesions=0.5):
+        super().__init__(width, residual, shared_mask, dial)
+        check_lesions(lesions)
+        self.lesions = lesions
         self.config = {'width': width, 'residual': residual, 'cycle_spin': cycle_spin, 'white_bone': white_bone,
-                       'shared_mask': shared_mask}
+                       'shared_mask': shared_mask, 'dial': dial, 'lesions': lesions}
 
-    def forward(self, ct, mri):
+    def forward(self, ct, mri, lesions=None):
         check_images(ct, mri, least=16)
-        return self.apply_maps(ct, mri, self.decide(ct, mri))
+        return self.apply_maps(ct, mri, self.decide(ct, mri, self.position(lesions)))
+
+    def position(self, lesions=None):
+        "Where the dial is to stand. Raises ValueError for no number from 0 to 1, and for a network without a dial."
+        if lesions is not None:
+            check_lesions(lesions)
+            if not self.dial:
+                raise ValueError('This network has no dial for lesions; the shipped one has (-m wavelet), or train one with the parameter dial.')
+        return self.lesions if lesions is None else lesions
 
     def apply_maps(self, ct, mri, maps):
         mix = mix_on_four_grids if self.config['cycle_spin'] else mix_subbands
@@ -144,15 +184,15 @@ class WaveletFusion(SubbandMasks):
         return keep_certain(fused, ct, mri, dark_gate(ct, mri), self.config['white_bone']).to(ct.dtype)
 
     @torch.no_grad()
-    def maps(self, ct, mri):
+    def maps(self, ct, mri, lesions=None):
         "What the explorer may show: {subband: mask (B, 1, h, w)}; 1: the subband comes from CT, 0: from MRI."
         check_images(ct, mri, least=16)
-        masks = self.decide(ct, mri)[:, :4, :(ct.shape[-2] + 1) // 2, :(ct.shape[-1] + 1) // 2]
+        masks = self.decide(ct, mri, self.position(lesions))[:, :4, :(ct.shape[-2] + 1) // 2, :(ct.shape[-1] + 1) // 2]
         return dict(zip(subband_names(), masks.split(1, 1)))
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #3f2366eb
 def training_step(model, batch, weights, gradient_gain=1.0, lesions=None, detection=None):
-    """Equation 3 for a batch {'ct', 'mri'} of (B, 1, H, W): {'loss': the weighted sum, and each term}, scalars.
+    """Equation 4 for a batch {'ct', 'mri'} of (B, 1, H, W): {'loss': the weighted sum, and each term}, scalars.
 
     weights: {term: weight}, terms of weight 0 are not computed; lesions, detection: a `LesionTerm` and a
     `DetectionTerm`, needed where their weights are not 0. Raises ValueError for weights that `check_weights` refuses."""
@@ -160,6 +200,23 @@ def training_step(model, batch, weights, gradient_gain=1.0, lesions=None, detect
     fused = model(ct, mri)
     return weighted_loss(fused, ct, mri, weights, gradient_gain, lesion=lesions and partial(lesions, model),
                          detection=detection and partial(detection, model))
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #cef4bde7
+def weights_at(weights, dial, lesions):
+    "The weights {term: weight} with which an end of the dial (0 or 1) is trained: of `detection` times `dial`, or divided by it."
+    changed = {'detection': dial, 'invented': dial} if lesions else {'detection': 1 / dial}
+    return {term: weight * changed.get(term, 1) for term, weight in weights.items()}
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #b08e8b5c
+def dial_step(model, batch, weights, dial, gradient_gain=1.0, lesions=None, detection=None):
+    "`training_step` for a network of which only the dial is trained: at one end, drawn at random; in validation the mean of both."
+    network, steps = getattr(model, 'module', model), []    # among several processes the model is wrapped
+    before, ends = network.lesions, [int(torch.rand(()) < 0.5)] if network.training else [0, 1]
+    for network.lesions in ends:
+        steps.append(training_step(model, batch, weights_at(weights, dial, network.lesions), gradient_gain, lesions,
+                                   detection and partial(detection, setting=network.lesions)))
+    network.lesions = before
+    return {term: sum(step[term] for step in steps) / len(steps) for term in steps[0]}
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #cb51ec6e
 def warm_cosine(epoch, epochs):

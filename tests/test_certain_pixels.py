@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from medfusion.certain_pixels import both_constant, keep_certain, pad_to_multiple
+from medfusion.certain_pixels import both_constant, guided_filter, keep_certain, only_at_edges, pad_to_multiple, square_mean
 
 
 def test_what_is_called_constant_is_constant():
@@ -41,3 +41,27 @@ def test_other_types(kind):
 def test_no_padding_where_none_is_needed():
     image = torch.rand(1, 2, 32, 48)
     assert pad_to_multiple(image, 16) is image
+
+
+@pytest.mark.parametrize('reach', [1, 2, 8])
+@pytest.mark.parametrize('shape', [(2, 3, 40, 29), (1, 1, 16, 16)])
+def test_square_means_are_means_over_squares(reach, shape):
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    padded = torch.nn.functional.pad(image, (reach,) * 4, mode='replicate')
+    assert torch.allclose(square_mean(image, reach), torch.nn.functional.avg_pool2d(padded, 2 * reach + 1, 1), atol=1e-12)
+
+
+def test_decisions_that_are_a_combination_of_the_slices_pass_the_filter():
+    ct, mri = torch.rand(2, 1, 1, 48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    decisions = torch.cat([0.3 * ct + 0.5 * mri + 0.1, 1 - ct], 1)
+    assert torch.allclose(guided_filter(decisions, ct, mri, epsilon=1e-9), decisions, atol=1e-6)
+
+
+def test_where_both_slices_are_even_so_are_the_decisions():
+    ct, mri = torch.full((1, 1, 64, 64), 0.2), torch.full((1, 1, 64, 64), 0.7)
+    ct[..., 40:] = 1.                                               # bone, where decisions are free
+    jump = torch.zeros(1, 2, 64, 64)
+    jump[..., 16:] = 1.
+    jump[..., 40:] = 0.
+    changed = only_at_edges(jump, ct, mri).diff(dim=-1).abs()
+    assert changed[..., 8:24].max() < 0.1 and changed[..., 39].min() > 0.9

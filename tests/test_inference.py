@@ -21,7 +21,7 @@ from torch import nn
 
 from medfusion import inference
 from medfusion.files import luminance, read_image, sha256_of, to_depth, write_image
-from medfusion.inference import (check_output, find_model, fuse, fuse_folder, load_model, methods, receptive_radius, shipped_models,
+from medfusion.inference import (check_output, find_model, fuse, fuse_folder, load_model, methods, model_sha256, receptive_radius, shipped_models,
                                  with_luminance)
 from medfusion.phantom import phantom_slice
 from medfusion.runs import save_checkpoint, write_run
@@ -89,6 +89,22 @@ def test_shipped_models_load_silently(name):
         warnings.simplefilter('error', UserWarning)
         model = load_model(name, device='cpu')
     assert not model.training and type(model).__name__ == methods()[name].cls
+
+
+def test_a_dial_is_part_of_a_models_name(tmp_path, monkeypatch):
+    from medfusion.wavelet_fusion import WaveletFusion
+    monkeypatch.chdir(tmp_path)
+    model = WaveletFusion(width=4, dial=True).eval()
+    torch.nn.init.normal_(model.dial.ends[-1], std=1., generator=torch.Generator().manual_seed(0))
+    path = save_checkpoint(tmp_path / 'mine.pt', method='trainable_wavelet_fusion', config=model.config, state_dict=model.state_dict(), epoch=1, metrics={})
+    ct, mri = np.random.default_rng(0).random((2, 32, 32), dtype=np.float32)
+    assert np.array_equal(fuse(ct, mri, f'{path}@1', 'cpu'), fuse(ct, mri, str(path), 'cpu', lesions=1))
+    assert not np.array_equal(fuse(ct, mri, f'{path}@1', 'cpu'), fuse(ct, mri, str(path), 'cpu'))
+    assert load_model(f'{path}@0.25', 'cpu').lesions == 0.25 and len({model_sha256(f'{path}{at}') for at in ('', '@0', '@1')}) == 3
+    path.with_name('mine.pt@1').write_bytes(path.read_bytes())                 # a file of the whole name is that file
+    assert find_model('mine.pt@1').lesions is None
+    with pytest.raises(ValueError, match='no dial'):
+        load_model('maximum@1')
 
 
 def test_a_name_always_means_the_shipped_network(tmp_path, monkeypatch):
@@ -913,5 +929,3 @@ def test_a_full_disk_fails_the_pair_and_leaves_nothing(folders):
     assert len(report.failed) == 6 and all('out' in reason for reason in report.failed.values())
     assert not names_in(folders / 'out') and not list((folders / 'out').glob('.*'))
     assert run(folders).fused == names_in(folders / 'CT')                     # with room again
-
-

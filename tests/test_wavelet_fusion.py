@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from medfusion import wavelet_lite
-from medfusion.wavelet_fusion import WaveletFusion, haar, inverse_haar, training_step
+from medfusion.inference import at_lesions
+from medfusion.wavelet_fusion import WaveletFusion, dial_step, haar, inverse_haar, training_step
 from medfusion.wavelet_lite import WaveletLite
 
 
@@ -179,3 +180,60 @@ def test_it_learns_to_imitate():
     assert losses[-1] < 0.8 * losses[0]
     with pytest.raises(ValueError):
         wavelet_lite.training_step(model, {'ct': ct, 'mri': mri}, teacher, {'imitation': -1.})
+
+
+# The dial between what metrics like and every lesion
+
+def dialled(**config):
+    model = trained_like(width=8, dial=True, **config)
+    for number, ends in enumerate(model.dial.ends):
+        torch.nn.init.normal_(ends, std=0.3, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+def test_the_middle_of_the_dial_is_the_network_without_it():
+    model, ct, mri = dialled(), *pair(1, 1, 32, 48)
+    plain = WaveletFusion(width=8).eval()
+    plain.load_state_dict({name: weights for name, weights in model.state_dict().items() if not name.startswith('dial')})
+    with torch.no_grad():
+        assert torch.allclose(model(ct, mri), plain(ct, mri), atol=1e-6) and torch.equal(model(ct, mri), model(ct, mri, lesions=0.5))
+        fused = [model(ct, mri, lesions) for lesions in (0, 0.5, 1)]
+    assert min((a - b).abs().max() for a, b in zip(fused, fused[1:])) > 0.01
+
+
+def test_a_copy_whose_dial_stands_elsewhere_shares_the_weights():
+    model, ct, mri = dialled(lesions=0.25), *pair(1, 1, 32, 32)
+    turned = at_lesions(model, 1)
+    with torch.no_grad():
+        assert torch.equal(turned(ct, mri), model(ct, mri, lesions=1)) and torch.equal(model(ct, mri), model(ct, mri, lesions=0.25))
+        assert not torch.equal(turned.maps(ct, mri)['LL'], model.maps(ct, mri)['LL'])
+    assert turned.network is model.network and at_lesions(model, None) is model
+
+
+@pytest.mark.parametrize('lesions', [-0.1, 1.1, '1', True, float('nan')])
+def test_a_dial_takes_numbers_from_0_to_1(lesions):
+    for make in (lambda: dialled()(*pair(1, 1, 32, 32), lesions=lesions), lambda: WaveletFusion(width=8, dial=True, lesions=lesions)):
+        with pytest.raises(ValueError, match='a number from 0'):
+            make()
+
+
+def test_a_network_without_a_dial_says_so():
+    with pytest.raises(ValueError, match='no dial'):
+        trained_like(width=8)(*pair(1, 1, 32, 32), lesions=1)
+    with pytest.raises(ValueError, match='no dial'):
+        at_lesions(torch.maximum, 1)
+
+
+def test_only_the_dial_is_trained_at_both_ends():
+    model = dialled().train()
+    model.network.requires_grad_(False)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    ct, mri = pair(2, 1, 32, 32)
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.01)
+    for _ in range(12):                 # both ends are drawn, but for one time in 2,000
+        optimizer.zero_grad()
+        dial_step(model, {'ct': ct, 'mri': mri}, {'mse': 1.}, dial=4.)['loss'].backward()
+        optimizer.step()
+    moved = {name for name, weights in model.state_dict().items() if not torch.equal(weights, before[name])}
+    assert moved == {f'dial.ends.{number}' for number in range(6)} and model.lesions == 0.5
+    assert all((model.dial.ends[0][end] != before['dial.ends.0'][end]).any() for end in (0, 1))
