@@ -1,9 +1,13 @@
 """nbdev_test, with its options, but for the pictures: its shell draws each figure, mostly twice and at twice its size, shows it to nobody,
 and goes on where drawing fails. What cells compute, and the figures that they make, are what nbdev_test sees.
 """
+import sys
+
 from execnb.shell import CaptureShell
 from matplotlib.figure import Figure
 from nbdev import test
+
+sys.modules['rfc3987_syntax'] = None    # a grammar that nbconvert's jsonschema builds where JupyterLab brought it, for longer than torch is loaded
 
 
 class Shell(CaptureShell):
