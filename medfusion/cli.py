@@ -19,6 +19,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
 import ast
 import errno
 import json
+import logging
 import os
 import re
 import shlex
@@ -578,8 +579,7 @@ def own_temporary_files():
 # %% ../nbs/50_cli.ipynb #7aece475
 def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool = False) -> None:
     "Executes a notebook of nbs/ with papermill, shows what it prints. Raises ValueError or ProcessLost, in a sentence, where it fails."
-    import logging
-
+    sys.modules.setdefault('rfc3987_syntax', None)    # a grammar that jsonschema builds where JupyterLab brought it: seconds, for nothing here
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -706,8 +706,6 @@ def run_beside(notebook: str, given: dict) -> None:
 # %% ../nbs/50_cli.ipynb #3886d783
 def launch(words: list[str], count: int) -> None:
     "Runs the command of these words in `count` processes, by torchrun. Raises typer.Exit with its status where it fails."
-    import logging
-
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -16,7 +16,7 @@ import pandas as pd
 from .cross_validation import folds_table, half_widths, read_folds
 from .evaluation import find_fused, ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
-from .files import Pair, absolute_path, image_suffixes, list_pairs, name_key, read_image, stem_of
+from .files import Pair, absolute_path, list_pairs, name_key, read_image, stem_of, suffix_of
 from .inference import fuse, named_model
 from .metrics import lower_is_better
 from .runs import checkpoint_suffixes, read_run, resolve_path
@@ -32,10 +32,10 @@ def named_method(spec):
 def finished_slices(spec):
     "The folder, file or pattern (with {name}) of finished slices that a method's `spec` means, as a Path; None for a model (see `load_model`)."
     path = absolute_path(spec)
-    if '{name}' in path.name or path.is_file() and path.suffix.lower() in image_suffixes():
+    if '{name}' in path.name or path.is_file() and suffix_of(path):
         return path
     models = path.is_dir() and ((path / 'run.json').exists() or any(file.suffix in checkpoint_suffixes() for file in path.iterdir()))
-    return path if path.is_dir() and not models and any(file.suffix.lower() in image_suffixes() for file in path.iterdir()) else None
+    return path if path.is_dir() and not models and any(suffix_of(file) for file in path.iterdir()) else None
 
 # %% ../nbs/27_paper_figures.ipynb #26c45a9a
 def slice_of(pair, spec, device='auto', value_range=None):

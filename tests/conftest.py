@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+sys.modules['rfc3987_syntax'] = None    # a grammar that nbformat's jsonschema builds where JupyterLab brought it, for longer than torch is loaded
+
 # `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
 # How busy the machine is decides nothing: neither a deadline nor the check that examples are drawn fast.
 PATIENT = {'deadline': None, 'suppress_health_check': [HealthCheck.too_slow]}

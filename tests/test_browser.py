@@ -215,7 +215,8 @@ def save_and_show_differences(page, shots, stem):
     assert 'show_view(explorer' in explorer.get_by_text('Saved as').inner_text()
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.long] * (name != '40_explorer.ipynb')) for name in NOTEBOOKS])
+@pytest.mark.long
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_explorer_in_jupyterlab(lab, browser, name):
     url, token, folder = lab
     if not (folder / name).exists():
@@ -249,6 +250,7 @@ def test_explorer_in_jupyterlab(lab, browser, name):
         page.close()
 
 
+@pytest.mark.long
 def test_scan_viewer_in_jupyterlab(lab, browser, tmp_path):
     "What `medfusion view` opens: wheel, click, opacity, nudge, save; nothing is fetched from elsewhere, and no picture is kept."
     pytest.importorskip('SimpleITK')

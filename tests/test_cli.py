@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from medfusion import cli, inference
 from medfusion.cli import app
+from medfusion.evaluation import GrowingTable
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
 
@@ -438,17 +439,20 @@ def test_stopped_while_evaluating(pairs, jobs, stop, code):
     for i in range(40):
         for side in ('CT', 'MRI'):
             shutil.copy(Path(side, pairs[0]), Path(side, f'8{i:03d}.png'))
-    slow = ('import time; from medfusion import evaluation; real = evaluation.GrowingTable.add\n'
-            'evaluation.GrowingTable.add = lambda *given: (time.sleep(0.2), real(*given))\n'
-            'from medfusion.cli import app\nif __name__ == "__main__": app(prog_name="medfusion")')
-    Path('slow.py').write_text(slow)
     words = ['evaluate', 'CT', 'MRI', 'CT', '--csv', 't.csv', '--jobs', str(jobs)]
-    process = subprocess.Popen([sys.executable, '-W', 'ignore', 'slow.py', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not Path('t.csv').exists() and process.poll() is None:
+
+    def slowly(real=GrowingTable.add):
+        GrowingTable.add = lambda *given: (time.sleep(0.2), real(*given))
+        os.setsid()
+        with open('said', 'w') as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)     # what its processes say, too
+            app(words, prog_name='medfusion')
+    child = begin_child(slowly)
+    while not Path('t.csv').exists() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.01)
-    os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)       # Ctrl-C reaches all processes
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == code and said.count('\n') == 1, said
+    (os.killpg if stop == signal.SIGINT else os.kill)(child, stop)      # Ctrl-C reaches all processes
+    status, said = os.waitpid(child, 0)[1], Path('said').read_text()
+    assert os.waitstatus_to_exitcode(status) == code and said.count('\n') == 1, said
     assert said.rstrip().endswith(shlex.join(['medfusion', *words])) and 'kept in t.csv' in said
     there = Path('t.csv').read_text().count('\n') - 2
     result = medfusion(*words)

@@ -31,6 +31,12 @@ SMALL = {WAVELET: {'num_epochs': 2, 'width': 4}, RESNET: {'epochs': 2, 'backbone
                                                           'perceptual_stages': 'stem'}}
 
 
+@pytest.fixture(autouse=True)
+def no_pictures_for_nobody(monkeypatch):
+    "Kernels show no figure; those that a run writes into its folder are drawn."
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+
+
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
     return write_phantom(tmp_path_factory.mktemp('data') / 'Dataset', cases=3, slices=2, size=64)

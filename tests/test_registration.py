@@ -47,6 +47,7 @@ def test_refining_a_nudged_pose_finds_the_truth_and_the_same_bits(study):
     assert register(study.ct, study.mri, start=start).transform.GetParameters() == found.transform.GetParameters()
 
 
+@pytest.mark.long
 def test_a_head_that_lay_turned_by_180_degrees_is_found(study):
     mri, truth = turned(study.mri, study.truth, np.diag([-1., 1., -1.]))
     pose, tried = search_pose(ScanPyramid.of(study.ct, mri))
