@@ -7,8 +7,9 @@ __all__ = ['Store', 'pyarrow_fs', 'store_of', 'names_in', 'get', 'put', 'clear_m
            'take_lines', 'record_parts', 'gather_record', 'publish_record', 'Plan', 'send_results', 'mirrored', 'Fuser',
            'add_done', 'worker_shares', 'block_size', 'ray_engine', 'run_on_ray', 'fuse_on_ray']
 
-# %% ../nbs/29_engines.ipynb #23a9c004
+# %% ../nbs/29_engines.ipynb #8dde8b04
 import hashlib
+import logging
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from .files import Pair, absolute_path, check_range, is_abandoned, split_pattern
 from .inference import (FolderJob, FolderReport, FusedRecord, check_counts, close_job, find_device, model_of, open_job, pairs_to_fuse,
                                  run_job)
 
-# %% ../nbs/29_engines.ipynb #97126cdc
+# %% ../nbs/29_engines.ipynb #1d7ff95c
 class Store(NamedTuple):
     "Where slices lie: a folder that all machines see, or one on another filesystem."
     title: str                  # as sentences name it
@@ -44,7 +46,7 @@ class Store(NamedTuple):
         "The path of a file in it."
         return f'{self.place.rstrip("/")}/{name}'
 
-# %% ../nbs/29_engines.ipynb #fb81cbf0
+# %% ../nbs/29_engines.ipynb #44850717
 def pyarrow_fs():
     "The filesystems of pyarrow. ImportError, in a sentence, where the package is missing."
     try:
@@ -53,7 +55,7 @@ def pyarrow_fs():
         raise ImportError('Other filesystems are reached by the package pyarrow, which is not installed; pip install "medfusion[ray]" brings it.') from None
     return pyarrow.fs
 
-# %% ../nbs/29_engines.ipynb #fe5f42c9
+# %% ../nbs/29_engines.ipynb #bb5c9b2f
 def store_of(folder, filesystem=None) -> Store:
     "The store that a path, a URI (s3://…, gs://…, file://…), or a path on a given filesystem of pyarrow means. Raises ValueError or ImportError."
     text, _, last = str(folder).rpartition('/')
@@ -70,7 +72,7 @@ def store_of(folder, filesystem=None) -> Store:
         return Store(place, place, pattern)
     return Store(text.split('?')[0] if '://' in text else f'{filesystem.type_name}:{text}', place, pattern, filesystem)
 
-# %% ../nbs/29_engines.ipynb #f905b9f0
+# %% ../nbs/29_engines.ipynb #db23be1a
 def names_in(store: Store) -> list[str]:
     "The names of the files in a store on another filesystem. FileNotFoundError where there is no such folder."
     arrow = pyarrow_fs()
@@ -80,7 +82,7 @@ def names_in(store: Store) -> list[str]:
         raise FileNotFoundError(f'There is no folder {store.title}; check its name.') from None
     return sorted(info.base_name for info in found if info.type == arrow.FileType.File)
 
-# %% ../nbs/29_engines.ipynb #ced8e14a
+# %% ../nbs/29_engines.ipynb #44762303
 def get(store: Store, name: str) -> bytes | None:
     "The content of a file of a store on another filesystem, None if there is none. OSError, with its name, where it cannot be read."
     arrow = pyarrow_fs()
@@ -95,7 +97,7 @@ def get(store: Store, name: str) -> bytes | None:
     except OSError as error:
         raise OSError(f'{store.title}/{name} could not be read ({" ".join(str(error).split())}); nothing was changed.') from error
 
-# %% ../nbs/29_engines.ipynb #c3899598
+# %% ../nbs/29_engines.ipynb #e92e4942
 def put(store: Store, name: str, data: bytes) -> None:
     "Writes a file of a store on another filesystem. OSError, with its name, where that fails."
     try:
@@ -105,14 +107,14 @@ def put(store: Store, name: str, data: bytes) -> None:
     except OSError as error:
         raise OSError(f'{store.title}/{name} could not be written ({" ".join(str(error).split())}); fuse it again.') from error
 
-# %% ../nbs/29_engines.ipynb #7b359cba
+# %% ../nbs/29_engines.ipynb #a49da6a0
 def clear_mirrors(folder: Path) -> None:
     "Removes from a folder the mirrors of processes that were killed."
     for left in folder.glob('.medfusion-mirror.*.tmp'):
         if is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
 
-# %% ../nbs/29_engines.ipynb #3208cec4
+# %% ../nbs/29_engines.ipynb #c72e7e50
 class Mirror:
     "Folders of this machine for stores, {title: folder}: a store's own, or one that is empty and in the end removed."
 
@@ -140,7 +142,7 @@ class Mirror:
         if isinstance(error, (ValueError, OSError)) and self.told(str(error)) != str(error):
             raise type(error)(self.told(str(error))) from None
 
-# %% ../nbs/29_engines.ipynb #686396da
+# %% ../nbs/29_engines.ipynb #f7324d01
 def bring(mirror: Mirror, store: Store, name: str) -> str:
     "Brings a file of a store into its mirror, if there is one. '' or, in a sentence, why it could not be read."
     try:
@@ -150,7 +152,7 @@ def bring(mirror: Mirror, store: Store, name: str) -> str:
         return str(error)
     return ''
 
-# %% ../nbs/29_engines.ipynb #0952cc7e
+# %% ../nbs/29_engines.ipynb #0ab7252d
 def pairs_in(ct: Store, mri: Store, shard=None) -> tuple[list[Pair], dict[str, str]]:
     "As `pairs_to_fuse`, of two stores; of the paths of the pairs only the names count."
     with Mirror(ct, mri) as mirror:
@@ -160,7 +162,7 @@ def pairs_in(ct: Store, mri: Store, shard=None) -> tuple[list[Pair], dict[str, s
         pairs, failed = pairs_to_fuse(*(mirror.folders[store.title] / store.pattern for store in (ct, mri)), shard)
         return pairs, {name: mirror.told(why) for name, why in failed.items()}
 
-# %% ../nbs/29_engines.ipynb #eeab0d5d
+# %% ../nbs/29_engines.ipynb #aa273468
 def take_lines(store: Store, names: list[str], path: Path) -> None:
     "Adds the whole lines of files of a store, of those that are there, to a file of this machine."
     for name in names:
@@ -168,7 +170,7 @@ def take_lines(store: Store, names: list[str], path: Path) -> None:
         with open(path, 'ab') as file:
             file.write(data[:data.rfind(b'\n') + 1])       # what follows was not written to its end
 
-# %% ../nbs/29_engines.ipynb #8f65d522
+# %% ../nbs/29_engines.ipynb #10d1dc83
 def record_parts(store: Store) -> list[str]:
     "The names of the files of a store in which workers left lines."
     parts = store._replace(place=store.at('fused.parts'))
@@ -177,7 +179,7 @@ def record_parts(store: Store) -> list[str]:
     except FileNotFoundError:
         return []
 
-# %% ../nbs/29_engines.ipynb #83ae33e1
+# %% ../nbs/29_engines.ipynb #5f6cc242
 def gather_record(store: Store, path: Path, names: tuple[str, ...] = ()) -> list[str]:
     "The parts of the record of a store, whose lines, and those of the files of these names, are added to a file of this machine. None of a folder."
     if not store.filesystem:
@@ -186,7 +188,7 @@ def gather_record(store: Store, path: Path, names: tuple[str, ...] = ()) -> list
     take_lines(store, [*names, *parts], path)
     return parts
 
-# %% ../nbs/29_engines.ipynb #bce3a5c3
+# %% ../nbs/29_engines.ipynb #17fee928
 def publish_record(store: Store, path: Path, parts: list[str]) -> None:
     "Writes the record of a store, in which the lines of these parts are, and removes the parts. Of a folder, nothing."
     if not store.filesystem:
@@ -196,7 +198,7 @@ def publish_record(store: Store, path: Path, parts: list[str]) -> None:
     for name in {*parts, 'fused.parts/all.jsonl'}:
         store.filesystem.delete_file(store.at(name))
 
-# %% ../nbs/29_engines.ipynb #873d04e3
+# %% ../nbs/29_engines.ipynb #05787d62
 @dataclass
 class Plan:
     "What all workers of one run share."
@@ -212,7 +214,7 @@ class Plan:
     value_range: tuple | None = None
     run: str = ''               # another text for each run on another filesystem
 
-# %% ../nbs/29_engines.ipynb #f2f16a8e
+# %% ../nbs/29_engines.ipynb #3557126f
 def send_results(plan: Plan, part: str, lines: bytes, job: FolderJob, pool) -> None:
     "Writes the lines of a block, and then its results, to the store. OSError where the lines cannot be written; a result that cannot be is one that failed."
     if lines:
@@ -226,7 +228,7 @@ def send_results(plan: Plan, part: str, lines: bytes, job: FolderJob, pool) -> N
             job.report.fused.remove(name)
             job.report.failed[name] = str(error)
 
-# %% ../nbs/29_engines.ipynb #05d1f375
+# %% ../nbs/29_engines.ipynb #ddbcc028
 @contextmanager
 def mirrored(plan: Plan, mirror: Mirror, pairs: list[Pair], job: FolderJob):
     "While this lasts, the files of a block that lie elsewhere are here, and what a worker that died recorded of this block; then lines and results are sent."
@@ -247,12 +249,13 @@ def mirrored(plan: Plan, mirror: Mirror, pairs: list[Pair], job: FolderJob):
     for path in (path for folder in mirror.mine for path in folder.iterdir() if path != record):
         path.unlink()
 
-# %% ../nbs/29_engines.ipynb #fd804d84
+# %% ../nbs/29_engines.ipynb #b17f21a8
 class Fuser:
     "A worker: it holds the network and the record, and fuses the blocks that it is given."
 
     def __init__(self, plan: Plan):
         self.plan, self.network, self.mirror = plan, plan.network, Mirror(plan.ct, plan.mri, plan.out)
+        weakref.finalize(self, self.mirror.__exit__, None, None, None)
         if hasattr(self.network, 'to'):
             self.network = self.network.to(find_device(plan.device))
         self.ct, self.mri, self.out = (self.mirror.folders[store.title] for store in (plan.ct, plan.mri, plan.out))
@@ -272,7 +275,7 @@ class Fuser:
         largest = {(self.mirror.told(str(place)), dtype): value for (place, dtype), value in job.largest.items()}
         return {'done': [pickle.dumps((job.report, {} if self.plan.out.filesystem else job.made, largest, job.displaced))]}
 
-# %% ../nbs/29_engines.ipynb #197b4d09
+# %% ../nbs/29_engines.ipynb #4e553e2e
 def add_done(job: FolderJob, done: bytes) -> int:
     "Adds to a job what a worker did of it; the number of pairs that this was."
     report, made, largest, displaced = pickle.loads(done)
@@ -285,7 +288,7 @@ def add_done(job: FolderJob, done: bytes) -> int:
         job.largest[key] = max(value, job.largest.get(key, 0))
     return len(report.fused) + len(report.skipped) + len(report.failed)
 
-# %% ../nbs/29_engines.ipynb #ad0d6301
+# %% ../nbs/29_engines.ipynb #b6bc0630
 def worker_shares(resources: dict, device: str = 'auto') -> tuple[int, int, int]:
     "(workers, cores of each, GPUs of each) for what a cluster has, {'CPU', 'GPU': number}. ValueError for GPUs that are not there."
     cores, gpus = (int(resources.get(kind, 0)) for kind in ('CPU', 'GPU'))
@@ -294,12 +297,12 @@ def worker_shares(resources: dict, device: str = 'auto') -> tuple[int, int, int]
     workers = gpus if gpus and device in ('auto', 'cuda') else max(1, cores)
     return workers, max(1, cores // workers), int(workers == gpus and device != 'cpu')
 
-# %% ../nbs/29_engines.ipynb #bd868637
+# %% ../nbs/29_engines.ipynb #689f00bf
 def block_size(pairs: int, batch_size: int, workers: int) -> int:
     "How many pairs a block has: whole batches, at most 16, and where there are enough, 4 blocks for each worker."
     return batch_size * max(1, min(16, round(pairs / (4 * workers * batch_size))))
 
-# %% ../nbs/29_engines.ipynb #db7342c8
+# %% ../nbs/29_engines.ipynb #943bd45b
 @contextmanager
 def ray_engine(address: str | None = None):
     "The module ray, connected to the cluster at `address` or RAY_ADDRESS, or to an engine of this machine. ImportError or ConnectionError in a sentence."
@@ -311,6 +314,7 @@ def ray_engine(address: str | None = None):
     address, own = address or os.environ.get('RAY_ADDRESS'), not ray.is_initialized()
     here = {} if address else {'include_dashboard': False, 'object_store_memory': 2 ** 28, '_node_ip_address': '127.0.0.2' if sys.platform == 'linux' else None}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.getLogger('ray.data').setLevel(logging.ERROR)
     try:
         if own:
             ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **here)
@@ -324,7 +328,7 @@ def ray_engine(address: str | None = None):
         if own:
             ray.shutdown()
 
-# %% ../nbs/29_engines.ipynb #fcbdeeb3
+# %% ../nbs/29_engines.ipynb #6b3da464
 def run_on_ray(ray, plan: Plan, pairs: list[Pair], shares: tuple[int, int, int]):
     "Yields what workers of Ray did of the pairs, as `Fuser` gives it, block by block. Raises what a worker raises."
     context, (workers, cores, gpus) = ray.data.DataContext.get_current(), shares
@@ -341,7 +345,7 @@ def run_on_ray(ray, plan: Plan, pairs: list[Pair], shares: tuple[int, int, int])
     except ray.exceptions.RayTaskError as error:
         raise error.cause or error from None
 
-# %% ../nbs/29_engines.ipynb #a2563439
+# %% ../nbs/29_engines.ipynb #66acb33a
 def fuse_on_ray(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, replace=False, progress=True, value_range=None,
                 shard=None, address=None, filesystem=None) -> FolderReport:
     """Fuses as `fuse_folder` does, by the workers of a Ray cluster, and returns its FolderReport.
