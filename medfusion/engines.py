@@ -306,7 +306,7 @@ def block_size(pairs: int, batch_size: int, workers: int) -> int:
 @contextmanager
 def ray_engine(address: str | None = None):
     "The module ray, connected to the cluster at `address` or RAY_ADDRESS, or to an engine of this machine. ImportError or ConnectionError in a sentence."
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    os.environ |= {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_worker_niceness': '0'} | os.environ     # as busy as fuse_folder is
     try:
         import ray.data
     except ImportError as error:

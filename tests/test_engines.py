@@ -72,7 +72,7 @@ def cluster():
             [Path(sys.executable).with_name('ray'), 'start', '--head', '--block', '--node-ip-address=127.0.0.2', f'--port={port}', '--num-cpus=2',
              '--include-dashboard=false', '--disable-usage-stats', f'--object-store-memory={2 ** 28}', f'--temp-dir={folder}',
              '--min-worker-port=0', '--max-worker-port=0'],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'})
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'RAY_worker_niceness': '0'})
         if any('runtime started' in line for line in process.stdout):
             break
         process.wait()
