@@ -318,12 +318,13 @@ def ray_engine(address: str | None = None):
     try:
         if own:
             ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **here)
+    except ConnectionError as error:
+        raise ConnectionError(f'There is no Ray cluster at {address} ({error}); begin one by: ray start --head') from None
+    try:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():    # Ray puts its own in their place
                 signal.signal(number, handler)
         yield ray
-    except ConnectionError as error:
-        raise ConnectionError(f'There is no Ray cluster at {address} ({error}); begin one by: ray start --head') from None
     finally:
         if own:
             ray.shutdown()
