@@ -21,7 +21,7 @@ setup(
     package_data={'medfusion': ['*.json', '*.csv', 'shipped/*/*']},
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
-    extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('scans', 'onnx', 'docs', 'dev')},
+    extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('scans', 'onnx', 'ray', 'docs', 'dev')},
     entry_points={'console_scripts': settings['console_scripts'].split()},
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -58,7 +58,7 @@ def names(requirements):
 def test_package_imports_without_development_requirements():
     "And without the extra for volumes, but for the modules that read them: these name it, and so does the command. Inference stands without training."
     blocked, extra = ({IMPORT_NAMES.get(name, name) for kind in kinds for name in names(settings[f'{kind}_requirements'])}
-                      for kinds in (('dev', 'onnx'), ('scans',)))
+                      for kinds in (('dev', 'onnx', 'ray'), ('scans',)))
     code = BLOCKED.format(blocked=blocked, extra=extra, modules=MODULES)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT.parent)
     found = set(done.stdout.split())

@@ -1,0 +1,215 @@
+"""Fusing on a Ray cluster that is begun here: the results of one process, and nothing lost or done twice, whoever is killed."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from medfusion.cli import app
+from medfusion.files import read_image, to_depth, write_image
+from medfusion.inference import fuse_folder
+from medfusion.phantom import phantom_slice
+
+engine = pytest.mark.skipif(not (find_spec('ray') and find_spec('pyarrow')), reason='Ray Data is not installed: pip install "medfusion[ray]"')
+
+RUN = """
+import json, re, sys
+from pathlib import Path
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from medfusion.engines import fuse_on_ray
+root, address, kind, model = sys.argv[1:]
+far = SubTreeFileSystem(root, LocalFileSystem()) if kind == 'elsewhere' else None
+folders = ['CT', 'MRI', 'out'] if far else [Path(root, name) for name in ('CT', 'MRI', 'out')]
+report = fuse_on_ray(*folders, model, progress=False, address=address, filesystem=far)
+peak = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024
+print(json.dumps({'fused': len(report.fused), 'skipped': len(report.skipped), 'failed': report.failed, 'peak': peak}))
+"""
+
+
+def write_pairs(root, number, size=48):
+    "So many pairs, links to eight that differ."
+    heads = [phantom_slice('1', i, slices=8, size=64) for i in range(8)]
+    for side in ('CT', 'MRI'):
+        (root / side).mkdir()
+        for i, head in enumerate(heads):
+            write_image(root / side / f'{i:06d}.png', to_depth(getattr(head, side.lower())[:size, :size], np.uint8))
+        for i in range(8, number):
+            (root / side / f'{i:06d}.png').hardlink_to(root / side / f'{i % 8:06d}.png')
+    return root
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.glob('*.png'))
+
+
+def results(out):
+    "How many lines the record, and the parts of it, have for each file."
+    texts = [path.read_text() for path in (out / 'fused.jsonl', *out.glob('fused.parts/*'))]
+    return Counter(line['file'] for text in texts for line in map(json.loads, text.splitlines()) if 'file' in line)
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    "(address, folder) of a Ray cluster of two workers on loopback, which ends with these tests. On a busy machine Ray may give up at the first attempt."
+    folder = tempfile.mkdtemp(prefix='ray', dir='/tmp')      # short, because paths of sockets are
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name('ray'), 'start', '--head', '--block', '--node-ip-address=127.0.0.2', f'--port={port}', '--num-cpus=2',
+             '--include-dashboard=false', '--disable-usage-stats', f'--object-store-memory={2 ** 28}', f'--temp-dir={folder}',
+             '--min-worker-port=0', '--max-worker-port=0'],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'RAY_worker_niceness': '0'})
+        if any('runtime started' in line for line in process.stdout):
+            break
+        process.wait()
+    else:
+        pytest.fail('Ray did not start')
+    yield f'127.0.0.2:{port}', folder
+    process.terminate()
+    process.communicate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def workers(folder):
+    "The process numbers of the workers that fuse in the cluster of this folder."
+    found = []
+    for path in Path('/proc').glob('[0-9]*'):
+        try:
+            title, parent = (path / 'cmdline').read_bytes(), re.search(r'PPid:\s+(\d+)', (path / 'status').read_text())[1]
+            if b'ray::' in title and b'Fuser' in title and folder.encode() in Path('/proc', parent, 'cmdline').read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            pass        # it has ended
+    return found
+
+
+def begin(root, cluster, kind='folder', model='maximum'):
+    "A process that fuses the pairs in `root` on the cluster."
+    return subprocess.Popen([sys.executable, '-c', RUN, str(root), cluster[0], kind, model], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(number, root, process):
+    while len(names_in(root / 'out')) < number:
+        assert process.poll() is None, 'it ended too early'
+        time.sleep(0.02)
+
+
+def end(process):
+    "What the process printed."
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return json.loads(said)
+
+
+@engine
+def test_twenty_pairs(cluster, tmp_path, monkeypatch):
+    "By the command, and then as if the folders were an object store: the results, report and record of fuse_folder."
+    root = write_pairs(tmp_path, 20)
+    (root / 'MRI' / '000003.png').unlink()
+    for name, data in (('000004.png', b'no picture'), ('000005.png', b'')):
+        (root / 'CT' / name).unlink()
+        (root / 'CT' / name).write_bytes(data)
+    plain = fuse_folder(root / 'CT', root / 'MRI', root / 'plain', batch_size=4, progress=False)
+    monkeypatch.chdir(root)
+    done = CliRunner().invoke(app, ['fuse', 'CT', f'file://{root}/MRI', '-o', 'out', '--engine', 'ray', '--address', cluster[0]])
+    assert done.exit_code == 1 and '17 fused, 0 already there, 3 failed' in done.output
+    far = end(begin(root, cluster, 'elsewhere', 'wavelet'))
+    assert far['skipped'] == 17 and far['failed'].keys() == plain.failed.keys()
+    shutil.rmtree(root / 'out')
+    far = end(begin(root, cluster, 'elsewhere', 'wavelet'))
+    assert far['fused'] == 17 and not list(root.glob('out/fused.parts/*'))
+    for name, why in plain.failed.items():
+        assert re.sub(r'subtree:(?=CT|MRI)', f'{root}/', far['failed'][name]) == why
+    assert names_in(root / 'out') == names_in(root / 'plain') and results(root / 'out') == results(root / 'plain')
+    for name in plain.fused:
+        assert np.abs(read_image(root / 'out' / name).astype(int) - read_image(root / 'plain' / name)).max() <= 1, name
+    assert fuse_folder(root / 'CT', root / 'MRI', root / 'out', progress=False).skipped == plain.fused
+
+
+@engine
+def test_an_engine_of_this_machine(tmp_path, monkeypatch):
+    "Begun by the command, and ended with it."
+    folder = tempfile.mkdtemp(prefix='ray', dir='/tmp')
+    monkeypatch.setenv('RAY_TMPDIR', folder)
+    root = write_pairs(tmp_path, 4)
+    done = subprocess.run([sys.executable, '-m', 'medfusion', 'fuse', root / 'CT', root / 'MRI', '-o', root / 'out', '-m', 'maximum', '--engine', 'ray'],
+                          capture_output=True, text=True)
+    shutil.rmtree(folder)
+    assert done.returncode == 0 and done.stdout.startswith('4 fused') and done.stderr == '', done
+
+
+@engine
+@pytest.mark.long
+@pytest.mark.fault('fuse on an engine', 'a worker killed')
+@pytest.mark.parametrize('kind', ['folder', 'elsewhere'])
+def test_a_worker_that_is_killed(cluster, tmp_path, kind):
+    root = write_pairs(tmp_path, 2000)
+    process = begin(root, cluster, kind)
+    wait_for(300, root, process)
+    os.kill(workers(cluster[1])[0], signal.SIGKILL)
+    said = end(process)
+    assert said['fused'] + said['skipped'] == 2000 and not said['failed']
+    lines = results(root / 'out')
+    assert len(lines) == len(names_in(root / 'out')) == 2000
+    assert lines.total() <= 2000 + 16        # what was on its way when it died
+    assert len(fuse_folder(root / 'CT', root / 'MRI', root / 'out', 'maximum', progress=False).skipped) == 2000
+
+
+@engine
+@pytest.mark.long
+@pytest.mark.fault('fuse on an engine', 'the driver killed')
+@pytest.mark.parametrize('kind', ['folder', 'elsewhere'])
+def test_a_driver_that_is_killed(cluster, tmp_path, kind):
+    root = write_pairs(tmp_path, 2000)
+    process = begin(root, cluster, kind)
+    wait_for(300, root, process)
+    process.kill()
+    process.communicate()
+    while workers(cluster[1]):
+        time.sleep(0.1)
+    there = names_in(root / 'out')
+    said = end(begin(root, cluster, kind))
+    assert len(there) <= said['skipped'] + 16 and said['fused'] + said['skipped'] == 2000 and not said['failed'] and said['fused'] < 1800
+    lines = results(root / 'out')
+    assert len(names_in(root / 'out')) == len(lines) == 2000 and lines.total() <= 2000 + 16 * 2
+    assert len(fuse_folder(root / 'CT', root / 'MRI', root / 'out', 'maximum', progress=False).skipped) == 2000
+
+
+def resident(process):
+    "MiB of memory that a process has now."
+    return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1]) // 1024
+
+
+@engine
+@pytest.mark.long
+def test_memory_is_flat(cluster, tmp_path):
+    "Of the driver and of the workers, from the first 2,000 of 10,000 pairs to the last."
+    root = write_pairs(tmp_path, 10_000)
+    process = begin(root, cluster)
+    wait_for(2000, root, process)
+    before = {number: resident(number) for number in (process.pid, *workers(cluster[1]))}
+    wait_for(9500, root, process)
+    after = {number: resident(number) for number in before}
+    said = end(process)
+    assert said['fused'] == 10_000 and len(before) == 3
+    assert all(after[number] - before[number] < 48 for number in before), (before, after)
+
+
+def test_without_an_engine_there_are_sentences():
+    for words, part in ((['--address', 'a:1'], 'add --engine ray'), (['-m', 'maximum'], 's3://b/mri is on another filesystem; add --engine ray')):
+        done = CliRunner().invoke(app, ['fuse', '.', 's3://b/mri', '-o', 'out', *words])
+        assert done.exit_code == 2 and part in done.output
