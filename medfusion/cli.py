@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'Latex', 'Markdown',
            'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path',
-           'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard', 'flat_folder_sentence',
-           'check', 'fuse_files', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate',
-           'figure', 'read_value', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters',
-           'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method',
-           'check_run', 'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
-           'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables',
-           'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans',
-           'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export',
-           'run_as_module']
+           'typed_place', 'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard',
+           'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files', 'fuse', 'Preset',
+           'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'absolute_path',
+           'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell',
+           'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run', 'open_run_folder',
+           'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text', 'NotebookCommand', 'means_text',
+           'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs',
+           'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
+           'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -32,6 +32,7 @@ import traceback
 import warnings
 from contextlib import contextmanager, suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -146,6 +147,11 @@ def typed_path(text: str) -> Path:
     if long := [part for part in Path(text).parts if len(os.fsencode(part)) > 255]:
         raise typer.BadParameter(f'the name {long[0][:20]}... has {len(os.fsencode(long[0]))} bytes, and a file system takes 255; shorten it')
     return Path(text)
+
+# %% ../nbs/50_cli.ipynb #57997bae
+def typed_place(text: str) -> Path | str:
+    "The path that was typed, or the URI (s3://…), which no path can hold."
+    return text if re.match(r'[a-zA-Z][a-zA-Z0-9+.-]+://', text) else typed_path(text)
 
 # %% ../nbs/50_cli.ipynb #4caba7fa
 def read_range(text: str | None) -> tuple[float, float] | None:
@@ -292,34 +298,60 @@ def fuse_files(ct: Path, mri: Path, out: Path, model='wavelet', device='auto', v
     write_image(target, to_depth(fused, np.uint16) if fused.dtype.kind == 'f' else fused)
     return target
 
-# %% ../nbs/50_cli.ipynb #e27bc200
-@app.command()
-def fuse(
-    context: typer.Context,
-    ct: Annotated[Path, typer.Argument(parser=typed_path, metavar='CT', help='a CT slice, or a folder of them, also FOLDER/{name}_CT.png')],
-    mri: Annotated[Path, typer.Argument(parser=typed_path, metavar='MRI', help='the MRI (PET, SPECT) slice, or the folder with those of the same names')],
-    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='PATH', help='the fused file, or the folder for fused files')],
-    model: ModelName = 'wavelet',
-    device: Annotated[str, typer.Option(help='auto, cpu or cuda')] = 'auto',
-    batch_size: Annotated[int, typer.Option(min=1, help='slices that go through the network together')] = 8,
-    replace: Annotated[bool, typer.Option('--replace', help='fuse again what is there already')] = False,
-    shard: Annotated[str | None, typer.Option(metavar='K/N', help='of folders, the K-th of N parts only, as for array jobs: 3/16')] = None,
-    values: ValueRange = None,
-):
-    "Fuse a pair of slices, or every pair of two folders."
+# %% ../nbs/50_cli.ipynb #099c12e7
+class Engine(str, Enum):
+    "What fuses folders beside this process; see `29_engines.ipynb`."
+    ray = 'ray'
+
+# %% ../nbs/50_cli.ipynb #ba2c45c8
+def check_local(address: str | None, *places: Path | str) -> None:
+    "Raises a sentence for what an engine alone can do: use a cluster, read and write at a URI."
+    if address is not None:
+        raise typer.BadParameter('--address is that of a cluster; add --engine ray')
+    if far := next((place for place in places if isinstance(place, str)), None):
+        raise typer.BadParameter(f'{far} is on another filesystem; add --engine ray')
+
+# %% ../nbs/50_cli.ipynb #b183d3d0
+def two_files(ct: Path, mri: Path, shard: str | None = None) -> bool:
+    "Whether both are files; False for folders. Raises ValueError for one of each, and for a shard of two files."
     from medfusion.files import is_folder
     check_there(ct, mri)
     if is_folder(ct) != is_folder(mri):
         raise ValueError(f'{ct} and {mri} must be two files or two folders.')
     if shard is not None and not is_folder(ct):
         raise ValueError(f'--shard {shard} takes a part of two folders, and {ct} is a file; leave it out.')
-    if not is_folder(ct):
-        typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))
-        return
-    from medfusion.inference import fuse_folder
-    again = (word for word in context.meta['typed'] if word != '--replace')
-    context.meta['kept'] = f'what was fused is kept in {out}. To go on: {shlex.join(["medfusion", *again])}'
-    report = fuse_folder(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard)
+    return not is_folder(ct)
+
+# %% ../nbs/50_cli.ipynb #e27bc200
+@app.command()
+def fuse(
+    context: typer.Context,
+    ct: Annotated[Path, typer.Argument(parser=typed_place, metavar='CT', help='a CT slice, or a folder of them, also FOLDER/{name}_CT.png')],
+    mri: Annotated[Path, typer.Argument(parser=typed_place, metavar='MRI', help='the MRI (PET, SPECT) slice, or the folder with those of the same names')],
+    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_place, metavar='PATH', help='the fused file, or the folder for fused files')],
+    model: ModelName = 'wavelet',
+    lesions: Annotated[float | None, typer.Option(min=0, max=1, help='where the dial of a network stands, as -m wavelet@1: 0 as metrics like it, 1 every lesion')] = None,
+    device: Annotated[str, typer.Option(help='auto, cpu or cuda')] = 'auto',
+    batch_size: Annotated[int, typer.Option(min=1, help='slices that go through the network together')] = 8,
+    replace: Annotated[bool, typer.Option('--replace', help='fuse again what is there already')] = False,
+    shard: Annotated[str | None, typer.Option(metavar='K/N', help='of folders, the K-th of N parts only, as for array jobs: 3/16')] = None,
+    engine: Annotated[Engine | None, typer.Option(help='of folders, also s3://… and gs://…, the engine whose workers fuse')] = None,
+    address: Annotated[str | None, typer.Option(help='of the cluster of the engine, HOST:PORT; else this machine')] = None,
+    values: ValueRange = None,
+):
+    "Fuse a pair of slices, or every pair of two folders."
+    model = model if lesions is None else f'{model}@{round(lesions, 4):g}'
+    if engine is None:
+        check_local(address, ct, mri, out)
+        if two_files(ct, mri, shard):
+            return typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))
+        from medfusion.inference import fuse_folder as fuse_all
+    else:
+        from medfusion.engines import fuse_on_ray
+        fuse_all = partial(fuse_on_ray, address=address)
+    again = shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
+    context.meta['kept'] = f'what was fused is kept in {out}. To go on: {again}'
+    report = fuse_all(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard)
     typer.echo(in_shell_words(str(report)), err=not report.ok)
     raise typer.Exit(not report.ok)
 

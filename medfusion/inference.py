@@ -9,7 +9,8 @@ __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', '
            'fuse_batch', 'read_slice', 'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of',
            'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record',
            'cores_here', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead',
-           'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'fuse_folder']
+           'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts',
+           'open_job', 'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -801,6 +802,40 @@ def oddities(job: FolderJob, read: int) -> list[str]:
     displaced = dict(sorted(job.displaced.items()))
     return [*filter(None, dark), *([register_sentence(displaced, read)] if displaced else [])]
 
+# %% ../nbs/20_inference.ipynb #5c98da43
+def check_counts(**counts) -> None:
+    "Raises ValueError for the first of these numbers, by name, that is no whole number from 1 up."
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f'{name} is {value!r}; it must be a whole number from 1 up.')
+
+# %% ../nbs/20_inference.ipynb #52ef3c7c
+def open_job(model, network, out_dir, sources, replace=False, value_range=None) -> FolderJob:
+    """The job of fusing the `sources` into a folder, which is made, and is this network's from now on.
+
+    network: what `model`, a name, a path or an object, stands for. Raises ValueError or an OSError with a sentence where the folder cannot be had.
+    """
+    report = FolderReport(check_output(out_dir, sources).resolve())
+    sha256, name = model_sha256(model), str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'
+    report.out_dir.mkdir(parents=True, exist_ok=True)
+    job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
+    claim_record(job.record, sha256, getattr(model, '__name__', name), replace)
+    return job
+
+# %% ../nbs/20_inference.ipynb #57ee815d
+def close_job(job: FolderJob, pairs: int, start: float) -> FolderReport:
+    "The report, complete, of a job over so many pairs that began at `start` (`time.perf_counter`). Warns of what was odd."
+    report = job.report
+    for sentence in oddities(job, pairs - len(report.skipped)):
+        warnings.warn(sentence, stacklevel=3)
+    for name in lost_results(job):
+        report.fused.remove(name)
+        report.failed[name] = 'its result was replaced or removed by something else meanwhile; fuse it again, into another folder'
+    for names in (report.fused, report.skipped, report.replaced):
+        names.sort()
+    report.seconds = time.perf_counter() - start
+    return report
+
 # %% ../nbs/20_inference.ipynb #af1a75d7
 def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, workers=8, replace=False,
                 progress=True, value_range=None, shard=None) -> FolderReport:
@@ -812,22 +847,9 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
     reason is in the report. `workers` threads read and write. `shard` '3/16' takes the third of sixteen parts. Raises ValueError or an OSError with a sentence where nothing at all can be done.
     """
     start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
-    for name, value in (('batch_size', batch_size), ('workers', workers)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f'{name} is {value!r}; it must be a whole number from 1 up.')
+    check_counts(batch_size=batch_size, workers=workers)
     pairs, failed = pairs_to_fuse(ct_dir, mri_dir, shard)
-    sha256, network = model_sha256(model), model_of(model, device)
-    report = FolderReport(check_output(out_dir, (ct_dir, mri_dir)).resolve(), failed=failed)
-    report.out_dir.mkdir(parents=True, exist_ok=True)
-    job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
-    claim_record(job.record, sha256, getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'), replace)
+    job = open_job(model, model_of(model, device), out_dir, (ct_dir, mri_dir), replace, value_range)
+    job.report.failed |= failed
     run_job(job, pairs, batch_size, workers, progress)
-    for sentence in oddities(job, len(pairs) - len(report.skipped)):
-        warnings.warn(sentence, stacklevel=2)
-    for name in lost_results(job):
-        report.fused.remove(name)
-        report.failed[name] = 'its result was replaced or removed by something else meanwhile; fuse it again, into another folder'
-    for names in (report.fused, report.skipped, report.replaced):
-        names.sort()
-    report.seconds = time.perf_counter() - start
-    return report
+    return close_job(job, len(pairs), start)
