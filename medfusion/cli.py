@@ -6,14 +6,15 @@
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parameters', 'Files', 'RunName', 'Latex', 'Markdown',
            'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path',
            'typed_place', 'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard',
-           'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files', 'fuse', 'Preset',
-           'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'absolute_path',
-           'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell',
-           'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run', 'open_run_folder',
-           'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text', 'NotebookCommand', 'means_text',
-           'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts', 'runs',
-           'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
-           'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
+           'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files', 'tell_report', 'fuse',
+           'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value',
+           'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
+           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
+           'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
+           'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables',
+           'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans',
+           'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export',
+           'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -322,6 +323,12 @@ def two_files(ct: Path, mri: Path, shard: str | None = None) -> bool:
         raise ValueError(f'--shard {shard} takes a part of two folders, and {ct} is a file; leave it out.')
     return not is_folder(ct)
 
+# %% ../nbs/50_cli.ipynb #98ec5f8a
+def tell_report(report) -> typer.Exit:
+    "Prints what came of a folder, a FolderReport; the exit to raise, with 1 where a pair failed."
+    typer.echo(in_shell_words(str(report)), err=not report.ok)
+    return typer.Exit(not report.ok)
+
 # %% ../nbs/50_cli.ipynb #e27bc200
 @app.command()
 def fuse(
@@ -349,11 +356,9 @@ def fuse(
     else:
         from medfusion.engines import fuse_on_ray
         fuse_all = partial(fuse_on_ray, address=address)
-    again = shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
-    context.meta['kept'] = f'what was fused is kept in {out}. To go on: {again}'
+    context.meta['kept'] = f'what was fused is kept in {out}. To go on: ' + shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
     report = fuse_all(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard)
-    typer.echo(in_shell_words(str(report)), err=not report.ok)
-    raise typer.Exit(not report.ok)
+    raise tell_report(report)
 
 # %% ../nbs/50_cli.ipynb #d47f99a0
 class Preset(str, Enum):

@@ -6,9 +6,10 @@
 __all__ = ['View', 'look_at', 'view_modes', 'mode_tiles', 'view_tiles', 'caption', 'Layout', 'sheet_layout', 'fitted_box',
            'fitted', 'legend', 'contact_sheet', 'png_bytes', 'place_under', 'Answers', 'shown_metrics',
            'fused_and_measured', 'SliceWork', 'SliceStore', 'PairList', 'Changes', 'slider', 'slices_of_cases',
-           'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel', 'set_view', 'hide_idle', 'method_boxes',
-           'metric_table', 'control_rows', 'PictureBox', 'ExplorerFrame', 'slices_shown', 'Explorer',
-           'find_disagreement', 'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
+           'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel', 'set_view', 'hide_idle', 'method_boxes', 'dialled',
+           'dial_slider', 'metric_table', 'control_rows', 'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown',
+           'Explorer', 'find_disagreement', 'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons',
+           'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
@@ -476,6 +477,21 @@ def method_boxes(names, first, changes):
         box.observe(changes, 'value')
     return boxes
 
+# %% ../nbs/40_explorer.ipynb #11f2ec4c
+def dialled(methods):
+    "Of {name: method} those that have a dial for lesions, {name: where it stands}."
+    return {name: method.lesions for name, method in methods.items() if getattr(method, 'dial', None) is not None}
+
+# %% ../nbs/40_explorer.ipynb #a38df2db
+def dial_slider(dials, changes):
+    "The slider 'lesions' for the dials of {name: position}, as {'lesions': slider}; {} where there is none."
+    if not dials:
+        return {}
+    control = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as the usual metrics like it, 1 every lesion', min=0.0, max=1.0,
+                     step=0.05, value=next(iter(dials.values())))
+    control.observe(changes, 'value')
+    return {'lesions': control}
+
 # %% ../nbs/40_explorer.ipynb #07221d47
 def metric_table(rows):
     "The metric values of some methods, {method: {metric: value}}, as an HTML table."
@@ -511,11 +527,7 @@ class ExplorerFrame(PictureBox):
         self.methods = method_boxes(store.methods, first, self.changes)
         self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice,
                          **self.panel.controls}
-        self.dials = {name: method.lesions for name, method in store.methods.items() if getattr(method, 'dial', None) is not None}
-        if self.dials:
-            self.controls['lesions'] = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as metrics like it, 1 every lesion',
-                                              min=0.0, max=1.0, step=0.05, value=next(iter(self.dials.values())))
-            self.controls['lesions'].observe(self.changes, 'value')
+        self.dials, self.controls = dialled(store.methods), self.controls | dial_slider(dialled(store.methods), self.changes)
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
         self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -532,9 +544,11 @@ class ExplorerFrame(PictureBox):
         "The names of the ticked methods."
         return [name for name, box in self.methods.items() if box.value]
 
-    def asked(self, name):
-        "What the store is asked for: the method of this name, with the position of its dial if it has one."
-        return (name, self.controls['lesions'].value) if name in self.dials else name
+
+# %% ../nbs/40_explorer.ipynb #28aca26c
+def asked_of(explorer):
+    "What the store of an explorer is asked for: {name of a method shown: it, or the pair of it and where its dial stands}."
+    return {name: (name, explorer.controls['lesions'].value) if name in explorer.dials else name for name in explorer.shown}
 
 # %% ../nbs/40_explorer.ipynb #4c0f7b1f
 def slices_shown(store, dataset, index, methods):
@@ -559,8 +573,7 @@ class Explorer(ExplorerFrame):
 
     def draw(self):
         "Draws what the controls say."
-        where, view = (self.picker.dataset.value, self.picker.index), self.panel.view
-        asked = {name: self.asked(name) for name in self.shown}
+        where, view, asked = (self.picker.dataset.value, self.picker.index), self.panel.view, asked_of(self)
         self.slices = slices_shown(self.store, *where, asked)
         maps = [self.store.maps(*where, method) for method in asked.values()] if view.mode == 'maps' else []
         ct, mri, *_ = self.slices.values()

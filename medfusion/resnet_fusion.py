@@ -142,13 +142,13 @@ def weighted_sum(ct, mri, logits, residual, white_bone=False, edges_only=False):
 # %% ../nbs/resnet_based_fusion.ipynb #46383913
 class FusionLayers(OnFrozenBackbone):
     "The trained half of the method, on the frozen one. The arguments are those of `ResNetFusion`."
+    free_at_start = ('follow_edges',)
 
     def __init__(self, backbone, backbone_sha256, deepest, widths):
         super().__init__(backbone, backbone_sha256, deepest)
         stages = self.backbone.stages
         if len(widths) < len(stages):
-            raise ValueError(f'There are {len(widths)} widths for {len(stages)} stages, {", ".join(stages)}; '
-                             'give one for each.')
+            raise ValueError(f'There are {len(widths)} widths for {len(stages)} stages, {", ".join(stages)}; give one for each.')
         self.fusions = nn.ModuleDict({stage: FusionModule(backbone_stages()[stage][0], width)
                                       for stage, width in zip(stages, widths)})
         self.steps = nn.ModuleDict({stage: DecoderStep(below, width, width)
@@ -177,7 +177,6 @@ class ResNetFusion(FusionLayers):
     backbone: see `load_backbone`; backbone_sha256: what its SHA-256 has to be (None: whatever it is). widths: channels
     of fusion modules and decoder, from the stem down to `deepest`; what is left over is not used. `features`, where
     they are known already, are those of the method of that name. Raises ValueError on slices that do not fit."""
-    free_at_start = ('follow_edges',)
 
     def __init__(self, backbone='medfusion', backbone_sha256=None, deepest='layer3', widths=(16, 32, 48, 64, 64),
                  residual=0.2, white_bone=False, follow_edges=False):

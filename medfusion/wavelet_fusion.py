@@ -135,14 +135,26 @@ class Dial(nn.Module):
 class SubbandMasks(nn.Module):
     "What the trained half of the method decides: masks and residuals. The arguments are those of `WaveletFusion`."
 
-    def __init__(self, width, residual, shared_mask, dial=False):
+    free_at_start = ('dial', 'lesions')
+
+    def __init__(self, width, residual, shared_mask, dial=False, lesions=0.5):
         super().__init__()
-        self.residual = residual
+        check_lesions(lesions)
+        self.residual, self.lesions = residual, lesions
         self.network = MaskNetwork(width, masks=1 if shared_mask else 4)
         self.dial = Dial(self.network, ['encode1.2', 'encode2.2', 'encode3.2', 'decode2.0', 'decode1.0', 'head']) if dial else None
 
-    def decide(self, ct, mri, lesions=0.5):
+    def position(self, lesions=None):
+        "Where the dial is to stand: at its default for None. ValueError for no number from 0 to 1, and for a network without a dial."
+        if lesions is not None:
+            check_lesions(lesions)
+            if not self.dial:
+                raise ValueError('This network has no dial for lesions; the shipped one has (-m wavelet), or train one with the parameter dial.')
+        return self.lesions if lesions is None else lesions
+
+    def decide(self, ct, mri, lesions=None):
         "Four masks in [0, 1] and four bounded residuals, (B, 8, h, w), of slices padded to multiples of 8: h is H/2."
+        lesions = self.position(lesions)
         weights = self.dial.weights(self.network, lesions) if self.dial else {}
         bands = torch.cat([haar(pad_to_multiple(x, 8)) for x in (ct, mri)], 1)               # (B, 8, h, w)
         maps = functional_call(self.network, weights, bands.to(self.network.head.weight.dtype)).to(bands.dtype)  # (B, 8 or 5, h, w)
@@ -157,26 +169,15 @@ class WaveletFusion(SubbandMasks):
     (0: masks alone); cycle_spin: average over the four one-pixel shifts of the Haar grid; white_bone: white where the
     CT is saturated; shared_mask: one mask for all subbands; dial: equation 3. lesions: where the dial stands unless a
     call says otherwise, from 0 (as the usual metrics like it) to 1 (every lesion)."""
-    free_at_start = ('dial', 'lesions')
 
     def __init__(self, width=24, residual=0.25, cycle_spin=False, white_bone=False, shared_mask=False, dial=False, lesions=0.5):
-        super().__init__(width, residual, shared_mask, dial)
-        check_lesions(lesions)
-        self.lesions = lesions
-        self.config = {'width': width, 'residual': residual, 'cycle_spin': cycle_spin, 'white_bone': white_bone,
-                       'shared_mask': shared_mask, 'dial': dial, 'lesions': lesions}
+        super().__init__(width, residual, shared_mask, dial, lesions)
+        self.config = {'width': width, 'residual': residual, 'cycle_spin': cycle_spin, 'white_bone': white_bone, 'shared_mask': shared_mask,
+                       'dial': dial, 'lesions': lesions}
 
     def forward(self, ct, mri, lesions=None):
         check_images(ct, mri, least=16)
-        return self.apply_maps(ct, mri, self.decide(ct, mri, self.position(lesions)))
-
-    def position(self, lesions=None):
-        "Where the dial is to stand. Raises ValueError for no number from 0 to 1, and for a network without a dial."
-        if lesions is not None:
-            check_lesions(lesions)
-            if not self.dial:
-                raise ValueError('This network has no dial for lesions; the shipped one has (-m wavelet), or train one with the parameter dial.')
-        return self.lesions if lesions is None else lesions
+        return self.apply_maps(ct, mri, self.decide(ct, mri, lesions))
 
     def apply_maps(self, ct, mri, maps):
         mix = mix_on_four_grids if self.config['cycle_spin'] else mix_subbands
@@ -187,7 +188,7 @@ class WaveletFusion(SubbandMasks):
     def maps(self, ct, mri, lesions=None):
         "What the explorer may show: {subband: mask (B, 1, h, w)}; 1: the subband comes from CT, 0: from MRI."
         check_images(ct, mri, least=16)
-        masks = self.decide(ct, mri, self.position(lesions))[:, :4, :(ct.shape[-2] + 1) // 2, :(ct.shape[-1] + 1) // 2]
+        masks = self.decide(ct, mri, lesions)[:, :4, :(ct.shape[-2] + 1) // 2, :(ct.shape[-1] + 1) // 2]
         return dict(zip(subband_names(), masks.split(1, 1)))
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #3f2366eb
