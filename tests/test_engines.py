@@ -112,7 +112,7 @@ def end(process):
     "What the process printed."
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    return json.loads(said)
+    return json.loads(said.splitlines()[-1])       # Ray says before it that a worker died
 
 
 @engine
