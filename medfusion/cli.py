@@ -198,7 +198,9 @@ def phantom(
 ):
     "Write synthetic CT and MRI slices, split by case."
     from medfusion.data import inspect_dataset
+    from medfusion.inference import check_output
     from medfusion.phantom import write_phantom
+    check_output(root, [])
     write_phantom(root, cases=cases, slices=slices, size=size, seed=seed, replace=replace)
     typer.echo(str(inspect_dataset(root)))
 
@@ -243,6 +245,8 @@ def harvard(
 ):
     "Download the public Harvard slices, check every file's hash, and split them as for the results in README."
     from medfusion.data import download_harvard, inspect_dataset
+    from medfusion.inference import check_output
+    check_output(root, [])
     download_harvard(root, cache=cache, base_url=base_url, replace=replace)
     typer.echo(str(inspect_dataset(root)))
 
@@ -472,7 +476,7 @@ def figure(
     """
     from medfusion import figures, inference, paper_figures
     check_there(*sources)
-    inference.check_output(out, sources, tuple(figures.figure_formats()))
+    inference.check_output(out, [*sources, *(sources[0] / 'fused').glob('*'), *(Path(inference.named_model(text)[1]) for text in model)], tuple(figures.figure_formats()))
     given = {'boxes': [paper_figures.box_of(text) for text in box] or boxes, 'scale': scale, 'inside': inside or None, 'width': width, 'dpi': dpi}
     drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in columns.split(',') if name], titles.split(','),
                                        value_range=read_range(values), **{name: value for name, value in given.items() if value is not None})
@@ -909,13 +913,13 @@ Latex = Annotated[Path | None, typer.Option('--latex', parser=typed_path, metava
 Markdown = Annotated[Path | None, typer.Option('--markdown', parser=typed_path, metavar='PATH', help='write the table in Markdown here')]
 
 # %% ../nbs/50_cli.ipynb #bc74eca8
-def check_tables(csv=None, latex=None, markdown=None) -> None:
-    "Raises ValueError or OSError, before anything is computed, where a table could not be written to one of these paths."
+def check_tables(csv=None, latex=None, markdown=None, inputs=()) -> None:
+    "Raises ValueError or OSError, before anything is computed, where a table could not be written to one of these paths, or is one of the `inputs`."
     from medfusion.inference import check_output
     from medfusion.tables import forms
     for path, ending in ((csv, '.csv'), (latex, forms()['latex'].suffix), (markdown, forms()['markdown'].suffix)):
         if path is not None:
-            check_output(path, [], (ending,))
+            check_output(path, inputs, (ending,))
 
 # %% ../nbs/50_cli.ipynb #49a2ca5b
 def write_texts(texts: dict) -> None:
@@ -944,10 +948,11 @@ def runs(
     from medfusion.tables import render, split_values
     if wrong := [text for text in where if '=' not in text]:
         raise typer.BadParameter(f'--where {wrong[0]} gives no value; write NAME=VALUE')
-    check_tables(csv, latex, markdown)
     if curves is not None:
         inference.check_output(curves, [], tuple(figures.figure_formats()))
-    table = sweeps.select_runs(sweeps.load_runs(*map(absolute_path, folders or [])), dict(text.split('=', 1) for text in where), sort)
+    table = sweeps.load_runs(*map(absolute_path, folders or []))
+    check_tables(csv, latex, markdown, [Path(folder, name) for folder in table.folder for name in ('history.csv', 'metrics.csv')])
+    table = sweeps.select_runs(table, dict(text.split('=', 1) for text in where), sort)
     chosen = split_values(columns) if columns else None
     shown = sweeps.over_seeds(table, over, chosen) if over else sweeps.runs_table(table, chosen)
     print_table(shown)
@@ -1036,9 +1041,10 @@ def phantom_scans(
 
     Example: medfusion data scans -o demo_scans; medfusion scans demo_scans
     """
-    from medfusion.phantom_volume import empty_folder, phantom_study, write_study
+    from medfusion.files import check_vacant
+    from medfusion.phantom_volume import phantom_study, write_study
     from medfusion.scans import scan_table, table_text
-    empty_folder(output)
+    check_vacant(output)
     spacings = ((v, v, max(z, v)) for v, z in ((voxel, 2.5), (max(voxel, .9), 4.)))
     study = phantom_study(seed, *spacings, contrast, (degrees, mm))
     typer.echo(f'{study}\n{table_text(scan_table(write_study(study, output)))}')
@@ -1059,10 +1065,13 @@ def scans(
 def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     "Runs scan_fusion.ipynb with these parameters; `out` is then the folder of the study. Returns its run.json. Raises ValueError or OSError in a sentence."
     from medfusion.files import read_json
+    from medfusion.inference import find_model
     from medfusion.runs import check_parameters
-    from medfusion.studies import new_folder_at, write_report
+    from medfusion.studies import check_asked, new_folder_at, write_report
     notebook = 'scan_fusion.ipynb'
-    check_parameters(notebook, given)
+    asked = check_parameters(notebook, given)
+    check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
+    find_model(asked['model'])
     with new_folder_at(out, replace) as folder:
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
@@ -1075,11 +1084,15 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
 # %% ../nbs/50_cli.ipynb #a2030ba5
 def scan_parameters(typed: dict) -> dict:
     "The parameters of scan_fusion.ipynb for what was typed after `medfusion scan`, {option: value}; what -p says comes last."
+    from medfusion.inference import check_output
     from medfusion.studies import windows_of
     scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study', 'truth') if typed[name]}
     if len(scans) < 2 and 'study' not in paths:
         raise typer.BadParameter('a CT and an MRI are needed, or --study with a finished one')
     check_there(*scans, *paths.values())
+    check_output(typed['out'], scans)
+    if inside := [scan for scan in scans if scan.is_dir() and scan.resolve() in typed['out'].resolve().parents]:
+        raise ValueError(f'{typed["out"]} is in {inside[0]}, which is searched whole for slices; name another folder.')
     windows_of(typed['window'])
     plain = {name: typed[name] for name in ('window', 'grid', 'registered', 'different_patients', 'force', 'anonymous')}
     given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}

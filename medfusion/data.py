@@ -8,10 +8,10 @@ __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_p
            'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files', 'data_root',
            'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split', 'recorded_files',
            'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files',
-           'clear_scratch', 'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split',
-           'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport',
-           'table_problems', 'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'names_in_part',
-           'SplitAudit', 'audit_split']
+           'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split', 'harvard_registry',
+           'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport', 'table_problems',
+           'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'names_in_part', 'SplitAudit',
+           'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
 import base64
@@ -35,7 +35,7 @@ import pooch
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .files import (absolute_path, is_abandoned, is_slice_name, list_images, list_pairs, lock_file, read_image,
+from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file, read_image,
                              read_json, read_pair, sha256_of, stem_of, temporary_name, to_depth, to_float, unused_range,
                              write_atomically, write_json)
 
@@ -485,13 +485,6 @@ def exchange_files(root, new, old):
         remove_empty_folders((root / name).parent for name in coming)
         raise
     remove_empty_folders(path.parent for path in leaving.values())
-
-# %% ../nbs/02_data.ipynb #251f04a7
-def clear_scratch(ancestor, name):
-    "Removes the temporary folders that killed fillers of the folder `name` left."
-    for path in ancestor.iterdir():
-        if path.name.startswith(f'.{name}.') and is_abandoned(path) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
 
 # %% ../nbs/02_data.ipynb #0d0d2eb6
 @contextmanager

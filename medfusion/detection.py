@@ -24,7 +24,7 @@ import torch
 from .anatomy import case_sequence, draw_head
 from .baselines import baselines
 from .detectability import brain_region, channel_width
-from .files import read_image, read_json, stem_of, to_depth, to_float, write_image, write_json
+from .files import check_vacant, read_image, read_json, stem_of, to_depth, to_float, whole_folder, write_image, write_json
 from .inference import as_batch, as_given, fuse_batch, model_of
 from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
                                 interval, laguerre_gauss, search_channels, search_statistic)
@@ -380,18 +380,18 @@ def write_task(data_set, folder, kinds=None, area: float = 0.9, paintings: int =
     Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none.
     """
     folder, lesions, trials = Path(folder), chosen_lesions(kinds), []
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f'{folder} is not empty; name another folder for the task.')
+    check_vacant(folder)        # before minutes are spent
     amplitudes = {name: calibrate_amplitude(data_set, lesion, area, paintings, seed) for name, lesion in lesions.items()}
-    for kind in ('CT', 'MRI'):
-        (folder / kind).mkdir(parents=True)
-    for name, lesion in lesions.items():
-        for painted in painted_slices(data_set, lesion, amplitudes[name], paintings, seed):
-            for pair, images in zip(painted.names, [painted.clean, *painted.painted]):
-                for kind, image in zip(('CT', 'MRI'), images):
-                    write_image(folder / kind / f'{pair}.png', image)
-            trials.append({'lesion': name, 'case': painted.case, 'names': painted.names, 'places': [p.tolist() for p in painted.places]})
-    write_json(folder / 'task.json', {'format': 'medfusion task 1', 'amplitudes': amplitudes, 'trials': trials})
+    with whole_folder(folder) as made:
+        for kind in ('CT', 'MRI'):
+            (made / kind).mkdir()
+        for name, lesion in lesions.items():
+            for painted in painted_slices(data_set, lesion, amplitudes[name], paintings, seed):
+                for pair, images in zip(painted.names, [painted.clean, *painted.painted]):
+                    for kind, image in zip(('CT', 'MRI'), images):
+                        write_image(made / kind / f'{pair}.png', image)
+                trials.append({'lesion': name, 'case': painted.case, 'names': painted.names, 'places': [p.tolist() for p in painted.places]})
+        write_json(made / 'task.json', {'format': 'medfusion task 1', 'amplitudes': amplitudes, 'trials': trials})
     return folder
 
 # %% ../nbs/23_detection.ipynb #1ac38ff8

@@ -92,9 +92,9 @@ def check_onnx(content: bytes, network, tolerance: float = 1e-5) -> float:
     return worst
 
 # %% ../nbs/28_exporting.ipynb #4294644a
-def free_place(path, ending: str, replace: bool = False) -> Path:
-    "The path, if a file of this ending may be written there. Raises ValueError, FileExistsError or FileNotFoundError in a sentence."
-    path = check_output(path, [], (ending,))
+def free_place(path, ending: str, replace: bool = False, source=()) -> Path:
+    "The path, if a file of this ending may be written there, in the place of nothing that is read (`source`). Raises ValueError, FileExistsError or FileNotFoundError in a sentence."
+    path = check_output(path, source, (ending,))
     if path.exists() and not replace:
         raise FileExistsError(f'{path} is there already; name another file, or say replace=True.')
     if not path.parent.is_dir():
@@ -119,8 +119,9 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
 
     model: what `load_model` takes, but rules. Raises ValueError or FileExistsError in a sentence; nothing is then written.
     """
-    path, source = free_place(path, '.safetensors', replace), checkpoint_of(model)
-    free_place(path.with_name('metadata.json'), '.json', replace)
+    source = checkpoint_of(model)
+    path = free_place(path, '.safetensors', replace, [source])
+    free_place(path.with_name('metadata.json'), '.json', replace, [source.with_name('metadata.json')])
     load_model(model, device='cpu')                   # refuses what is no whole network
     checkpoint, told = load_checkpoint(source), source.with_name('metadata.json')
     facts = read_json(told) if told.is_file() else {}

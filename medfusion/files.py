@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
            'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
-           'clear_abandoned', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
+           'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch', 'new_parents',
+           'whole_folder', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
            'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'read_lines',
            'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
            'sort_by_key', 'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming',
@@ -17,13 +18,14 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import threading
 import unicodedata
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, takewhile
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -244,6 +246,70 @@ def clear_abandoned(folder):
     for path in left:
         path.unlink(missing_ok=True)
     return left
+
+# %% ../nbs/00_files.ipynb #c6699510
+def check_above(path) -> Path:
+    "The folder that is there and in which a path is, or is to be made. Raises FileExistsError where something else stands in the way."
+    above = next(place for place in absolute_path(path).parents if os.path.lexists(place))
+    if not above.is_dir():
+        raise FileExistsError(f'{above} is no folder, so nothing can be made in it; name another place.')
+    return above
+
+# %% ../nbs/00_files.ipynb #244e82c6
+def check_vacant(path) -> None:
+    "Raises FileExistsError, in a sentence, where a new folder cannot be made: something is there, unless it is an empty folder."
+    path = absolute_path(path)
+    if path == Path.cwd():
+        raise FileExistsError(f'{path} is the current folder, whose place no other can take; name a new folder.')
+    check_above(path)
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f'{path} is there already and not empty; name a new folder.')
+
+# %% ../nbs/00_files.ipynb #52c10b43
+def abandoned_folders(ancestor, name) -> list[Path]:
+    "The temporary folders in `ancestor` of a folder `name` (see `temporary_name`) whose writers were killed."
+    told = re.compile(rf'\.{re.escape(name)}\.\d+(-[0-9a-f]{{4}}-\d+)?\.tmp')
+    return [path for path in Path(ancestor).iterdir() if told.fullmatch(path.name) and is_abandoned(path)
+            and path.is_dir() and not path.is_symlink()]
+
+# %% ../nbs/00_files.ipynb #826b654b
+def clear_scratch(ancestor, name):
+    "Removes the temporary folders that killed writers of the folder `name` left."
+    for path in abandoned_folders(ancestor, name):
+        shutil.rmtree(path)
+
+# %% ../nbs/00_files.ipynb #842666ce
+@contextmanager
+def new_parents(path):
+    "The folder above `path`, made for the time of the block, and for good if something is in it then. Raises what `check_above` raises."
+    path, above = absolute_path(path), check_above(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path.parent
+    finally:
+        for made in takewhile(lambda place: place != above, path.parents):
+            with suppress(OSError):  # it holds something
+                made.rmdir()
+
+# %% ../nbs/00_files.ipynb #82a19628
+@contextmanager
+def whole_folder(path):
+    """A hidden folder that takes the place of `path` when the block ends well; if it fails or is stopped, nothing is left.
+
+    Raises what `check_vacant` raises, before and after.
+    """
+    path = absolute_path(path)
+    check_vacant(path)
+    with new_parents(path) as parent:
+        clear_scratch(parent, path.name)
+        folder = parent / temporary_name(path.name)
+        try:
+            folder.mkdir()
+            yield folder
+            check_vacant(path)  # somebody else may have been quicker
+            os.replace(folder, path.resolve())  # a link to an empty folder stays a link
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #04375050
 def write_synced(file, data, sync=True):

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
-from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, luminance, match_images, name_key, read_image, read_json,
+from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
 from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, run_checkpoint
 
@@ -759,7 +759,7 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
     """The path `out`, if a command that reads `inputs` (files and folders) may write there; else ValueError or OSError.
 
     suffixes: the types of file that the command writes; none for a folder. Refused are an empty name, another type, what
-    is there and is no plain file (or no folder), an input, and a file in an input folder.
+    is there and is no plain file (or no folder), an input, and a slice in an input folder.
     """
     if not str(out).strip():
         raise ValueError("An empty name was given for what to write; write '.' for the current folder.")
@@ -772,7 +772,7 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
         raise FileExistsError(f'{out} is there and is no {kind}; name another place to write.')
     if out.exists():
         read = [place for place in (split_pattern(given)[0] for given in inputs) if place.exists()]
-        inside = [file for given in read if suffixes and given.is_dir() for file in given.iterdir() if file.is_file()]
+        inside = [file for given in read if suffixes and given.is_dir() for file in given.iterdir() if is_slice_name(file.name)]
         for given in [*read, *inside]:
             if out.samefile(given):
                 raise ValueError(f'{out} is what is read ({given}), or holds the slices themselves; name another {kind}.')
@@ -816,7 +816,7 @@ def open_job(model, network, out_dir, sources, replace=False, value_range=None) 
     network: what `model`, a name, a path or an object, stands for. Raises ValueError or an OSError with a sentence where the folder cannot be had.
     """
     report = FolderReport(check_output(out_dir, sources).resolve())
-    sha256, name = model_sha256(model), str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}'
+    sha256, name = model_sha256(model), getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}')
     report.out_dir.mkdir(parents=True, exist_ok=True)
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
     claim_record(job.record, sha256, getattr(model, '__name__', name), replace)
@@ -851,5 +851,5 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
     pairs, failed = pairs_to_fuse(ct_dir, mri_dir, shard)
     job = open_job(model, model_of(model, device), out_dir, (ct_dir, mri_dir), replace, value_range)
     job.report.failed |= failed
-    run_job(job, pairs, batch_size, workers, progress)
+    run_job(job, pairs, min(batch_size, len(pairs) or 1), min(workers, len(pairs) or 1), progress)
     return close_job(job, len(pairs), start)

@@ -6,7 +6,7 @@
 __all__ = ['field_at', 'tissue_value', 'Build', 'HeadPoints', 'head_points', 'points_where', 'paint_soft', 'paint_neck',
            'paint_bone', 'paint_face', 'paint_cortex', 'paint_middle', 'paint_lesions', 'head_value', 'drawn_pose',
            'mapped', 'couch_value', 'Grid', 'centred_grid', 'looked_at', 'measured', 'PhantomStudy', 'brain_points',
-           'phantom_study', 'slice_header', 'write_series', 'empty_folder', 'write_study']
+           'phantom_study', 'slice_header', 'write_series', 'write_study']
 
 # %% ../nbs/31_phantom_volume.ipynb #e785530d
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 from .anatomy import (Ellipsoid, Head, Tube, brain_case, brain_parts, brainstem_surface, draw_head, face_parts,
                                on_plane, skin_surface, smooth_step, sylvian_distance, tentorium, tissues, vault, ventricles)
-from .files import write_json
+from .files import whole_folder, write_json
 from .scans import pydicom, sitk
 
 # %% ../nbs/31_phantom_volume.ipynb #410ef978
@@ -446,23 +446,14 @@ def write_series(folder, image: sitk.Image, header: pydicom.Dataset, seed: int =
         one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         one.save_as(folder / f'IM{name:04d}', enforce_file_format=True)
 
-# %% ../nbs/31_phantom_volume.ipynb #6b14c61b
-def empty_folder(folder) -> Path:
-    "A folder for a study, made if need be. Raises FileExistsError where there is something in it."
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f'{folder} is there already and not empty; name a new folder.')
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
 # %% ../nbs/31_phantom_volume.ipynb #409dedbc
 def write_study(study: PhantomStudy, folder) -> Path:
     """The new folder, with the study as DICOM (ct/, mri/) and as NIfTI (ct.nii.gz, mri.nii.gz), and the truth between the two: truth.tfm maps CT
     points to MRI points; brain.json lists points in the brain. Raises FileExistsError for a folder that is there and not empty."""
-    folder = empty_folder(folder)
-    for name, image, modality in (('ct', study.ct, 'CT'), ('mri', study.mri, 'MR')):
-        write_series(folder / name, image, slice_header(study, modality, pydicom.uid.generate_uid()), study.seed)
-        sitk.WriteImage(image, str(folder / f'{name}.nii.gz'))
-    sitk.WriteTransform(study.truth, str(folder / 'truth.tfm'))
-    write_json(folder / 'brain.json', {'seed': study.seed, 'contrast': study.contrast, 'points_ct_mm': study.brain.round(3).tolist()})
-    return folder
+    with whole_folder(folder) as made:
+        for name, image, modality in (('ct', study.ct, 'CT'), ('mri', study.mri, 'MR')):
+            write_series(made / name, image, slice_header(study, modality, pydicom.uid.generate_uid()), study.seed)
+            sitk.WriteImage(image, str(made / f'{name}.nii.gz'))
+        sitk.WriteTransform(study.truth, str(made / 'truth.tfm'))
+        write_json(made / 'brain.json', {'seed': study.seed, 'contrast': study.contrast, 'points_ct_mm': study.brain.round(3).tolist()})
+    return Path(folder)

@@ -183,7 +183,7 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
     path, found = Path(path), Folder([], [], [])
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):       # a pipe or a device would be read without an end
         raise FileNotFoundError(missing_sentence(path, 'folder or file'))
     for file in sorted(file for file in path.rglob('*') if file.is_file()) if path.is_dir() else [path]:
         try:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['between', 'Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume',
-           'common_grid', 'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume', 'slice_table',
-           'flicker', 'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards', 'bone_contours',
-           'fused_planes', 'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given', 'believed_frame',
-           'brought_together', 'onto_grid', 'fuse_series', 'study_record', 'fuse_study', 'scan_fusion', 'target_errors',
-           'check_replaceable', 'new_folder_at', 'write_volume', 'fill_study', 'record_in', 'read_study',
-           'derived_header', 'source_item', 'other_uid', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed',
-           'report_html', 'write_report']
+           'check_asked', 'common_grid', 'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume',
+           'slice_table', 'flicker', 'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards',
+           'bone_contours', 'fused_planes', 'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given',
+           'believed_frame', 'brought_together', 'onto_grid', 'fuse_series', 'study_record', 'fuse_study',
+           'scan_fusion', 'target_errors', 'check_replaceable', 'clear_beside', 'new_folder_at', 'write_volume',
+           'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item', 'other_uid', 'without_patient',
+           'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -31,8 +31,8 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from .figures import checkerboard, mosaic
-from .files import absolute_path, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
-from .inference import find_model, fuse_batch, model_of, model_sha256
+from .files import abandoned_folders, absolute_path, clear_scratch, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
+from .inference import find_device, find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
                                     shrunk, verdict_limits, write_transform)
@@ -118,17 +118,27 @@ def empty_volume(frame: dict) -> sitk.Image:
     image.SetDirection(frame['direction'])
     return image
 
+# %% ../nbs/33_studies.ipynb #b59862f6
+def check_asked(grid='ct', spacing=0., plane='', batch_size=2, device='auto') -> None:
+    "Raises ValueError, before minutes are spent, for what no study can be made with."
+    if grid not in ('ct', 'mri'):
+        raise ValueError(f"The grid is that of 'ct' or 'mri', not {grid!r}.")
+    if spacing and not .2 <= spacing <= 20:
+        raise ValueError(f'A spacing of {spacing:g} mm makes no picture of a head; take .2 to 20.')
+    if plane not in ('', 'axial', 'coronal', 'sagittal'):
+        raise ValueError(f'There is no plane {plane!r}; choose one of axial, coronal, sagittal.')
+    if batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; it must be a whole number from 1 up.')
+    find_device(device)
+
 # %% ../nbs/33_studies.ipynb #814715d7
 def common_grid(ct: sitk.Image, mri: sitk.Image, pose, kind: str = 'ct', spacing: float = 0.) -> sitk.Image:
     "An empty image (uint8) on whose grid both scans are fused, in the space of the CT. `spacing`: isotropic, in mm; 0 keeps that of the scan."
-    if kind not in ('ct', 'mri'):
-        raise ValueError(f"The grid is that of 'ct' or 'mri', not {kind!r}.")
+    check_asked(kind, spacing)
     image = ct if kind == 'ct' else mri
     size, step, direction = np.array(image.GetSize()), np.array(image.GetSpacing()), np.reshape(image.GetDirection(), (3, 3))
     origin = np.array(image.GetOrigin())
     if spacing:
-        if not .2 <= spacing <= 20:
-            raise ValueError(f'A spacing of {spacing:g} mm makes no picture of a head; take .2 to 20.')
         origin = origin + direction @ ((spacing - step) / 2)
         size, step = np.maximum(np.rint(size * step / spacing), 1), np.full(3, float(spacing))
     if kind == 'mri':
@@ -461,6 +471,7 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     plane: of the slices, by default that of the grid; `force` fuses after a failed registration too;
     `progress` wraps the steps of each stage, as tqdm does. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
+    check_asked(grid, spacing, plane, batch_size, device)
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
     notes = notes_on_scans(ct, scans, different_patients)
     found = {label: brought_together(ct, one, transform, registered, progress) for label, one in scans.items()}
@@ -505,28 +516,39 @@ def check_replaceable(path: Path, replace: bool = False) -> bool:
         raise FileExistsError(f'{path} holds {foreign[0]}, which is no part of its study, and would be lost; move it away, or name another folder.')
     return True
 
+# %% ../nbs/33_studies.ipynb #d29c68d7
+def clear_beside(path: Path) -> None:
+    "What killed writers of a study left beside it: the study that had made room comes back if its place is empty; the rest is removed."
+    for left in abandoned_folders(path.parent, f'{path.name}.old'):
+        if not path.exists():
+            os.replace(left, path)
+    for name in (path.name, f'{path.name}.old'):
+        clear_scratch(path.parent, name)
+
 # %% ../nbs/33_studies.ipynb #20bb9e54
 @contextmanager
 def new_folder_at(path, replace: bool = False):
     "A hidden folder beside `path` that takes its place when all went well and vanishes otherwise. FileExistsError for what is there, unless it is a study to `replace`."
     path = absolute_path(path)
-    there = check_replaceable(path, replace)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = path.with_name(temporary_name(path.name)), path.with_name(temporary_name(f'{path.name}.old'))
-    folder.mkdir()
-    try:
-        yield folder
-        record = read_json(folder / 'run.json') if there else {}
-        if record.get('verdict') == 'failed' and not record.get('forced'):
-            raise FileExistsError(f'The registration failed, and the study in {path} stays as it was; name another folder to see why, or fuse all the same (force=True).')
-        if path.exists():
-            os.replace(path, old)
-        os.replace(folder, path)
-    finally:
-        if old.exists() and not path.exists():      # stopped between the two
-            os.replace(old, path)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with new_parents(path) as parent:
+        clear_beside(path)
+        there = check_replaceable(path, replace)
+        folder, old = (parent / temporary_name(name) for name in (path.name, f'{path.name}.old'))
+        try:
+            folder.mkdir()
+            yield folder
+            record = read_json(folder / 'run.json') if there else {}
+            if record.get('verdict') == 'failed' and not record.get('forced'):
+                raise FileExistsError(f'The registration failed, and the study in {path} stays as it was; name another folder to see why, or fuse all the same (force=True).')
+            check_replaceable(path, replace)        # another run may have been quicker
+            if path.exists():
+                os.replace(path, old)
+            os.replace(folder, path)
+        finally:
+            if old.exists() and not path.exists():      # stopped between the two
+                os.replace(old, path)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/33_studies.ipynb #2a7e039b
 def write_volume(path, values, grid: sitk.Image) -> Path:

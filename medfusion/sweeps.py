@@ -122,6 +122,7 @@ def plan(method: str, grid: dict, base: dict | None = None, name: str = '') -> l
         parameters = check_parameters(notebook, given | {'run': name_of_run(values, name)})
         check_values(parameters)
         check_folders(SimpleNamespace(**parameters))
+        methods()[method].check(SimpleNamespace(**parameters))
         folder = run_folder(SimpleNamespace(**parameters))
         runs.append(Planned(method, folder, parameters, given, what_to_do(folder, parameters, notebook)))
     names = [run.folder.name for run in runs]

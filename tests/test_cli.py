@@ -410,6 +410,15 @@ def test_evaluate_folders_and_files(pairs):
     assert_sentence(medfusion('evaluate', 'CT', 'MRI', f'out/{pairs[0]}'), 'three files or three folders')
 
 
+def test_a_table_beside_the_slices_goes_on(pairs):
+    "It is in a folder that is read, but no slice; what is one there is not written over."
+    medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
+    words = ['evaluate', 'CT', 'MRI', 'out', '--csv', 'out/scores.csv']
+    tables = [medfusion(*words).exit_code or Path('out/scores.csv').read_bytes() for _ in range(2)]
+    assert tables[0] == tables[1] and tables[0].count(b'\n') == 5
+    assert medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum').exit_code == 0
+
+
 def test_a_table_is_written_over_nothing_but_a_table(pairs):
     slices = [f'{side}/{pairs[0]}' for side in ('CT', 'MRI', 'MRI')]
     before = Path(slices[0]).read_bytes()
@@ -695,6 +704,50 @@ def test_missing_data_is_noticed_at_once(command, no_kernel):
     result = medfusion(*command, '-p', 'ct_dir=nowhere/CT', '-p', 'mri_dir=nowhere/MRI', '-p', 'save_dir=results')
     assert_sentence(result, str(no_kernel / 'nowhere/CT'), 'medfusion data harvard', 'medfusion data phantom')
     assert not list(no_kernel.iterdir())
+
+
+@pytest.mark.parametrize('place', ['file.txt', 'file.txt/new', 'gone', 'circle', 'CT'])
+def test_where_nothing_can_be_written_is_noticed_at_once(pairs, place, no_kernel, monkeypatch):
+    "By every command that fills a folder, before anything is computed; what is there stays as it is."
+    Path('file.txt').write_text('mine')
+    Path('gone').symlink_to('nowhere')
+    Path('circle').symlink_to('circle')
+    for name in ('phantom.write_phantom', 'phantom_volume.phantom_study', 'data.download_harvard', 'data.prepare_dataset', 'detection.calibrate_amplitude'):
+        monkeypatch.setattr(f'medfusion.{name}', lambda *_, **more: pytest.fail('something was computed'))
+    before = sorted(Path().rglob('*'))
+    commands = [['data', 'scans', '-o', place], ['scan', 'CT', 'MRI', '-m', 'maximum', '-o', place], ['evaluate', 'CT', 'MRI', '--task', place]]
+    if place != 'CT':
+        commands += [['data', 'phantom', place], ['data', 'harvard', place], ['data', 'import', '.', place], ['fuse', 'CT', 'MRI', '-m', 'maximum', '-o', place]]
+    for words in commands:
+        assert_sentence(medfusion(*words), place.split('/')[0])
+        assert sorted(Path().rglob('*')) == before and Path('file.txt').read_text() == 'mine', words
+
+
+@pytest.mark.parametrize('more, words', [(['--grid', 'pet'], "'ct' or 'mri', not 'pet'"), (['-p', 'spacing=-1'], 'spacing of -1 mm'), (['-p', 'plane=oblique'], 'no plane'),
+                                         (['-p', 'batch_size=0'], 'batch_size is 0'), (['-p', 'device=hpu'], "'hpu'"), (['-m', 'nobody'], "no model 'nobody'"),
+                                         (['--window', 'x'], "'x' is no window"), (['-p', 'colour=red'], 'colour'), (['-o', 'CT/study'], 'searched whole')])
+def test_what_no_study_can_be_made_with_is_noticed_at_once(pairs, no_kernel, more, words):
+    before = sorted(Path().rglob('*'))
+    assert_sentence(medfusion('scan', 'CT', 'MRI', '-m', 'maximum', '-o', 'study', *more), words)
+    assert sorted(Path().rglob('*')) == before
+
+
+@pytest.mark.fault('scan', 'stopped (Ctrl-C, SIGTERM)', points=2)
+def test_a_stopped_scan_leaves_nothing(pairs, no_kernel, monkeypatch):
+    before = sorted(Path().rglob('*'))
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        def execute(notebook, executed, given, number=number):
+            Path(given['out_dir'], 'half.nii.gz').write_bytes(b'half')
+            os.kill(os.getpid(), number)
+        monkeypatch.setattr(cli, 'execute', execute)
+        assert_sentence(medfusion('scan', 'CT', 'MRI', '-m', 'maximum', '-o', 'a/study'), 'stopped; nothing is left half-written', 'medfusion scan CT MRI', code=code)
+        assert sorted(Path().rglob('*')) == before
+
+
+@pytest.mark.parametrize('many', [10**12, 10**30])
+def test_a_batch_of_any_size(pairs, many):
+    result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--batch-size', many)
+    assert result.exit_code == 0 and '3 fused' in result.stdout, result.output
 
 
 def test_what_a_method_cannot_do_is_noticed_at_once(pairs, no_kernel):

@@ -137,6 +137,14 @@ def test_the_command_writes_and_scores(heads, task, tmp_path):
     assert CliRunner().invoke(app, ['evaluate', str(task[1])]).exit_code == 2
 
 
+@pytest.mark.fault('evaluate --task', 'disk full, or failing')
+def test_a_task_is_whole_or_absent(heads, tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, 'write_json', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError):
+        write_task(heads, tmp_path / 'task', kinds=['in noise'], paintings=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_folders_are_sentences(heads, task, tmp_path):
     folder = task[0]
     _, trials = read_task(folder)

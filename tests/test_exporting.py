@@ -57,6 +57,16 @@ def test_where_the_packages_are_missing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_is_not_exported_over_itself_or_what_is_known_of_it(tmp_path):
+    "Its metadata.json would be another file's."
+    file = export_network('wavelet', tmp_path / 'shared.safetensors')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for spec, out in ((file, file), (tmp_path, file), (file, tmp_path / 'other.safetensors')):
+        with pytest.raises(ValueError, match='is what is read'):
+            export_network(str(spec), out, replace=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
     "The same bits, the same facts; a folder or a file, and a sentence where one of the two files is missing, torn or another's."
     file = export_network('resnet', tmp_path / 'shared.safetensors')

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import in_little_space
+from conftest import in_child, in_little_space
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
@@ -25,7 +25,7 @@ import medfusion.files as files
 from medfusion.codecs import decode_jpeg, decode_png, decode_tiff, format_of, stem_of, suffix_of
 from medfusion.files import (absolute_path, append_line, clear_abandoned, list_images, list_pairs, luminance,
                              match_images, plain, read_image, read_json, read_lines, read_pair, read_pixels, to_depth,
-                             to_float, window, write_atomically, write_image, write_json)
+                             to_float, whole_folder, window, write_atomically, write_image, write_json)
 
 tifffile = pytest.importorskip('tifffile')
 some = settings(suppress_health_check=list(HealthCheck))    # how many, and which, conftest.py says
@@ -654,6 +654,57 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     write_image(tmp_path / '34010.png', noise())
     assert tree(tmp_path) == sorted(['34010.png', f'.c.{ended.pid}.tmp', *(path.name for path in kept)])
     assert clear_abandoned(tmp_path) == []
+
+
+@pytest.mark.fault('every folder', 'killed between two writes', points=3)
+@pytest.mark.parametrize('moment', ['filling', 'before', 'after'])
+def test_a_folder_is_whole_or_absent(tmp_path, moment):
+    "The next writer of the same folder clears what a killed one left, and nobody else's."
+    def killed():
+        def dies(*given, real=os.replace):
+            if moment == 'after':
+                real(*given)
+            os._exit(9)
+        with whole_folder(tmp_path / 'a/study') as folder:
+            (folder / 'half').write_bytes(b'half')
+            if moment == 'filling':
+                os._exit(9)
+            (folder / 'rest').write_bytes(b'rest')
+            files.os.replace = dies
+    (tmp_path / f'.study.{os.getppid()}.tmp').mkdir()
+    (tmp_path / '.study.mine.tmp').mkdir()
+    assert os.waitstatus_to_exitcode(in_child(killed)) == 9
+    made = tmp_path / 'a/study'
+    assert not made.exists() or tree(made) in ([], ['half', 'rest'])
+    if not made.exists() or not tree(made):
+        with whole_folder(tmp_path / 'a/study') as folder:
+            (folder / 'half').write_bytes(b'new')
+    assert [name for name in tree(tmp_path) if name.count('.')] == sorted([f'.study.{os.getppid()}.tmp', '.study.mine.tmp'])
+
+
+@pytest.mark.fault('every folder', 'several at once')
+def test_a_folder_that_another_one_made_meanwhile_stays(tmp_path):
+    def other():
+        with whole_folder(tmp_path / 'study') as quick:
+            (quick / 'a').write_text('quick')
+    with pytest.raises(FileExistsError, match='is there already and not empty'), whole_folder(tmp_path / 'study') as slow:
+        (slow / 'a').write_text('slow')
+        assert in_child(other) == 0
+    assert tree(tmp_path) == ['study', 'study/a'] and (tmp_path / 'study/a').read_text() == 'quick'
+
+
+def test_a_folder_where_none_can_be(tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'gone').symlink_to('nowhere')
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link').symlink_to('real')
+    monkeypatch.chdir(tmp_path)
+    for place in ('file', 'file/a', 'gone', 'gone/a', '.', tmp_path.parent):
+        with pytest.raises(FileExistsError), whole_folder(place):
+            raise AssertionError('never begun')
+    with whole_folder('link') as folder:
+        (folder / 'a').write_text('a')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'real/a').is_file()
 
 
 @pytest.mark.fault('every file', 'disk full, or failing')

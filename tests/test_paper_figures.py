@@ -166,6 +166,18 @@ def test_the_command_draws(folder, tmp_path, monkeypatch):
     assert not (folder / 'a.pdf').exists()
 
 
+def test_a_finished_slice_is_not_drawn_over(folder, benchmark, monkeypatch):
+    "Of a column, by its folder, its pattern or its file; of a benchmark's record, with methods named or not."
+    monkeypatch.chdir(folder)
+    slices = {path: path.read_bytes() for path in [*folder.rglob('*.png'), *benchmark.rglob('*.png')]}
+    for sources, out in ((['CT', 'MRI', '-m', 'Them=theirs'], 'theirs/41003.png'), (['CT', 'MRI', '-m', 'Them=others/{name}_fused.png'], 'others/41003_fused.png'),
+                         (['CT/41003.png', 'MRI/41003.png', '-m', 'Them=theirs/41003.png'], 'theirs/41003.png'), (['CT', 'MRI', '-m', 'maximum'], 'MRI/41004.png'),
+                         ([str(benchmark)], str(benchmark / 'fused/theirs/41003.png')), ([str(benchmark), '-m', 'theirs'], str(benchmark / 'fused/network/41003.png'))):
+        result = CliRunner().invoke(app, ['figure', *sources, '-o', out])
+        assert result.exit_code == 1 and 'is what is read' in result.stderr and result.stderr.count('\n') == 1, (out, result.output)
+    assert all(path.read_bytes() == data for path, data in slices.items())
+
+
 def test_the_table_of_kinds_is_what_the_help_names():
     help_ = CliRunner().invoke(app, ['figure', '--help']).output
     assert all(kind in help_ for kind in figure_kinds())

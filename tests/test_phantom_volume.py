@@ -4,6 +4,7 @@ import pytest
 import SimpleITK as sitk
 from typer.testing import CliRunner
 
+from medfusion import phantom_volume
 from medfusion.cli import app
 from medfusion.phantom_volume import centred_grid, drawn_pose, head_value, mapped, phantom_study, write_study
 from medfusion.scans import check_pair, read_scan
@@ -100,6 +101,14 @@ def test_a_written_study_is_read_as_it_was(study, tmp_path):
             np.testing.assert_allclose(other.GetDirection(), image.GetDirection(), atol=1e-5)
             np.testing.assert_allclose(other.GetSpacing(), image.GetSpacing(), atol=1e-5)
     assert study.error(sitk.ReadTransform(str(tmp_path / 'study' / 'truth.tfm'))) < 1e-6
+
+
+@pytest.mark.fault('data scans', 'disk full, or failing')
+def test_a_study_is_whole_or_absent(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom_volume.sitk, 'WriteTransform', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError):
+        write_study(study, tmp_path / 'study')
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sagittal_study_is_read_as_it_was(tmp_path):

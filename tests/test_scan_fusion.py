@@ -3,9 +3,11 @@ import gzip
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from conftest import in_child
 
 pytest.importorskip('SimpleITK')
 from typer.testing import CliRunner
@@ -270,6 +272,51 @@ def test_stopped_between_the_two_renames(tmp_path, monkeypatch):
         (folder / 'run.json').write_text('{"format": "medfusion study 1", "verdict": "good"}')
         monkeypatch.setattr('medfusion.studies.os.replace', stops)
     assert [path.name for path in tmp_path.iterdir()] == ['study'] and 'verdict' not in (tmp_path / 'study/run.json').read_text()
+
+
+def a_study(folder, told):
+    (folder / 'run.json').write_text(json.dumps({'format': 'medfusion study 1', 'verdict': told, 'files_sha256': {}}))
+
+
+@pytest.mark.fault('scan', 'killed between two writes', points=6)
+@pytest.mark.parametrize('moment', [1, 2, 3])
+@pytest.mark.parametrize('place', ['study', 'new/study'])
+def test_a_killed_study_is_whole_or_absent_and_disturbs_nobody(tmp_path, moment, place):
+    "Killed as it is written, or before or between the two renames: the old one, or the new one; the next run clears what was left."
+    path, there = tmp_path / place, place == 'study'
+    if there:
+        path.mkdir()
+        a_study(path, 'old')
+
+    def killed():
+        calls, real = [], os.replace
+
+        def dies(*given):
+            calls.append(given)
+            if len(calls) == moment - 1:
+                os._exit(9)
+            real(*given)
+        with new_folder_at(path, replace=True) as folder:
+            a_study(folder, 'new')
+            if moment == 1:
+                os._exit(9)
+            os.replace = dies
+    assert os.waitstatus_to_exitcode(in_child(killed)) == (9 if there or moment < 3 else 0)
+    with pytest.raises(FileExistsError) if there else nullcontext(), new_folder_at(path) as folder:
+        a_study(folder, 'last')
+    assert [one.name for one in tmp_path.iterdir()] == [place.split('/')[0]] and [one.name for one in path.iterdir()] == ['run.json']
+    assert json.loads((path / 'run.json').read_text())['verdict'] == ('old' if there else 'last')
+
+
+@pytest.mark.fault('scan', 'several at once')
+def test_a_study_that_another_run_made_meanwhile_stays(tmp_path):
+    def other():
+        with new_folder_at(tmp_path / 'study') as quick:
+            a_study(quick, 'quick')
+    with pytest.raises(FileExistsError, match='holds a study already'), new_folder_at(tmp_path / 'study') as slow:
+        a_study(slow, 'slow')
+        assert in_child(other) == 0
+    assert [one.name for one in tmp_path.iterdir()] == ['study'] and 'quick' in (tmp_path / 'study/run.json').read_text()
 
 
 def test_bars_of_progress_stay_out_of_reports():

@@ -4,6 +4,7 @@ Files are made here, with values that are a linear function of the place in spac
 interpolating does not change a linear function.
 """
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -337,6 +338,17 @@ def test_a_folder_without_dicom(tmp_path, make, words):
     make(tmp_path)
     assert_refused(tmp_path, *words)
     assert scan_table(tmp_path)
+
+
+def test_a_pipe_or_a_device_is_no_scan(tmp_path):
+    "Nothing is read from it: it might never end."
+    os.mkfifo(tmp_path / 'pipe')
+    os.mkfifo(tmp_path / 'pipe.nii.gz')
+    for path in (tmp_path / 'pipe', tmp_path / 'pipe.nii.gz', '/dev/zero'):
+        for read in (read_scan, scan_table):
+            with pytest.raises(FileNotFoundError, match='is no folder or file'):
+                read(path)
+    assert_refused(tmp_path, 'holds no DICOM images')
 
 
 def test_a_path_that_is_not_there(tmp_path):

@@ -124,6 +124,13 @@ def test_what_no_sweep_can_be_made_of_is_said_before_the_first_run(base, started
     assert not started and not list(tmp_path.iterdir())
 
 
+def test_what_the_method_refuses_is_said_before_the_first_run(base, started, tmp_path):
+    given = {name: value for name, value in base.items() if name != 'num_epochs'} | {'save_dir': str(tmp_path)}
+    with pytest.raises(ValueError, match='crop is 32'):
+        S.sweep('resnet', {'crop': [64, 32]}, given, progress='none')
+    assert not started and not list(tmp_path.iterdir())
+
+
 def test_a_run_of_the_name_with_other_parameters_is_refused(base, started, tmp_path):
     given = base | {'save_dir': str(tmp_path)}
     S.sweep('wavelet', {'seed': [0]}, given, progress='none')
@@ -189,6 +196,15 @@ def test_the_table_in_files(runs, monkeypatch):
     assert_sentence(medfusion('runs', 'toy', '--curves', 'a.doc'), 'a.doc does not end in .pdf, .svg, .png')
     assert_sentence(medfusion('runs', 'nowhere'), 'nowhere')
     assert medfusion('runs', 'toy', '--where', 'seed').exit_code == 2
+
+
+def test_a_table_takes_the_place_of_no_history(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    before = (runs / 'toy/r1/history.csv').read_bytes()
+    (runs / 'toy/linked.csv').symlink_to('r1/history.csv')
+    for out in ('toy/r1/history.csv', 'toy/linked.csv'):
+        assert_sentence(medfusion('runs', 'toy', '--csv', out), 'is what is read')
+    assert (runs / 'toy/r1/history.csv').read_bytes() == before
 
 
 @pytest.mark.long
