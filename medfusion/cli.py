@@ -1046,7 +1046,7 @@ def scan_parameters(typed: dict) -> dict:
         raise typer.BadParameter('a CT and an MRI are needed, or --study with a finished one')
     check_there(*scans, *paths.values())
     windows_of(typed['window'])
-    plain = {name: typed[name] for name in ('window', 'grid', 'registered', 'different_patients', 'force', 'anonymous')}
+    plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'force', 'anonymous')}
     given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
@@ -1076,6 +1076,8 @@ def scan(
     model: ModelName = 'wavelet',
     window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
     grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
+    spacing: Annotated[float, typer.Option(metavar='MM', help='of voxels alike in all directions; 0 keeps that of the grid')] = 0.,
+    plane: Annotated[str, typer.Option(help='axial, coronal or sagittal slices are fused; by default those of the grid')] = '',
     transform: Annotated[Path | None, typer.Option(parser=typed_path, help='take this .tfm or .h5 and do not register')] = None,
     truth: Annotated[Path | None, typer.Option(parser=typed_path, help='the true transform of a phantom: say how far off the registration is')] = None,
     study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI')] = None,
@@ -1087,7 +1089,7 @@ def scan(
     replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there')] = False,
     parameter: Parameters = [],
 ):
-    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spacing=1 -p plane=coronal -p n4=true ...
+    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spline=true -p n4=true ...
 
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """
