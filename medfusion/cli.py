@@ -1062,9 +1062,13 @@ def tell_study(record: dict, out: Path) -> None:
         typer.echo(f'registration{f" of {label}" if label else ""}: {words[told["verdict"]]}{reasons}')
         if 'error_mm' in told:
             typer.echo(f'against the truth: {told["error_mm"]:.2f} mm off')
+    if record['dicom']:
+        typer.echo(f'DICOM: written {record["dicom"]}; its voxels, as those of the other files, show a face')
     typer.echo(f'done: {out}\nlook at it: {out}/report.html')
-    if record['verdict'] == 'failed' and not record['forced']:
-        say('nothing was fused, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
+    failed = [label for label, told in record['mri'].items() if told['verdict'] == 'failed' and not record['forced']]
+    if failed:
+        what = f'{", ".join(failed)} was not fused' if any(failed) else 'nothing was fused'
+        say(f'{what}, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
         raise typer.Exit(1)
 
 # %% ../nbs/50_cli.ipynb #3f1d8a7f
