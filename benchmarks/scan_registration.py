@@ -32,13 +32,14 @@ from medfusion.scans import sitk
 
 RECORDS = Path(__file__).resolve().parents[1] / 'results/recorded'
 HARDER = {'5 mm slices': {'mri_spacing': (1.5, 1.5, 5.)}, 'noise 8 %': {'noise': .08}, 'bias 40 %': {'bias': .4}, 'a third missing': {'fraction': .67}}
+LITTLE = {'a third, in the middle': {'fraction': (.33, .67)}, 'the neck': {'fraction': (0, .25)}}        # of the MRI's field of view, from below
 
 
 @lru_cache(maxsize=3)
 def head(seed, harder=''):
     "A study of the head with the seed, in a pose up to 40° and 60 mm away."
     usual = dict(contrast=('T1', 'T2', 'FLAIR')[seed % 3], ct_spacing=(1.6, 1.6, 3.2), mri_spacing=(1.5, 1.5, 4.), pose=(40., 60.))
-    return phantom_study(seed, **usual | HARDER.get(harder, {}))
+    return phantom_study(seed, **usual | (HARDER | LITTLE).get(harder, {}))
 
 
 # How exact
@@ -57,35 +58,39 @@ def seen_in_a_mirror(study):
     return mirrored(study.mri, moved(study.truth, study.brain.mean(0)[None])[0], np.reshape(study.truth.GetMatrix(), (3, 3))[:, 0])
 
 
-def pose_row(case, seed, study, ct, mri, truth):
+def pose_row(study, ct, mri, truth):
     "How far off a registration is, and what is said of it."
     began = time.process_time()
     found = register(ct, mri)
     signs = {name: round(found.signs[name], 3) for name in ('halves_mm', 'mirror_ratio', 'seen_share')}
-    return {'case': case, 'seed': seed, 'contrast': study.contrast, 'error_mm': round(distance_between(found.transform, truth, study.brain), 3),
+    return {'contrast': study.contrast, 'error_mm': round(distance_between(found.transform, truth, study.brain), 3),
             'verdict': found.verdict, **signs, 'cpu_seconds': round(time.process_time() - began, 1)}, found
 
 
+def there_and_back(study):
+    "How far registering from MRI to CT is from the inverse of the other way, on the mean over the brain."
+    found = register(study.ct, study.mri)
+    row, back = pose_row(study, study.mri, study.ct, rigid(study.truth.GetInverse()))
+    error = np.linalg.norm(moved(back.transform, moved(found.transform, study.brain)) - study.brain, axis=1).mean()
+    return row | {'error_mm': round(float(error), 3)}
+
+
 def poses(number):
-    "The rows of head `number`, counted from 0: in any pose, and for some heads a harder case, one by one."
+    "What is tried with head `number`, counted from 0, {case: what makes its row}: any pose, and for some heads a harder case."
     seed, quarters = 3001 + number, [matrix for matrix in quarter_turns() if np.trace(matrix) in (1, -1)]       # by 90° or 180°
-    study = head(seed)
-    row, found = pose_row('any pose', seed, study, study.ct, study.mri, study.truth)
-    yield row
+    study, row = lambda: head(seed), lambda study, mri, truth: pose_row(study, study.ct, mri, truth)[0]
+    cases = {'any pose': lambda: row(study(), study().mri, study().truth)}
     if number % 4 == 0:
-        yield pose_row('turned', seed, study, study.ct, *turned(study, quarters[(7 * number // 4) % len(quarters)]))[0]
+        cases['turned'] = lambda: row(study(), *turned(study(), quarters[(7 * number // 4) % len(quarters)]))
     if number % 5 == 1:
-        yield pose_row('mirrored', seed, study, study.ct, seen_in_a_mirror(study), study.truth)[0]
+        cases['mirrored'] = lambda: row(study(), seen_in_a_mirror(study()), study().truth)
     if number % 5 == 2:
-        yield pose_row('other head', seed, study, study.ct, head(seed - 1).mri, head(seed - 1).truth)[0]
-    if number % 13 == 3:                        # from MRI to CT: how far from the inverse
-        back, there = pose_row('MRI to CT', seed, study, study.mri, study.ct, rigid(study.truth.GetInverse()))
-        error = np.linalg.norm(moved(there.transform, moved(found.transform, study.brain)) - study.brain, axis=1).mean()
-        yield back | {'error_mm': round(float(error), 3)}
-    if number % 3 == 1:
-        harder = list(HARDER)[number // 3 % 4]
-        study = head(seed, harder)
-        yield pose_row(harder, seed, study, study.ct, study.mri, study.truth)[0]
+        cases['other head'] = lambda: row(study(), head(seed - 1).mri, head(seed - 1).truth)
+    if number % 13 == 3:
+        cases['MRI to CT'] = lambda: there_and_back(study())
+    for case in [list(HARDER)[number // 3 % 4]] * (number % 3 == 1) + [list(LITTLE)[number // 4 % 2]] * (number % 4 == 3):
+        cases[case] = lambda case=case: row(head(seed, case), head(seed, case).mri, head(seed, case).truth)
+    return cases
 
 
 # Is the verdict right
@@ -103,7 +108,7 @@ def settled(pyramid, start):
 
 
 def signs(number):
-    "The rows of a head: the right pose, the best wrong one, a mirrored MRI and another head's MRI."
+    "What was found with a head, {case: what gives its row}: the right pose, the best wrong one, a mirrored MRI and another head's MRI."
     seed = 1003 + number
     study, other = head(seed), head(seed + 1)
     pyramid = ScanPyramid.of(study.ct, study.mri)
@@ -115,8 +120,7 @@ def signs(number):
         found[case] = signs_of(stranger, settled(stranger, start), start, study.brain)
     if found['wrong turn']['error_mm'] < 1:      # the second start led to the right pose too
         del found['wrong turn']
-    for case, row in found.items():
-        yield {'seed': seed, 'case': case} | row
+    return {case: lambda row=row: row for case, row in found.items()}
 
 
 if __name__ == '__main__':
@@ -128,7 +132,11 @@ if __name__ == '__main__':
     path = RECORDS / f'registration_{options.table}.csv'
     rows = pd.read_csv(path).to_dict('records') if path.is_file() else []
     for number in range(options.heads):
-        if first + number not in {row['seed'] for row in rows}:
-            rows += make(number)
-            pd.DataFrame(rows).to_csv(path, index=False, lineterminator='\n')
-            print(*(row for row in rows if row['seed'] == first + number), sep='\n', flush=True)
+        done = {row['case'] for row in rows if row['seed'] == first + number}
+        if options.table == 'signs' and done:           # its cases come together
+            continue
+        for case, make_row in make(number).items():
+            if case not in done:
+                rows.append({'case': case, 'seed': first + number} | make_row())
+                pd.DataFrame(rows).to_csv(path, index=False, lineterminator='\n')
+                print(rows[-1], flush=True)

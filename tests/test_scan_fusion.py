@@ -76,7 +76,7 @@ def test_the_command_writes_a_whole_study(written):
     assert names == {'ct.nii.gz', 'mri_on_ct.nii.gz', 'mask.nii.gz', 'fused_brain.nii.gz', 'mri_to_ct.tfm', 'slices_brain.csv', 'run.json', 'report.html',
                      'scan_fusion.ipynb', 'dicom_brain'}
     record = json.loads((written / 'run.json').read_text())
-    assert record['verdict'] == 'given' and record['ct']['description'] == 'ct axial' and len(record['files_sha256']) == 8
+    assert record['verdict'] == 'given' and record['ct']['description'] == 'ct axial' and len(record['files_sha256']) == 8 and record['dicom'] == 'with its patient'
     page = (written / 'report.html').read_text()
     assert 'data:image/png' in page and 'src="http' not in page and 'href="http' not in page
     assert [path for path in written.parent.iterdir()] == [written]
@@ -162,6 +162,7 @@ def test_several_series_onto_one_ct(scans, drawn, tmp_path):
     fill_study(tmp_path, found)
     assert {'fused_t1_brain.nii.gz', 'fused_t2_brain.nii.gz', 'mri_to_ct_t2.tfm'} <= {path.name for path in tmp_path.iterdir()}
     assert found.plane == 'coronal' and np.allclose(found.grid.GetSpacing(), 6)
+    assert 'taken for every MRI' in ' '.join(found.record['notes'])
 
 
 def test_what_is_refused_is_refused_in_a_sentence(scans):

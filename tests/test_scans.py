@@ -224,6 +224,17 @@ def test_copies_are_dropped_with_a_word(tmp_path):
     assert scan.image.GetSize()[2] == 6 and '2 of its slices were copies' in notes(scan)
 
 
+def test_a_copy_that_was_compressed_is_a_copy(tmp_path):
+    write(tmp_path, [made(place) for place in stack_positions()])
+    for index, path in enumerate(sorted(tmp_path.iterdir())[:3]):
+        packed = pydicom.dcmread(path)
+        packed.compress(RLELossless, generate_instance_uid=False)
+        packed.save_as(tmp_path / f'packed{index}', enforce_file_format=True)
+    scan = read_scan(tmp_path)
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 6 and '3 of its slices were copies' in notes(scan)
+
+
 def test_different_slices_at_one_place_are_refused(tmp_path):
     places = stack_positions()
     write(tmp_path, [*(made(place) for place in places), made(places[2], values=np.zeros(SHAPE))])
