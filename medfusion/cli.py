@@ -1094,7 +1094,7 @@ def scan_parameters(typed: dict) -> dict:
     if inside := [scan for scan in scans if scan.is_dir() and scan.resolve() in typed['out'].resolve().parents]:
         raise ValueError(f'{typed["out"]} is in {inside[0]}, which is searched whole for slices; name another folder.')
     windows_of(typed['window'])
-    plain = {name: typed[name] for name in ('window', 'grid', 'registered', 'different_patients', 'force', 'anonymous')}
+    plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'force', 'anonymous')}
     given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
@@ -1110,9 +1110,13 @@ def tell_study(record: dict, out: Path) -> None:
         typer.echo(f'registration{f" of {label}" if label else ""}: {words[told["verdict"]]}{reasons}')
         if 'error_mm' in told:
             typer.echo(f'against the truth: {told["error_mm"]:.2f} mm off')
+    if record['dicom']:
+        typer.echo(f'DICOM: written {record["dicom"]}; its voxels, as those of the other files, show a face')
     typer.echo(f'done: {out}\nlook at it: {out}/report.html')
-    if record['verdict'] == 'failed' and not record['forced']:
-        say('nothing was fused, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
+    failed = [label for label, told in record['mri'].items() if told['verdict'] == 'failed' and not record['forced']]
+    if failed:
+        what = f'{", ".join(failed)} was not fused' if any(failed) else 'nothing was fused'
+        say(f'{what}, for the registration failed; --force fuses all the same, --transform takes one that you made in 3D Slicer')
         raise typer.Exit(1)
 
 # %% ../nbs/50_cli.ipynb #3f1d8a7f
@@ -1124,6 +1128,8 @@ def scan(
     model: ModelName = 'wavelet',
     window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
     grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
+    spacing: Annotated[float, typer.Option(metavar='MM', help='of voxels alike in all directions; 0 keeps that of the grid')] = 0.,
+    plane: Annotated[str, typer.Option(help='axial, coronal or sagittal slices are fused; by default those of the grid')] = '',
     transform: Annotated[Path | None, typer.Option(parser=typed_path, help='take this .tfm or .h5 and do not register')] = None,
     truth: Annotated[Path | None, typer.Option(parser=typed_path, help='the true transform of a phantom: say how far off the registration is')] = None,
     study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI')] = None,
@@ -1135,7 +1141,7 @@ def scan(
     replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there')] = False,
     parameter: Parameters = [],
 ):
-    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spacing=1 -p plane=coronal -p n4=true ...
+    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spline=true -p n4=true ...
 
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """

@@ -258,8 +258,14 @@ def _words(value):
 
 # %% ../nbs/30_scans.ipynb #66e6e376
 def fingerprint(one: Slice) -> tuple:
-    "What two copies of a slice have in common: a hash of its pixels as they are stored, and what they mean."
-    pixels = dicom_header(one.path, pixels=True).get('PixelData', b'')
+    "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean."
+    header = dicom_header(one.path, pixels=True)
+    pixels = header.get('PixelData', b'')
+    if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file would be unpacked once for each frame
+        try:
+            pixels = stored_frames(header).astype(np.int64).tobytes()
+        except ValueError:                            # what is broken is said when it is read
+            pass
     return sha256(pixels).hexdigest(), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
 
 # %% ../nbs/30_scans.ipynb #75bd04c9

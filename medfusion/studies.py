@@ -474,6 +474,8 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     check_asked(grid, spacing, plane, batch_size, device)
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
     notes = notes_on_scans(ct, scans, different_patients)
+    if transform is not None and str(transform) and len({one.frame_of_reference or label for label, one in scans.items()}) > 1:
+        notes.append('The one transform that was given is taken for every MRI, though their headers do not say that these lie on each other.')
     found = {label: brought_together(ct, one, transform, registered, progress) for label, one in scans.items()}
     first = next(iter(scans))
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
