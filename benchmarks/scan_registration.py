@@ -1,6 +1,6 @@
 """How exact is registration, and is its verdict right? Rows are written as they come; what stands in the file already is not computed again.
 
-    python benchmarks/scan_registration.py poses 40    results/recorded/registration_poses.csv: heads never used for tuning (14 CPU minutes, and 10 more for the rest)
+    python benchmarks/scan_registration.py poses 40    results/recorded/registration_poses.csv: heads never used for tuning (18 CPU minutes)
     python benchmarks/scan_registration.py signs 15    results/recorded/registration_signs.csv: the heads by which the verdict was calibrated (10 CPU minutes)
 
 The number says how many heads; remove the file to begin anew. A stopped run goes on with the next head.
