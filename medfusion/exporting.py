@@ -20,6 +20,7 @@ import medfusion
 from .files import read_json, sha256_of, write_atomically
 from .inference import check_output, find_model, load_model
 from .runs import load_checkpoint, write_metadata
+from .wavelet_fusion import without_dial
 
 # %% ../nbs/28_exporting.ipynb #19bda32a
 def checkpoint_of(spec) -> Path:
@@ -105,10 +106,10 @@ def free_place(path, ending: str, replace: bool = False, source=()) -> Path:
 def export_onnx(model='wavelet', path='wavelet.onnx', opset: int = 17, replace: bool = False) -> Path:
     """The path of an ONNX file of a network, made, checked against PyTorch and written whole.
 
-    model: what `load_model` takes, but rules. Raises ValueError or FileExistsError in a sentence; nothing is then written.
+    model: what `load_model` takes, but rules; the dial of a network stays where it stands. Raises ValueError or FileExistsError in a sentence; nothing is then written.
     """
     path, facts = free_place(path, '.onnx', replace), onnx_facts(model)
-    network = load_model(model, device='cpu')
+    network = without_dial(load_model(model, device='cpu'))
     content = onnx_bytes(network, facts | {'opset': str(opset)}, opset)
     check_onnx(content, network)
     return write_atomically(path, content)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
            'file_slices', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'told_apart',
-           'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry',
-           'fault_of_steps', 'Series', 'judged', 'list_series', 'decoded', 'stored_frames', 'meant_values',
-           'in_hounsfield', 'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack',
-           'read_series', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
-           'read_pixels_of', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader',
-           'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table', 'table_text']
+           'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
+           'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'list_series', 'meant_values', 'in_hounsfield',
+           'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
+           'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of',
+           'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
+           'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -256,6 +256,44 @@ def told_apart(slices: list) -> dict[str, list]:
 def _words(value):
     return '\\'.join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else f'{value:g}' if isinstance(value, float) else str(value)
 
+# %% ../nbs/30_scans.ipynb #e17e3314
+def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
+    "The stored numbers (rows, columns) of one compressed frame, decoded by SimpleITK. Raises ValueError where it cannot."
+    bare = pydicom.Dataset()
+    for keyword in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
+        setattr(bare, keyword, header[keyword].value)
+    bare.update({'SOPClassUID': pydicom.uid.SecondaryCaptureImageStorage, 'SOPInstanceUID': '1.2.3', 'SamplesPerPixel': 1,
+                 'PhotometricInterpretation': 'MONOCHROME2', 'PixelData': pydicom.encaps.encapsulate([frame])})
+    bare['PixelData'].is_undefined_length = True
+    bare.file_meta = pydicom.dataset.FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = header.file_meta.TransferSyntaxUID
+    with tempfile.TemporaryDirectory() as folder:
+        bare.save_as(Path(folder, 'frame.dcm'), enforce_file_format=True)
+        try:
+            return sitk.GetArrayFromImage(sitk.ReadImage(str(Path(folder, 'frame.dcm'))))[0]
+        except (RuntimeError, IndexError):
+            raise ValueError(f'its pixels cannot be decoded ({header.file_meta.TransferSyntaxUID.name}); copy the file again') from None
+
+# %% ../nbs/30_scans.ipynb #90600ee3
+def stored_frames(header: pydicom.Dataset) -> np.ndarray:
+    "The stored numbers (frames, rows, columns) of a DICOM file that was read whole. Raises ValueError where pixels are missing or broken."
+    count = int(header.get('NumberOfFrames') or 1)
+    if 'FloatPixelData' in header or 'DoubleFloatPixelData' in header:
+        raise ValueError('its pixels are floating-point numbers (a parametric map), which are not read')
+    if 'PixelData' not in header:
+        raise ValueError('it breaks off before its pixels; copy the file again')
+    try:
+        if header.file_meta.TransferSyntaxUID.is_compressed:
+            frames = list(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count))
+            values = np.stack([decoded(header, frame) for frame in frames])
+        else:
+            values = pydicom.pixels.pixel_array(header).reshape(count, header.Rows, header.Columns)
+    except (ValueError, EOFError, AttributeError, NotImplementedError) as error:
+        text = ' '.join(str(error).split())
+        raise ValueError(text if 'copy the file' in text else f'its pixels are cut off or broken ({text[:90]}); copy the file again') from None
+    unused = header.BitsAllocated - header.BitsStored
+    return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
+
 # %% ../nbs/30_scans.ipynb #66e6e376
 def fingerprint(one: Slice) -> tuple:
     "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean."
@@ -417,44 +455,6 @@ def list_series(path) -> tuple[list[Series], Folder]:
         one.notes += [f'{len(other.slices)} slice(s) of its series were left aside ({"another volume, " + other.name if other.is_volume else other.fault}).' for other in same]
         one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
-
-# %% ../nbs/30_scans.ipynb #e17e3314
-def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
-    "The stored numbers (rows, columns) of one compressed frame, decoded by SimpleITK. Raises ValueError where it cannot."
-    bare = pydicom.Dataset()
-    for keyword in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
-        setattr(bare, keyword, header[keyword].value)
-    bare.update({'SOPClassUID': pydicom.uid.SecondaryCaptureImageStorage, 'SOPInstanceUID': '1.2.3', 'SamplesPerPixel': 1,
-                 'PhotometricInterpretation': 'MONOCHROME2', 'PixelData': pydicom.encaps.encapsulate([frame])})
-    bare['PixelData'].is_undefined_length = True
-    bare.file_meta = pydicom.dataset.FileMetaDataset()
-    bare.file_meta.TransferSyntaxUID = header.file_meta.TransferSyntaxUID
-    with tempfile.TemporaryDirectory() as folder:
-        bare.save_as(Path(folder, 'frame.dcm'), enforce_file_format=True)
-        try:
-            return sitk.GetArrayFromImage(sitk.ReadImage(str(Path(folder, 'frame.dcm'))))[0]
-        except (RuntimeError, IndexError):
-            raise ValueError(f'its pixels cannot be decoded ({header.file_meta.TransferSyntaxUID.name}); copy the file again') from None
-
-# %% ../nbs/30_scans.ipynb #90600ee3
-def stored_frames(header: pydicom.Dataset) -> np.ndarray:
-    "The stored numbers (frames, rows, columns) of a DICOM file that was read whole. Raises ValueError where pixels are missing or broken."
-    count = int(header.get('NumberOfFrames') or 1)
-    if 'FloatPixelData' in header or 'DoubleFloatPixelData' in header:
-        raise ValueError('its pixels are floating-point numbers (a parametric map), which are not read')
-    if 'PixelData' not in header:
-        raise ValueError('it breaks off before its pixels; copy the file again')
-    try:
-        if header.file_meta.TransferSyntaxUID.is_compressed:
-            frames = list(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count))
-            values = np.stack([decoded(header, frame) for frame in frames])
-        else:
-            values = pydicom.pixels.pixel_array(header).reshape(count, header.Rows, header.Columns)
-    except (ValueError, EOFError, AttributeError, NotImplementedError) as error:
-        text = ' '.join(str(error).split())
-        raise ValueError(text if 'copy the file' in text else f'its pixels are cut off or broken ({text[:90]}); copy the file again') from None
-    unused = header.BitsAllocated - header.BitsStored
-    return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
 
 # %% ../nbs/30_scans.ipynb #8677fbec
 def meant_values(stored: np.ndarray, header: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:

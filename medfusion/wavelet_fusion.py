@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['subband_names', 'haar', 'inverse_haar', 'two_convolutions', 'MaskNetwork', 'mix_subbands', 'between_blocks',
-           'mix_on_four_grids', 'check_lesions', 'Dial', 'SubbandMasks', 'WaveletFusion', 'training_step', 'weights_at',
-           'dial_step', 'warm_cosine']
+           'mix_on_four_grids', 'check_lesions', 'Dial', 'SubbandMasks', 'WaveletFusion', 'without_dial',
+           'training_step', 'weights_at', 'dial_step', 'warm_cosine']
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #37a6bb6a
 import math
@@ -155,9 +155,9 @@ class SubbandMasks(nn.Module):
     def decide(self, ct, mri, lesions=None):
         "Four masks in [0, 1] and four bounded residuals, (B, 8, h, w), of slices padded to multiples of 8: h is H/2."
         lesions = self.position(lesions)
-        weights = self.dial.weights(self.network, lesions) if self.dial else {}
+        network = partial(functional_call, self.network, self.dial.weights(self.network, lesions)) if self.dial else self.network
         bands = torch.cat([haar(pad_to_multiple(x, 8)) for x in (ct, mri)], 1)               # (B, 8, h, w)
-        maps = functional_call(self.network, weights, bands.to(self.network.head.weight.dtype)).to(bands.dtype)  # (B, 8 or 5, h, w)
+        maps = network(bands.to(self.network.head.weight.dtype)).to(bands.dtype)             # (B, 8 or 5, h, w)
         masks = torch.sigmoid(maps[:, :-4]).expand(-1, 4, -1, -1)                            # (B, 4, h, w)
         return torch.cat([masks, self.residual * torch.tanh(maps[:, -4:])], 1)
 
@@ -190,6 +190,15 @@ class WaveletFusion(SubbandMasks):
         check_images(ct, mri, least=16)
         masks = self.decide(ct, mri, lesions)[:, :4, :(ct.shape[-2] + 1) // 2, :(ct.shape[-1] + 1) // 2]
         return dict(zip(subband_names(), masks.split(1, 1)))
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #c371d12b
+def without_dial(model):
+    "A network without a dial that fuses as `model` does where its dial stands; a model that has none as it is."
+    if getattr(model, 'dial', None) is None:
+        return model
+    plain = type(model)(**model.config | {'dial': False}).eval()
+    plain.network.load_state_dict(model.network.state_dict() | model.dial.weights(model.network, model.lesions))
+    return plain.to(model.network.head.weight.device)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #3f2366eb
 def training_step(model, batch, weights, gradient_gain=1.0, lesions=None, detection=None):
