@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -126,8 +127,19 @@ def test_stopped_while_fusing(pairs, stop, code):
     for i in range(9):
         for side in ('CT', 'MRI'):
             shutil.copy(Path(side, pairs[0]), Path(side, f'8{i:03d}.png'))
-    def slowly(real=inference.write_atomically):
-        inference.write_atomically = lambda *given: (time.sleep(0.3), real(*given))
+    def slowly(real=inference.write_atomically, pool=inference.ThreadPoolExecutor):
+        class Pool(pool):
+            def shutdown(self, *given, cancel_futures=False, **more):
+                if cancel_futures:
+                    super().shutdown(wait=False, cancel_futures=True)
+                    Path('go').touch()
+                super().shutdown(*given, **more)
+
+        def write(path, data, first=threading.Lock()):
+            while not (first.acquire(blocking=False) or Path('go').exists()):   # all but the first wait for the stop
+                time.sleep(0.01)
+            return real(path, data)
+        inference.write_atomically, inference.ThreadPoolExecutor = write, Pool
         with open('said', 'w') as sys.stderr:
             app(['fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--replace'], prog_name='medfusion')
     child = begin_child(slowly)
