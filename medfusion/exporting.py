@@ -59,7 +59,7 @@ def onnx_bytes(network, facts: dict[str, str], opset: int = 17) -> bytes:
     buffer, example = io.BytesIO(), torch.linspace(0, 1, 61 * 75).view(1, 1, 61, 75)
     free = {name: {0: 'batch', 2: 'height', 3: 'width'} for name in ('ct', 'mri', 'fused')}
     with warnings.catch_warnings(action='ignore'):             # of torch: that its older exporter goes, and that sizes are followed
-        torch.onnx.export(WithConstants(network), (example, example.flip(-1)), buffer, dynamo=False, opset_version=opset,
+        torch.onnx.export(WithConstants(without_dial(network)), (example, example.flip(-1)), buffer, dynamo=False, opset_version=opset,
                           input_names=['ct', 'mri'], output_names=['fused'], dynamic_axes=free)
     made = onnx.load_model_from_string(buffer.getvalue())
     onnx.helper.set_model_props(made, facts)
@@ -109,7 +109,7 @@ def export_onnx(model='wavelet', path='wavelet.onnx', opset: int = 17, replace: 
     model: what `load_model` takes, but rules; the dial of a network stays where it stands. Raises ValueError or FileExistsError in a sentence; nothing is then written.
     """
     path, facts = free_place(path, '.onnx', replace), onnx_facts(model)
-    network = without_dial(load_model(model, device='cpu'))
+    network = load_model(model, device='cpu')
     content = onnx_bytes(network, facts | {'opset': str(opset)}, opset)
     check_onnx(content, network)
     return write_atomically(path, content)
