@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['quantise', 'check_images', 'safe_power', 'safe_ratio', 'joint_histogram', 'entropy', 'standard_deviation',
            'spatial_frequency', 'average_gradient', 'mutual_information', 'correlation', 'scd', 'psnr', 'window_matrix',
-           'window_blocks', 'WindowMeans', 'window_mean', 'local_moments', 'vif_information', 'vif_of_levels',
-           'vif_of_pair', 'vif', 'sobel', 'edges', 'edge_kept', 'qabf', 'petrovic_shares', 'petrovic', 'nabf',
-           'gradient_length', 'invented_edges', 'invented', 'similarity_maps', 'ssim_statistics', 'ssim_of_pair',
-           'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise', 'lesion_contrast',
-           'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns', 'psnr_columns',
-           'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names', 'colour_columns',
-           'lower_is_better', 'convention', 'wanted_columns', 'grey_levels', 'undefined_in', 'measure', 'colour_kept',
-           'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
+           'window_blocks', 'WindowMeans', 'traced_window_mean', 'window_mean', 'local_moments', 'vif_information',
+           'vif_of_levels', 'vif_of_pair', 'vif', 'sobel', 'edges', 'edge_kept', 'qabf', 'petrovic_shares', 'petrovic',
+           'nabf', 'gradient_length', 'invented_edges', 'invented', 'similarity_maps', 'ssim_statistics',
+           'ssim_of_pair', 'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise',
+           'lesion_contrast', 'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns',
+           'psnr_columns', 'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names',
+           'colour_columns', 'lower_is_better', 'convention', 'wanted_columns', 'grey_levels', 'undefined_in',
+           'measure', 'colour_kept', 'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
 
 # %% ../nbs/05_metrics.ipynb #c0cca051
 import math
@@ -255,6 +255,13 @@ class WindowMeans(torch.autograd.Function):
             full[..., i] += tall[..., o] @ _corner(ctx.band, o, i)
         return full, None, None, None
 
+# %% ../nbs/05_metrics.ipynb #2c5d55f9
+def traced_window_mean(x, size, sigma=None, stride=1):
+    "`window_mean` of (B, C, H, W) as two convolutions, for sizes that are not known beforehand."
+    row = window_matrix(size, sigma, 1, 1, x.dtype, x.device).view(1, 1, 1, size).repeat(int(x.shape[1]), 1, 1, 1)
+    along = F.conv2d(x, row, stride=(1, stride), groups=len(row))
+    return F.conv2d(along, row.transpose(2, 3), stride=(stride, 1), groups=len(row))
+
 # %% ../nbs/05_metrics.ipynb #39789a3f
 def window_mean(x, size, sigma=None, stride=1):
     """Gaussian means of x (..., H, W) in windows of `size`, sums for sigma None, every `stride`-th pixel.
@@ -264,6 +271,8 @@ def window_mean(x, size, sigma=None, stride=1):
     if min(x.shape[-2:]) < size:
         raise ValueError(f'A window of {size} × {size} pixels does not fit into an image of {x.shape[-2]} × '
                          f'{x.shape[-1]}; take a larger slice.')
+    if torch.jit.is_tracing():
+        return traced_window_mean(x, size, sigma, stride)
     if torch.get_float32_matmul_precision() != 'highest':
         return WindowMeans.apply(x.double(), size, sigma, stride).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
