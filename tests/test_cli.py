@@ -626,10 +626,10 @@ def test_stopped_while_a_notebook_runs(clone, stop, code):
     import psutil
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(stop)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert (process.returncode, said.count('\n')) == (code, 1), said
     assert said.rstrip().endswith("To go on: medfusion train wavelet -p num_epochs=16 --run 'e f' -p resume=true") and str(folder) in said
-    assert kernels and not psutil.wait_procs(kernels, timeout=10)[1]
+    assert kernels and not psutil.wait_procs(kernels, timeout=60)[1]
     assert len(nbformat.read(folder / 'executed.ipynb', 4).cells) >= 4
 
 
@@ -645,7 +645,7 @@ def test_a_kernel_does_not_outlive_its_command(clone):
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert kernels and not psutil.wait_procs(kernels, timeout=15)[1]
+    assert kernels and not psutil.wait_procs(kernels, timeout=60)[1]
 
 
 @pytest.mark.parametrize('arguments, words', [
