@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from medfusion.certain_pixels import both_constant, guided_filter, keep_certain, only_at_edges, pad_to_multiple, square_mean
+from medfusion.certain_pixels import both_constant, guided_by_both, keep_certain, only_at_edges, pad_to_multiple, square_mean
 
 
 def test_what_is_called_constant_is_constant():
@@ -54,7 +54,7 @@ def test_square_means_are_means_over_squares(reach, shape):
 def test_decisions_that_are_a_combination_of_the_slices_pass_the_filter():
     ct, mri = torch.rand(2, 1, 1, 48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     decisions = torch.cat([0.3 * ct + 0.5 * mri + 0.1, 1 - ct], 1)
-    assert torch.allclose(guided_filter(decisions, ct, mri, epsilon=1e-9), decisions, atol=1e-6)
+    assert torch.allclose(guided_by_both(decisions, ct, mri, epsilon=1e-9), decisions, atol=1e-6)
 
 
 def test_where_both_slices_are_even_so_are_the_decisions():
