@@ -70,7 +70,8 @@ def test_what_may_not_ship_says_why(phantom, tmp_path):
     made_run(results / WAVELET.directory / 'faster', phantom, lr=0.5)
     with pytest.raises(ValueError, match='only a finished one can ship'):
         ship.ship('wavelet', 'broken-off', results, tmp_path / 'shipped')
-    with pytest.raises(ValueError, match='lr of the run faster is 0.5, and of wavelet_shipped.yaml 0.0007'):
+    lr = yaml.safe_load((ROOT / 'params/wavelet_shipped.yaml').read_text())['lr']
+    with pytest.raises(ValueError, match=f'lr of the run faster is 0.5, and of wavelet_shipped.yaml {lr}'):
         ship.ship('wavelet', 'faster', results, tmp_path / 'shipped')
     with pytest.raises(FileNotFoundError, match='no run .*nobody'):
         ship.ship('wavelet', 'nobody', results, tmp_path / 'shipped')
