@@ -286,7 +286,7 @@ def check(
 
 # %% ../nbs/50_cli.ipynb #c2d939d2
 ModelName = Annotated[str, typer.Option('--model', '-m', metavar='MODEL', help='wavelet, resnet; a rule (maximum, average, '
-                                        'pyramid, ...); a checkpoint or a folder with one; run:NAME')]
+                                        'pyramid, ...); a checkpoint or a folder with one; run:NAME; @ and a number behind a network turn its dial: wavelet@1')]
 
 # %% ../nbs/50_cli.ipynb #f72722b9
 def fuse_files(ct: Path, mri: Path, out: Path, model='wavelet', device='auto', value_range=None, replace=False) -> Path:

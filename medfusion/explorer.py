@@ -686,7 +686,7 @@ def explore(datasets, methods, maps=None):
 
     `datasets` maps a name to a data set like CTMRIDataset or to pairs [(ct, mri), ...] as `fuse` takes them, `methods` a
     name to a function `fused = fuse(ct, mri)` on tensors (1, 1, H, W) in [0, 1], and `maps`, where a method has them, its
-    name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`.
+    name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`. A network with a dial for lesions gets a slider for it.
     Raises ValueError where there is no slice or no method, or where maps belong to no method."""
     datasets = {name: PairList(data) if isinstance(data, (list, tuple)) else data for name, data in datasets.items()}
     empty = [name for name, data in datasets.items() if not len(data)]

@@ -255,7 +255,8 @@ def _warn_if_another(path):
 def start_from(model, spec):
     """The model, now with the weights of the network that `spec` means (as of `load_model`). ValueError for another kind of network.
 
-    What a model names in `free_at_start`, in its config, the other may have otherwise, or not at all; weights that it lacks stay.
+    What a model names in `free_at_start`, in its config, the other may have otherwise, or not at all: weights that the other lacks stay, and those that the model
+    lacks, such as a dial, are left behind.
     """
     other, free = load_model(spec, device='cpu'), getattr(model, 'free_at_start', ())
     kinds = [(type(one).__name__, {name: value for name, value in getattr(one, 'config', {}).items() if name not in free})
@@ -263,7 +264,8 @@ def start_from(model, spec):
     if kinds[0] != kinds[1]:
         raise ValueError(f'{spec} is a {kinds[0][0]} with the config {kinds[0][1]}, and cannot be the start of a '
                          f'{kinds[1][0]} with {kinds[1][1]}; ask for a network of the same parameters.')
-    model.load_state_dict(model.state_dict() | other.state_dict())
+    own, found = model.state_dict(), other.state_dict()
+    model.load_state_dict({name: found.get(name, weights) for name, weights in own.items()})
     return model
 
 # %% ../nbs/20_inference.ipynb #6bb295c4

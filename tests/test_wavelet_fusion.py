@@ -1,10 +1,12 @@
 """The wavelet networks, the large and the small: any size, any type of numbers, black stays black, a slice alone equals the slice in a batch."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from medfusion import wavelet_lite
-from medfusion.inference import at_lesions
-from medfusion.wavelet_fusion import WaveletFusion, dial_step, haar, inverse_haar, training_step
+from medfusion.inference import at_lesions, load_model, start_from
+from medfusion.wavelet_fusion import WaveletFusion, check_config, dial_step, haar, inverse_haar, training_step
 from medfusion.wavelet_lite import WaveletLite
 
 
@@ -237,3 +239,26 @@ def test_only_the_dial_is_trained_at_both_ends():
     moved = {name for name, weights in model.state_dict().items() if not torch.equal(weights, before[name])}
     assert moved == {f'dial.ends.{number}' for number in range(6)} and model.lesions == 0.5
     assert all((model.dial.ends[0][end] != before['dial.ends.0'][end]).any() for end in (0, 1))
+
+
+@pytest.mark.parametrize('wrong, said', [({'dial': -1.}, 'above 1'), ({'dial': 0.5}, 'above 1'), ({'dial': float('nan')}, 'above 1'), ({'dial': 4.}, 'give start'),
+                                         ({'dial': 4., 'start': 'wavelet'}, 'give start'), ({'lesions': 0.75}, 'no dial'), ({'lesions': 3.}, 'from 0')])
+def test_parameters_of_a_dial_that_cannot_be_trained(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        check_config(SimpleNamespace(**{'dial': 0., 'lesions': 0.5, 'start': '', 'w_detection': 0.} | wrong))
+
+
+def test_a_step_that_fails_leaves_the_dial_where_it_stood():
+    model, (ct, mri) = dialled().train(), pair(1, 1, 32, 32)
+    with pytest.raises(ValueError, match='no term'):
+        dial_step(model, {'ct': ct, 'mri': mri}, {'unknown': 1.}, dial=4.)
+    assert model.lesions == 0.5
+
+
+@pytest.mark.parametrize('dial', [False, True])
+def test_a_network_with_and_without_a_dial_starts_from_the_shipped_one(dial):
+    shipped = load_model('wavelet', device='cpu')
+    model = start_from(WaveletFusion(**shipped.config | {'dial': dial, 'lesions': 0.5}), 'wavelet').eval()
+    with torch.no_grad():
+        assert torch.allclose(model(*pair(1, 1, 32, 32)), shipped(*pair(1, 1, 32, 32), lesions=0.5), atol=1e-6)
+    assert not dial or torch.equal(model.dial.ends[0], shipped.dial.ends[0])
