@@ -30,8 +30,8 @@ demo: $(READY)   ## train, evaluate and show both methods on a synthetic data se
 	$(BIN)/python .ci/demo.py report
 
 test: $(READY)   ## pass every check
-	.ci/leaves-nothing $(BIN)/python .ci/nbdev_test.py --n_workers 2 --pause 0.2
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long'
+	.ci/leaves-nothing $(BIN)/python .ci/nbdev_test.py --n_workers 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long'
 
 long: $(READY)   ## the checks that take long, and all faults, with their table
 	$(BIN)/python -m pytest -q -m 'long or fault'
