@@ -512,7 +512,7 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list, n
             del headers[one.path].PixelData
         meant, padding = meant_values(frames[1][one.frame], one.header)
         padded += int(padding.sum())
-        own.append(meant[~padding][::every])
+        own.append(meant[~padding][::every].copy())    # a view would keep the whole slice
         values[index] = placed(meant, values.shape[1:], start + moves[index], outside) if more.any() else meant
     return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else [], np.concatenate(own)
 
