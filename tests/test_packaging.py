@@ -109,16 +109,17 @@ for name in ('wavelet', 'resnet'):
 
 
 def test_an_installed_wheel_fuses_where_there_is_no_clone(wheel, tmp_path):
-    "With both shipped networks from Python, with one of them from the shell."
+    "With both shipped networks, from Python and from the shell."
     target = tmp_path / 'installed'
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-compile', '--target', target, wheel], check=True, capture_output=True)
     for name, image in zip(('ct.png', 'mri.png'), np.random.default_rng(0).integers(0, 256, (2, 64, 48), np.uint8)):
         cv2.imwrite(str(tmp_path / name), image)
     environment = os.environ | {'PYTHONPATH': str(target)}
-    for command in (['-c', FUSE.format(target=str(target))], ['-m', 'medfusion', 'fuse', 'ct.png', 'mri.png', '-m', 'wavelet', '-o', 'wavelet.png']):
+    shell = [['-m', 'medfusion', 'fuse', 'ct.png', 'mri.png', '-m', name, '-o', f'{name}.png'] for name in ('wavelet', 'resnet')]
+    for command in (['-c', FUSE.format(target=str(target))], *shell):
         done = subprocess.run([sys.executable, '-W', 'ignore', *command], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
-    assert cv2.imread(str(tmp_path / 'wavelet.png'), cv2.IMREAD_UNCHANGED).shape == (64, 48)
+    assert all(cv2.imread(str(tmp_path / command[-1]), cv2.IMREAD_UNCHANGED).shape == (64, 48) for command in shell)
 
 
 def test_installed_requirements_are_those_of_the_settings():
