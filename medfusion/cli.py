@@ -510,9 +510,10 @@ def absolute_path(name: str, value):
     if not isinstance(value, str) or not value or name == 'run':
         return value
     with suppress(OSError, ValueError):         # a text that is too long, or holds what no path can
-        path = os.path.expanduser(value)
-        if name.endswith('_dir') or os.path.isfile(path) or (os.sep in value and os.path.isdir(path)):
-            return os.path.abspath(path)
+        for text in (value, value.rpartition('@')[0]):      # without what turns a network's dial
+            path = os.path.expanduser(text)
+            if name.endswith('_dir') or os.path.isfile(path) or (os.sep in text and os.path.isdir(path)):
+                return os.path.abspath(path) + value[len(text):]
     return value
 
 # %% ../nbs/50_cli.ipynb #6e1c214a

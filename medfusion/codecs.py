@@ -440,7 +440,7 @@ def last_part(path):
 def suffix_of(path):
     "The ending of a file name that the table knows, lower case (the longest, so '.nii.gz' before '.gz'); '' if none."
     name = last_part(path).lower()
-    return max((suffix for suffix in image_suffixes() if name.endswith(suffix)), key=len, default='')
+    return max([suffix for kind in image_formats() if name.endswith(kind.suffixes) for suffix in kind.suffixes if name.endswith(suffix)], key=len, default='')
 
 # %% ../nbs/00_codecs.ipynb #161946b4
 def stem_of(path):

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import medfusion
-from .files import read_json, sha256_of, write_atomically
+from .files import read_json, sha256_of, together, write_atomically
 from .inference import check_output, find_model, load_model
 from .runs import load_checkpoint, write_metadata
 from .wavelet_fusion import without_dial
@@ -32,9 +32,10 @@ def checkpoint_of(spec) -> Path:
 
 # %% ../nbs/28_exporting.ipynb #6d07932c
 def onnx_facts(spec) -> dict[str, str]:
-    "What the file says about the network that `spec` means: name, method, SHA-256 of its checkpoint, version, what it takes, limits. ValueError for a rule."
+    "What the file says about the network that `spec` means: name, method, where its dial stands, SHA-256 of its checkpoint, version, what it takes, limits. ValueError for a rule."
     path, network = checkpoint_of(spec), load_model(spec, device='cpu')
-    return {'name': str(path.stem if '/' in str(spec) else spec), 'method': type(network).__name__, 'checkpoint_sha256': sha256_of(path),
+    turned = {} if getattr(network, 'dial', None) is None else {'lesions': f'{network.lesions:g}'}
+    return turned | {'name': str(path.stem if '/' in str(spec) else spec), 'method': type(network).__name__, 'checkpoint_sha256': sha256_of(path),
             'medfusion': medfusion.__version__, 'input': 'ct and mri: registered slices, float32 (B, 1, H, W) in [0, 1], H and W from 16 up',
             'output': 'fused: float32 (B, 1, H, W) in [0, 1]', 'limits': 'research software, not for diagnosis; see MODEL_CARD.md of medfusion'}
 
@@ -118,17 +119,22 @@ def export_onnx(model='wavelet', path='wavelet.onnx', opset: int = 17, replace: 
 def export_safetensors(model='wavelet', path='network.safetensors', replace: bool = False) -> Path:
     """The path of a network's weights as a safetensors file, written with the metadata.json beside it that `load_model` reads it by.
 
-    model: what `load_model` takes, but rules. Raises ValueError or FileExistsError in a sentence; nothing is then written.
+    model: what `load_model` takes, but rules; a dial that was turned stays there by default, and numbers of another position
+    are left out. Raises ValueError or FileExistsError in a sentence; nothing is then written.
     """
-    source = checkpoint_of(model)
+    source, lesions = checkpoint_of(model), find_model(model).lesions
     path = free_place(path, '.safetensors', replace, [source])
-    free_place(path.with_name('metadata.json'), '.json', replace, [source.with_name('metadata.json')])
+    beside, told = path.with_name('metadata.json'), source.with_name('metadata.json')
+    free_place(beside, '.json', replace, [told])
     load_model(model, device='cpu')                   # refuses what is no whole network
-    checkpoint, told = load_checkpoint(source), source.with_name('metadata.json')
-    facts = read_json(told) if told.is_file() else {}
+    checkpoint, facts = load_checkpoint(source), read_json(told) if told.is_file() else {}
     facts = {} if facts.get('checkpoint') != source.name else {name: fact for name, fact in facts.items() if name not in ('checkpoint', 'sha256', *checkpoint)}
-    write_atomically(path, safetensors.torch.save({name: weight.contiguous() for name, weight in checkpoint['state_dict'].items()}))
-    write_metadata(path, checkpoint, **facts)
+    if lesions is not None:
+        checkpoint['config'] = checkpoint['config'] | {'lesions': lesions}
+        facts = {name: fact for name, fact in facts.items() if not name.endswith('numbers')}
+    with together(path, beside):
+        write_atomically(path, safetensors.torch.save({name: weight.contiguous() for name, weight in checkpoint['state_dict'].items()}))
+        write_metadata(path, checkpoint, **facts)
     return path
 
 # %% ../nbs/28_exporting.ipynb #3280232f

@@ -6,8 +6,8 @@
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
            'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch', 'new_parents',
-           'whole_folder', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'sha256_of', 'plain',
-           'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'read_lines',
+           'whole_folder', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of',
+           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'read_lines',
            'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
            'sort_by_key', 'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming',
            'files_for', 'read_pair']
@@ -381,6 +381,20 @@ def write_image(path, image):
     """
     path = absolute_path(path)
     return write_atomically(path, encode_image(path, image))
+
+# %% ../nbs/00_files.ipynb #5c4b3522
+@contextmanager
+def together(*paths):
+    "A block that writes these files: if it fails or is stopped, each of them is as it was before."
+    before = {path: path.read_bytes() if path.is_file() else None for path in map(absolute_path, paths)}
+    try:
+        yield
+    except BaseException:
+        for path, data in before.items():
+            path.unlink(missing_ok=True)        # first, for the disk may be full
+            if data is not None:
+                write_atomically(path, data)
+        raise
 
 # %% ../nbs/00_files.ipynb #c24fe5a8
 def sha256_of(path: str | Path) -> str:

@@ -360,6 +360,16 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
         assert [path for path in sorted(Path().rglob('*')) if path not in before] == [], words
 
 
+def test_a_typed_network_is_found_from_the_notebooks_with_its_dial_turned(pairs):
+    "They run in another folder."
+    Path('mine.pt').write_bytes(b'')
+    assert [cli.absolute_path('model', text) for text in ('mine.pt@1', './mine.pt@.5', 'wavelet@1', 'mine.pt', 'nobody.pt@1', '@' * 5000)] == [
+        f'{Path.cwd()}/mine.pt@1', f'{Path.cwd()}/mine.pt@.5', 'wavelet@1', f'{Path.cwd()}/mine.pt', 'nobody.pt@1', '@' * 5000]
+    assert cli.named_models(['ours=mine.pt@1', 'mine.pt@0']) == [f'ours={Path.cwd()}/mine.pt@1', f'{Path.cwd()}/mine.pt@0']
+    assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'wavelet@1', '--lesions', '0.5'), 'says twice')
+    assert not Path('out').exists()
+
+
 # Evaluate
 
 def evaluated(pairs, *more):

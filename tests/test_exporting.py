@@ -1,4 +1,6 @@
 """A network as an ONNX file and as safetensors: what is made of it, and what is refused."""
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +11,9 @@ from typer.testing import CliRunner
 
 from medfusion.cli import app
 from medfusion.evaluation import cases_trained_on
-from medfusion.exporting import export_network, export_onnx, onnx_session
+from medfusion.exporting import export_network, export_onnx, onnx_facts, onnx_session
 from medfusion.files import read_json, sha256_of, write_json
-from medfusion.inference import fuse, load_model, shipped_models
+from medfusion.inference import fuse, load_model, model_sha256, shipped_models
 from medfusion.phantom import phantom_slice
 
 
@@ -91,3 +93,35 @@ def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
     (tmp_path / 'metadata.json').unlink()
     with pytest.raises(ValueError, match='put the metadata.json beside it'):
         load_model(tmp_path)
+
+
+def test_a_dial_that_was_turned_stays_there(tmp_path):
+    "In both kinds of files; numbers of the network's own position are not told of another, and a folder of results is not taken for another position's."
+    cut = phantom_slice(12, 4, size=64)
+    for at in ('0', '1'):
+        (tmp_path / at).mkdir()
+        file = export_network(f'wavelet@{at}', tmp_path / at / 'a.safetensors')
+        assert np.array_equal(fuse(cut.ct, cut.mri, str(file), 'cpu'), fuse(cut.ct, cut.mri, f'wavelet@{at}', 'cpu'))
+        told = read_json(file.with_name('metadata.json'))
+        assert told['config']['lesions'] == float(at) and 'numbers' not in told and told['cases'] == shipped_models()['wavelet'].metadata['cases']
+    assert (tmp_path / '0/a.safetensors').read_bytes() == file.read_bytes() and model_sha256(str(tmp_path / '0')) != model_sha256(str(tmp_path / '1'))
+    assert [onnx_facts(f'{shipped_models()["wavelet"].path}{at}')['lesions'] for at in ('', '@1')] == ['0.75', '1'] and 'lesions' not in onnx_facts('resnet')
+
+
+@pytest.mark.fault('export', 'killed, stopped or disk full between two files', points=4)
+def test_weights_and_what_is_known_of_them_change_together(tmp_path, monkeypatch):
+    file = export_network('resnet', tmp_path / 'a.safetensors')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for number, fault in itertools.product((1, 2), (KeyboardInterrupt, OSError(28, 'No space left on device'))):
+        calls = []
+
+        def fails(*given, real=os.replace):
+            calls.append(given)
+            if len(calls) == number:
+                raise fault
+            return real(*given)
+        with monkeypatch.context() as patched:
+            patched.setattr('medfusion.files.os.replace', fails)
+            with pytest.raises((KeyboardInterrupt, OSError)):
+                export_network('wavelet', file, replace=True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

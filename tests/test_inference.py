@@ -107,6 +107,33 @@ def test_a_dial_is_part_of_a_models_name(tmp_path, monkeypatch):
         load_model('maximum@1')
 
 
+def test_a_dial_is_turned_once_and_whole_names_come_first(tmp_path, monkeypatch):
+    "A run or a folder may be called like a turned network; a shipped name means what it means, whatever is called so here."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('medfusion.runs.nbs_dir', lambda: tmp_path / 'nbs')
+    for run in ('a', 'a@1'):
+        folder = tmp_path / 'results/trainable_wavelet_fusion' / run
+        config = {'width': 4, 'dial': True}
+        best = folder / 'checkpoints/final/trainable_wavelet_fusion/wavelet_fusion_spatial_best.pt'
+        best.parent.mkdir(parents=True)
+        path = save_checkpoint(best, method='trainable_wavelet_fusion',
+                               config=config, state_dict=methods()['wavelet'].network_class()(**config).state_dict(), epoch=1, metrics={})
+        write_run(folder, method='trainable_wavelet_fusion', state='finished', started=0., checkpoints=[path],
+                  parameters={'run': run, 'save_dir': str(folder.parent), 'checkpoint_dir': ''})
+    assert [(find_model(spec).path.parts[-5], find_model(spec).lesions) for spec in ('run:a', 'run:a@1', 'run:a@0', 'run:wavelet/a@1', 'run:a@1@0')] == [
+        ('a', None), ('a@1', None), ('a', 0), ('a@1', None), ('a@1', 0)]
+    (tmp_path / 'wavelet@1').mkdir()                        # what was fused with it, say
+    assert find_model('wavelet@1').lesions == 1
+    for spec in ('wavelet@0.5@1', 'run:a@.5@1'):
+        with pytest.raises(ValueError, match='says twice where the dial'):
+            find_model(spec)
+    for spec in ('wavelet@', 'wavelet@2', 'wavelet@-1', 'wavelet@nan', 'wavelet@1e-3', '@', '@x', '@1'):
+        with pytest.raises(FileNotFoundError, match='a number from 0 to 1, as in wavelet@0.5'):
+            find_model(spec)
+    with pytest.raises(ValueError, match='lesions is 1.5'):
+        load_model('wavelet@1.5')
+
+
 def test_a_name_always_means_the_shipped_network(tmp_path, monkeypatch):
     "Neither a folder nor a file of that name, nor what was trained in the clone, changes what it means."
     monkeypatch.chdir(tmp_path)
