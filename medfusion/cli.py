@@ -658,13 +658,15 @@ def check_sides(declared, given: dict) -> None:
 
 # %% ../nbs/50_cli.ipynb #7fe487a0
 def check_method(notebook: str, parameters) -> None:
-    "Raises ValueError or FileExistsError where the method of a notebook refuses the parameters, or its folders are another run's."
+    "Raises ValueError or FileExistsError where the method of a notebook refuses the parameters, the network to start from is not there, or its folders are another run's."
     from medfusion import runs
-    from medfusion.inference import methods
+    from medfusion.inference import check_model, from_notebooks, methods
     method = next((method for method in methods().values() if method.notebook == notebook), None)
     if method is None or not hasattr(parameters, 'checkpoint_dir'):
         return
     method.check(parameters)
+    if getattr(parameters, 'start', ''):
+        check_model(from_notebooks(parameters.start))
     files = runs.checkpoint_files(method.directory, parameters, method.epoch_name, method.best_name)
     for place in (runs.run_folder(parameters), files.intermediate, files.final):
         if (place / '.running.lock').is_file():
@@ -734,7 +736,8 @@ def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Con
         raise ProcessLost(f'{error} W{context.meta["kept"][1:]}') from None
     finally:
         with suppress(OSError):
-            folder.rmdir()          # if nothing came into it
+            folder.rmdir()          # if nothing came into it, so that nothing is kept
+            del context.meta['kept']
     if executed.error:
         say(f'{executed.path} could not be written ({sentence_of(executed.error)}); the run itself is whole.')
     return folder
@@ -963,10 +966,13 @@ def runs(
 
 # %% ../nbs/50_cli.ipynb #d5f14533
 def check_external(given: dict) -> None:
-    "Raises ValueError or OSError where the pairs of a benchmark cannot be read, or a folder of fused images from outside lacks some of them."
+    "Raises ValueError or OSError where a network of a benchmark, or its pairs, cannot be had, or a folder of fused images from outside lacks some of them."
     from medfusion import runs
     from medfusion.evaluation import find_external, judged_pairs
+    from medfusion.inference import check_model, from_notebooks, named_model
     p = SimpleNamespace(**runs.check_parameters('90_benchmark.ipynb', given))
+    for text in p.checkpoints:
+        check_model(from_notebooks(named_model(text)[1]))
     folder = runs.resolve_path(p.external_dir)
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
@@ -1066,13 +1072,13 @@ def scans(
 def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     "Runs scan_fusion.ipynb with these parameters; `out` is then the folder of the study. Returns its run.json. Raises ValueError or OSError in a sentence."
     from medfusion.files import read_json
-    from medfusion.inference import find_model
+    from medfusion.inference import check_model
     from medfusion.runs import check_parameters
     from medfusion.studies import check_asked, new_folder_at, write_report
     notebook = 'scan_fusion.ipynb'
     asked = check_parameters(notebook, given)
     check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
-    find_model(asked['model'])
+    check_model(asked['model'])
     with new_folder_at(out, replace) as folder:
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'run_named', 'at_sign', 'FoundModel',
-           'find_model', 'named_model', 'method_of', 'find_device', 'at_lesions', 'load_model', 'start_from',
-           'array_of', 'in_unit_range', 'as_batch', 'as_given', 'with_luminance', 'place_of', 'receptive_radius',
-           'tile_margin', 'fuse_batch', 'read_slice', 'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport',
-           'shard_of', 'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record',
-           'cores_here', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead',
-           'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts',
-           'open_job', 'close_job', 'fuse_folder']
+           'find_model', 'named_model', 'from_notebooks', 'method_of', 'find_device', 'at_lesions', 'load_model',
+           'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given', 'with_luminance',
+           'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair', 'model_of',
+           'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256', 'result_key',
+           'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'FolderJob', 'Slices', 'is_there',
+           'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write', 'lost_results',
+           'check_output', 'run_job', 'oddities', 'check_counts', 'open_job', 'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -43,7 +43,7 @@ from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
-from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, run_checkpoint
+from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, resolve_path, run_checkpoint
 
 # %% ../nbs/20_inference.ipynb #71f44b5e
 class MethodInfo(NamedTuple):
@@ -201,6 +201,12 @@ def named_model(text: str) -> tuple[str, str]:
     spec = text.removeprefix('run:')
     return (Path(spec).stem if spec == text and Path(spec).suffix in checkpoint_suffixes() else Path(spec).name), text
 
+# %% ../nbs/20_inference.ipynb #17bcb97f
+def from_notebooks(spec: str) -> str:
+    "What a model is called from any folder that is called `spec` in a notebook: a path is made absolute."
+    name = (at_sign(spec) or (spec,))[0]
+    return spec if name in methods() or name in rules() or name.startswith('run:') else str(resolve_path(spec))
+
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
 def method_of(checkpoint: dict, path) -> MethodInfo:
     "The method that a checkpoint is of. Raises ValueError, naming `path`, for one that is not in the table."
@@ -264,6 +270,12 @@ def _warn_if_another(path):
     if record.get('checkpoint') == path.name and record.get('sha256') != sha256_of(path):
         warnings.warn(f'{path} is not the checkpoint that {beside} describes (another SHA-256): the numbers there do '
                       'not hold for it.', stacklevel=3)
+
+# %% ../nbs/20_inference.ipynb #18f14e0b
+def check_model(spec) -> None:
+    "Raises ValueError or FileNotFoundError where `load_model` would, of a name that means nothing or of a dial that cannot be turned so: before an hour's work, say."
+    if find_model(spec).lesions is not None:
+        load_model(spec, device='cpu')
 
 # %% ../nbs/20_inference.ipynb #0548bed7
 def start_from(model, spec):
