@@ -658,15 +658,13 @@ def check_sides(declared, given: dict) -> None:
 
 # %% ../nbs/50_cli.ipynb #7fe487a0
 def check_method(notebook: str, parameters) -> None:
-    "Raises ValueError or FileExistsError where the method of a notebook refuses the parameters, the network to start from is not there, or its folders are another run's."
+    "Raises ValueError or FileExistsError where the method of a notebook refuses the parameters, or its folders are another run's."
     from medfusion import runs
-    from medfusion.inference import check_model, from_notebooks, methods
+    from medfusion.inference import methods
     method = next((method for method in methods().values() if method.notebook == notebook), None)
     if method is None or not hasattr(parameters, 'checkpoint_dir'):
         return
     method.check(parameters)
-    if getattr(parameters, 'start', ''):
-        check_model(from_notebooks(parameters.start))
     files = runs.checkpoint_files(method.directory, parameters, method.epoch_name, method.best_name)
     for place in (runs.run_folder(parameters), files.intermediate, files.final):
         if (place / '.running.lock').is_file():
@@ -900,7 +898,8 @@ def sweep(
         return [typer.echo(f'{run.todo:<9} {run.folder}') for run in sweeps.plan(method, grid, base, name)]
     context.meta['kept'] = f'what was finished is kept. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
     table = sweeps.sweep(method, grid, base, name, jobs, 'bar' if sys.stderr.isatty() else 'lines')
-    print_table(sweeps.runs_table(table))
+    if 'when' in table:         # else no run came as far as its record
+        print_table(sweeps.runs_table(table))
     if faults := [f'{run} ({fault.rstrip(".")})' for run, fault in table.fault.items() if fault]:
         raise ValueError(f'{len(faults)} of {len(table)} runs failed: {"; ".join(faults)}. The same command tries them again.')
 

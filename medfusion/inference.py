@@ -61,8 +61,10 @@ class MethodInfo(NamedTuple):
         return getattr(importlib.import_module(self.module), self.cls)
 
     def check(self, parameters) -> None:
-        "Raises ValueError for parameters that `check_config` of the module, if it has one, refuses."
+        "Raises ValueError or FileNotFoundError for parameters that `check_config` of the module, if it has one, refuses, and for a `start` that is none."
         getattr(importlib.import_module(self.module), 'check_config', lambda parameters: None)(parameters)
+        if getattr(parameters, 'start', ''):
+            check_model(from_notebooks(parameters.start))
 
 # %% ../nbs/20_inference.ipynb #fb7abbb0
 def methods() -> dict[str, MethodInfo]:
@@ -204,7 +206,7 @@ def named_model(text: str) -> tuple[str, str]:
 # %% ../nbs/20_inference.ipynb #17bcb97f
 def from_notebooks(spec: str) -> str:
     "What a model is called from any folder that is called `spec` in a notebook: a path is made absolute."
-    name = (at_sign(spec) or (spec,))[0]
+    name = spec.rpartition('@')[0] or spec
     return spec if name in methods() or name in rules() or name.startswith('run:') else str(resolve_path(spec))
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
