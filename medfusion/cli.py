@@ -734,7 +734,8 @@ def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Con
         raise ProcessLost(f'{error} W{context.meta["kept"][1:]}') from None
     finally:
         with suppress(OSError):
-            folder.rmdir()          # if nothing came into it
+            folder.rmdir()          # if nothing came into it, so that nothing is kept
+            del context.meta['kept']
     if executed.error:
         say(f'{executed.path} could not be written ({sentence_of(executed.error)}); the run itself is whole.')
     return folder
@@ -897,7 +898,8 @@ def sweep(
         return [typer.echo(f'{run.todo:<9} {run.folder}') for run in sweeps.plan(method, grid, base, name)]
     context.meta['kept'] = f'what was finished is kept. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
     table = sweeps.sweep(method, grid, base, name, jobs, 'bar' if sys.stderr.isatty() else 'lines')
-    print_table(sweeps.runs_table(table))
+    if 'when' in table:         # else no run came as far as its record
+        print_table(sweeps.runs_table(table))
     if faults := [f'{run} ({fault.rstrip(".")})' for run, fault in table.fault.items() if fault]:
         raise ValueError(f'{len(faults)} of {len(table)} runs failed: {"; ".join(faults)}. The same command tries them again.')
 
@@ -963,10 +965,13 @@ def runs(
 
 # %% ../nbs/50_cli.ipynb #d5f14533
 def check_external(given: dict) -> None:
-    "Raises ValueError or OSError where the pairs of a benchmark cannot be read, or a folder of fused images from outside lacks some of them."
+    "Raises ValueError or OSError where a network of a benchmark, or its pairs, cannot be had, or a folder of fused images from outside lacks some of them."
     from medfusion import runs
     from medfusion.evaluation import find_external, judged_pairs
+    from medfusion.inference import check_model, from_notebooks, named_model
     p = SimpleNamespace(**runs.check_parameters('90_benchmark.ipynb', given))
+    for text in p.checkpoints:
+        check_model(from_notebooks(named_model(text)[1]))
     folder = runs.resolve_path(p.external_dir)
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
@@ -1066,13 +1071,13 @@ def scans(
 def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     "Runs scan_fusion.ipynb with these parameters; `out` is then the folder of the study. Returns its run.json. Raises ValueError or OSError in a sentence."
     from medfusion.files import read_json
-    from medfusion.inference import find_model
+    from medfusion.inference import check_model
     from medfusion.runs import check_parameters
     from medfusion.studies import check_asked, new_folder_at, write_report
     notebook = 'scan_fusion.ipynb'
     asked = check_parameters(notebook, given)
     check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
-    find_model(asked['model'])
+    check_model(asked['model'])
     with new_folder_at(out, replace) as folder:
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})

@@ -17,7 +17,7 @@ from .cross_validation import folds_table, half_widths, read_folds
 from .evaluation import find_fused, ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
 from .files import Pair, absolute_path, list_pairs, name_key, read_image, stem_of, suffix_of
-from .inference import fuse, named_model
+from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
 from .runs import checkpoint_suffixes, read_run, resolve_path
 
@@ -31,7 +31,9 @@ def named_method(spec):
 # %% ../nbs/27_paper_figures.ipynb #04633dd8
 def finished_slices(spec):
     "The folder, file or pattern (with {name}) of finished slices that a method's `spec` means, as a Path; None for a model (see `load_model`)."
-    path = absolute_path(spec)
+    path, name = absolute_path(spec), str(spec).partition('@')[0]
+    if is_name(name):
+        return None
     if '{name}' in path.name or path.is_file() and suffix_of(path):
         return path
     models = path.is_dir() and ((path / 'run.json').exists() or any(file.suffix in checkpoint_suffixes() for file in path.iterdir()))

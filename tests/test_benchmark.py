@@ -37,7 +37,7 @@ def dataset(tmp_path_factory):
     rows += [{**row, 'method': 'maximum'} for row in rows]
     rows.append({'method': 'Partial', 'name': rows[0]['name'], **dict.fromkeys(COLUMNS, 1.0)})
     pd.DataFrame(rows).to_csv(root / 'published.csv', index=False)
-    network = WaveletFusion(width=4)
+    network = WaveletFusion(width=4, dial=True)
     save_checkpoint(root / 'mine.pt', method='trainable_wavelet_fusion', config=network.config,
                     state_dict=network.state_dict(), epoch=1, metrics={})
     write_metadata(root / 'mine.pt', cases={'train': [case_of(next((test / 'CT').iterdir()).name), '99']})
@@ -174,5 +174,7 @@ def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, t
     assert set(result['duels'].against) == {'again', 'rule', 'theirs'} and len(result['duels']) == 3 + 3
     with pytest.raises(ValueError, match='share a name .*as in mine=PATH'):
         execute(given | {'checkpoints': [mine, mine]}, until='kinds')
+    turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', f'{mine}@0']}, until='kinds')['groups']['network']
+    assert {name: network.lesions for name, network in turned.items()} == {'wavelet': 0.75, 'wavelet@1': 1, 'mine.pt@0': 0}
     with pytest.raises(ValueError, match='theirs holds no slice that is named like .name._fused.png; it holds fused_'):
         execute(given | {'external_pattern': '{name}_fused.png'}, until='groups')

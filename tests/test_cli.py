@@ -1,5 +1,6 @@
 """The `medfusion` command: exit codes, sentences on standard error, and what is on the disk afterwards."""
 import errno
+import itertools
 import json
 import os
 import re
@@ -566,9 +567,11 @@ def test_two_runs_in_one_second_have_two_folders(clone, monkeypatch):
     assert names == ['20260101-120000', '20260101-120000-2']
 
 
-def test_benchmark_takes_models_as_every_command_does(clone):
+def test_benchmark_takes_models_as_every_command_does(clone, monkeypatch):
     Path('mine.pt').write_bytes(b'')
     (clone / 'results/benchmark').mkdir(parents=True)
+    monkeypatch.setattr('medfusion.inference.run_checkpoint', lambda folder: Path('mine.pt'))
+    monkeypatch.setattr('medfusion.inference.find_run', lambda name: Path(name))
     result = medfusion('benchmark', '-p', 'checkpoints=[wavelet, mine.pt, run:a]', '--run', 'a')
     assert result.exit_code == 0, result.output
     seen = json.loads((clone / 'results/benchmark/seen-a.json').read_text())
@@ -747,6 +750,7 @@ def test_where_nothing_can_be_written_is_noticed_at_once(pairs, place, no_kernel
 
 @pytest.mark.parametrize('more, words', [(['--grid', 'pet'], "'ct' or 'mri', not 'pet'"), (['-p', 'spacing=-1'], 'spacing of -1 mm'), (['-p', 'plane=oblique'], 'no plane'),
                                          (['-p', 'batch_size=0'], 'batch_size is 0'), (['-p', 'device=hpu'], "'hpu'"), (['-m', 'nobody'], "no model 'nobody'"),
+                                         (['-m', 'wavelet@2'], 'a number from 0 to 1'), (['-m', 'wavelet-lite@1'], 'no dial'), (['-m', 'maximum@1'], 'no dial'),
                                          (['--window', 'x'], "'x' is no window"), (['-p', 'colour=red'], 'colour'), (['-o', 'CT/study'], 'searched whole')])
 def test_what_no_study_can_be_made_with_is_noticed_at_once(pairs, no_kernel, more, words):
     before = sorted(Path().rglob('*'))
@@ -766,6 +770,99 @@ def test_a_stopped_scan_leaves_nothing(pairs, no_kernel, monkeypatch):
         assert sorted(Path().rglob('*')) == before
 
 
+@pytest.mark.fault('benchmark', 'stopped (Ctrl-C, SIGTERM)', points=4)
+def test_a_stopped_benchmark_keeps_what_it_had(pairs, no_kernel, monkeypatch):
+    "And says so; where it had nothing, no folder is left."
+    before = sorted(Path().rglob('*'))
+    words = ['benchmark', '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results', '-m', 'maximum']
+    for (number, code), had in itertools.product(((signal.SIGINT, 130), (signal.SIGTERM, 143)), (False, True)):
+        def execute(notebook, executed, given, number=number, had=had):
+            if had:
+                Path(given['save_dir'], 'metrics.csv').write_text('whole')
+            os.kill(os.getpid(), number)
+        monkeypatch.setattr(cli, 'execute', execute)
+        kept = 'what was finished is kept in' if had else 'nothing is left half-written'
+        assert_sentence(medfusion(*words), kept, f'To begin again: {shlex.join(["medfusion", *words])}', code=code)
+        assert [path.name for path in sorted(Path().rglob('*')) if path not in before and path.is_file()] == ['metrics.csv'] * had
+        shutil.rmtree('results')
+
+
+class StoppedAt:
+    "`os` as medfusion.files sees it; before the call number `at` of those that change the disk, the signal `number` arrives."
+
+    def __init__(self, number, at):
+        self.number, self.at, self.calls = number, at, 0
+
+    def __getattr__(self, name):
+        if name in ('open', 'write', 'fsync', 'close', 'replace', 'unlink'):
+            self.calls += 1
+            if self.calls == self.at:
+                signal.raise_signal(self.number)
+        return getattr(os, name)
+
+
+@pytest.mark.fault('export, figure, runs, benchmark', 'stopped (Ctrl-C, SIGTERM)')
+@pytest.mark.parametrize('words, files', [
+    (['export', 'wavelet-lite', 'a.safetensors', '--replace'], ['a.safetensors', 'metadata.json']),
+    pytest.param(['figure', 'CT/1002.png', 'MRI/1002.png', '-m', 'maximum', '-o', 'a.svg'], ['a.svg'], marks=pytest.mark.long),
+    (['runs', 'toy', '--csv', 'a.csv', '--markdown', 'a.md'], ['a.csv', 'a.md']),
+    (['benchmark', '--record', 'toy', '--columns', 'EN', '--latex', 'a.tex', '--markdown', 'a.md'], ['a.tex', 'a.md'])])
+def test_stopped_at_any_write(pairs, words, files, monkeypatch, record_property):
+    "Wherever it comes: one sentence, the status of the signal, each file the old one or the new one, whole, and nothing beside them."
+    for side in ('CT', 'MRI'):
+        shutil.copy(Path(side, pairs[0]), Path(side, '1002.png'))
+    from medfusion.runs import write_run
+    write_run(Path.cwd() / 'toy/r1', method='toy', parameters={'seed': 1}, state='finished', started=1, numbers={'means': {'x': {'EN': 1.}}})
+    Path('toy/metrics.csv').write_text('# a convention\nname,method,case,EN\n1002.png,one,1,2.5\n1002.png,two,1,3.5\n')
+    assert medfusion(*words).exit_code == 0
+    new = {name: Path(name).read_bytes() for name in files}
+    for at in itertools.count(1):
+        for name in files:
+            Path(name).write_bytes(b'old')
+        before, (number, code) = sorted(Path().rglob('*')), ((signal.SIGINT, 130), (signal.SIGTERM, 143))[at % 2]
+        with monkeypatch.context() as patched:
+            patched.setattr('medfusion.files.os', StoppedAt(number, at))
+            result = medfusion(*words)
+        found = {name: Path(name).read_bytes() for name in files}
+        assert sorted(Path().rglob('*')) == before and all(found[name] in (b'old', new[name]) for name in files), at
+        if result.exit_code == 0:
+            break
+        assert_sentence(result, 'stopped; nothing is left half-written. To begin again: ' + shlex.join(['medfusion', *words]), code=code)
+    record_property('points', at - 1)
+    assert found == new and at > 5 * len(files)
+
+
+@pytest.mark.fault('view', 'stopped (Ctrl-C, SIGTERM)', points=2)
+def test_a_stopped_viewer_ends_its_server(pairs, monkeypatch):
+    "And removes the notebook that it opened."
+    served = []
+
+    class Server:
+        def __init__(self, command, **more):
+            served.append((Path(command[-1]), Path(command[-1]).is_file()))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            served.append('waited for')
+
+        def wait(self):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+        def terminate(self):
+            served.append('ended')
+    monkeypatch.setattr('medfusion.scan_viewer.viewer_notebook', lambda folder: {'cells': [{}, {'source': ''}]})
+    monkeypatch.setattr('medfusion.scan_viewer.find_spec', lambda name: True)
+    monkeypatch.setattr('medfusion.scan_viewer.subprocess.Popen', Server)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        served.clear()
+        assert_sentence(medfusion('view', 'CT'), 'stopped', 'medfusion view CT', code=code)
+        (notebook, there), *after = served
+        assert there and not notebook.parent.exists() and after == ['ended', 'waited for']
+
+
 @pytest.mark.parametrize('many', [10**12, 10**30])
 def test_a_batch_of_any_size(pairs, many):
     result = medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum', '--batch-size', many)
@@ -782,6 +879,9 @@ def test_what_a_method_cannot_do_is_noticed_at_once(pairs, no_kernel):
     for text, words in (('5', "'5' is no range of values"), ('', 'an empty range was given')):
         result = medfusion('train', 'wavelet', *places, '--range', text)
         assert result.exit_code == 2 and words in ' '.join(result.stderr.replace('│', ' ').split())
+    for model, words in (('nobody', 'no model'), ('wavelet@2', 'a number from 0 to 1'), ('wavelet@1.5', 'lesions is 1.5'), ('wavelet-lite@1', 'no dial'), ('gone.pt@1', 'no model')):
+        assert_sentence(medfusion('train', 'wavelet', *places, '-p', f'start={model}'), words)
+        assert_sentence(medfusion('benchmark', *places, '-m', f'mine={model}'), words)
     assert not Path('results').exists()
 
 

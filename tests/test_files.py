@@ -1,4 +1,5 @@
 """What 00_codecs and 00_files do not show: every layout of pixels, damage of every kind, links, faults between system calls."""
+import collections
 import errno
 import io
 import itertools
@@ -590,6 +591,26 @@ def test_names_that_people_cannot_tell_apart_pair(tmp_path):
     mri = make(tmp_path / 'MRI', '1000.png', 'Ma\u0308rz_010.png')
     assert [pair.name for pair in list_pairs(ct, mri)] == ['1000.PNG', 'M\u00e4rz_010.png']
     assert read_pair(list_pairs(ct, mri)[1])[0].shape == (24, 20)
+
+
+def test_each_further_name_costs_the_same(tmp_path):
+    "Two folders of a hundred thousand names: the calls of pairing them, of Python and of the system, grow as their number does."
+    def calls(many):
+        for side in ('CT', 'MRI'):
+            (tmp_path / f'{many}' / side).mkdir(parents=True)
+            for number in range(many):
+                (tmp_path / f'{many}' / side / f'{number:04d}.png').touch()
+        counted = collections.Counter()
+        sys.setprofile(lambda frame, event, what: counted.update([event]))
+        try:
+            rows, faults = match_images({'CT': tmp_path / f'{many}/CT', 'MRI': tmp_path / f'{many}/MRI'})
+        finally:
+            sys.setprofile(None)
+        assert len(rows) == many and not faults
+        return counted['call'] + counted['c_call']
+    calls(10)       # what is made once
+    one, two, four = map(calls, (100, 200, 400))
+    assert 1.99 < (four - two) / (two - one) < 2.01
 
 
 def test_two_files_of_one_slice_are_a_sentence(tmp_path):

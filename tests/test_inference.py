@@ -1,5 +1,6 @@
 """What the inference notebook cannot show on a page: every kind of input, tiles against the whole, faults in a folder."""
 import colorsys
+import io
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from PIL import Image, ImageCms
 from torch import nn
 
 from medfusion import inference
-from medfusion.files import luminance, read_image, sha256_of, to_depth, write_image
+from medfusion.files import list_pairs, luminance, read_image, sha256_of, to_depth, write_image
 from medfusion.inference import (check_output, find_model, fuse, fuse_folder, load_model, methods, model_sha256, receptive_radius, shipped_models,
                                  with_luminance)
 from medfusion.phantom import phantom_slice
@@ -836,6 +837,55 @@ def test_records_that_are_damaged_or_none(folders):
             run(folders)
     record.unlink()
     assert sorted(run(folders).failed) == names                               # unknown results are somebody's
+
+
+class Counted(io.FileIO):
+    "A file of which the bytes that are read are counted."
+    calls = []
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        self.calls.append(('read by a run', count))
+        return count
+
+
+class CountingOs:
+    "`os` as medfusion.files sees it; counts its calls, and the bytes of those that read and write."
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getattr__(self, name):
+        def call(*given):
+            answer = real(*given)
+            self.calls.append((name, answer) if name in ('read', 'write') else name)
+            return answer
+        real = getattr(os, name)
+        return call if name in ('open', 'read', 'write', 'lseek', 'fsync', 'ftruncate', 'replace', 'unlink', 'close') else real
+
+
+def test_a_result_costs_a_line_however_many_there_are(folders, monkeypatch):
+    "A folder of a hundred thousand pairs: the system calls, and their bytes, of one more result are those beside twenty; going on reads the record once."
+    name, record = names_in(folders / 'CT')[0], folders / 'out/fused.jsonl'
+    run(folders)
+    begun, line = record.read_text(), json.dumps({'file': '5000.png', 'ct': 64 * '0', 'mri': 64 * '0', 'network': 64 * '0', 'sha256': 64 * '0'})
+    pairs, costs = [pair for pair in list_pairs(folders / 'CT', folders / 'MRI') if pair.name == name], {}
+    monkeypatch.setattr(inference, 'open', lambda path, mode: io.BufferedReader(Counted(path)), raising=False)
+    for lines in (20, 10_000):
+        record.write_text(begun + (line + '\n') * lines)
+        (folders / 'out' / name).unlink()
+        Counted.calls = calls = []
+        job = inference.open_job('maximum', inference.model_of('maximum'), folders / 'out', (folders / 'CT', folders / 'MRI'))
+        assert sum(count for _, count in calls) == record.stat().st_size
+        with monkeypatch.context() as counted:
+            counted.setattr('medfusion.files.os', CountingOs(calls))
+            del calls[:]
+            inference.run_job(job, pairs, 1, 1, False)
+        costs[lines] = list(calls)
+        assert job.report.fused == [name] and record.read_text().count('\n') == begun.count('\n') + lines + 1
+        assert run(folders).skipped == names_in(folders / 'CT')
+    written = [call[1] for call in costs[20] if call[0] == 'write']
+    assert costs[20] == costs[10_000] and written == [len(line) + 1, (folders / 'out' / name).stat().st_size]
 
 
 def test_a_bomb_among_the_files_stops_its_own_pair_only(folders):

@@ -1,6 +1,7 @@
 """Figures of a paper: where slices come from, what a record becomes, and the command."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -176,6 +177,13 @@ def test_a_finished_slice_is_not_drawn_over(folder, benchmark, monkeypatch):
         result = CliRunner().invoke(app, ['figure', *sources, '-o', out])
         assert result.exit_code == 1 and 'is what is read' in result.stderr and result.stderr.count('\n') == 1, (out, result.output)
     assert all(path.read_bytes() == data for path, data in slices.items())
+
+
+def test_a_name_is_the_network_or_the_rule_whatever_folder_is_called_so(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('maximum', 'wavelet@1'):
+        shutil.copytree(folder / 'theirs', name)
+        assert finished_slices(name) is None and finished_slices(f'./{name}') == tmp_path / name
 
 
 def test_the_table_of_kinds_is_what_the_help_names():

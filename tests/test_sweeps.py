@@ -128,7 +128,15 @@ def test_what_the_method_refuses_is_said_before_the_first_run(base, started, tmp
     given = {name: value for name, value in base.items() if name != 'num_epochs'} | {'save_dir': str(tmp_path)}
     with pytest.raises(ValueError, match='crop is 32'):
         S.sweep('resnet', {'crop': [64, 32]}, given, progress='none')
+    with pytest.raises(ValueError, match='no dial'):
+        S.sweep('wavelet', {'start': ['wavelet', 'wavelet-lite@1']}, given, progress='none')
     assert not started and not list(tmp_path.iterdir())
+
+
+def test_runs_of_which_none_began_are_a_sentence(base, started, tmp_path):
+    given = [word for name, value in (base | {'save_dir': tmp_path, 'w_sd': 1}).items() for word in ('-p', f'{name}={value}')]
+    result = medfusion('sweep', 'wavelet', '-p', 'seed=0,1', *given)
+    assert result.exit_code == 1 and result.stderr.strip().splitlines()[-1].startswith('medfusion: 2 of 2 runs failed: seed=0 (the disk is full)'), result.stderr
 
 
 def test_a_run_of_the_name_with_other_parameters_is_refused(base, started, tmp_path):
