@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'at_sign', 'FoundModel', 'find_model',
-           'named_model', 'method_of', 'find_device', 'at_lesions', 'load_model', 'start_from', 'array_of',
+           'named_model', 'in_place', 'method_of', 'find_device', 'at_lesions', 'load_model', 'start_from', 'array_of',
            'in_unit_range', 'as_batch', 'as_given', 'with_luminance', 'place_of', 'receptive_radius', 'tile_margin',
            'fuse_batch', 'read_slice', 'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of',
            'pairs_to_fuse', 'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record',
@@ -186,6 +186,13 @@ def named_model(text: str) -> tuple[str, str]:
         return told[1].strip(), told[2].strip()
     spec = text.removeprefix('run:')
     return (Path(spec).stem if spec == text and Path(spec).suffix in checkpoint_suffixes() else Path(spec).name), text
+
+# %% ../nbs/20_inference.ipynb #a5845a89
+def in_place(spec: str, place) -> str:
+    "A model as `find_model` takes it, its path as the function `place` makes it; names of networks, rules and runs stay, and so does the dial."
+    path, at, lesions = spec.rpartition('@') if at_sign(spec) else (spec, '', '')
+    named = not path.strip() or path in methods() or path in rules() or path.startswith('run:')
+    return spec if named else f'{place(path)}{at}{lesions}'
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
 def method_of(checkpoint: dict, path) -> MethodInfo:
