@@ -118,15 +118,18 @@ def export_onnx(model='wavelet', path='wavelet.onnx', opset: int = 17, replace: 
 def export_safetensors(model='wavelet', path='network.safetensors', replace: bool = False) -> Path:
     """The path of a network's weights as a safetensors file, written with the metadata.json beside it that `load_model` reads it by.
 
-    model: what `load_model` takes, but rules. Raises ValueError or FileExistsError in a sentence; nothing is then written.
+    model: what `load_model` takes, but rules; its dial stays where it stands. Raises ValueError or FileExistsError in a sentence; nothing is then written.
     """
     source = checkpoint_of(model)
     path = free_place(path, '.safetensors', replace, [source])
     free_place(path.with_name('metadata.json'), '.json', replace, [source.with_name('metadata.json')])
-    load_model(model, device='cpu')                   # refuses what is no whole network
+    network = load_model(model, device='cpu')         # refuses what is no whole network
     checkpoint, told = load_checkpoint(source), source.with_name('metadata.json')
     facts = read_json(told) if told.is_file() else {}
     facts = {} if facts.get('checkpoint') != source.name else {name: fact for name, fact in facts.items() if name not in ('checkpoint', 'sha256', *checkpoint)}
+    if checkpoint['config'].get('lesions') != getattr(network, 'lesions', None):    # its numbers were measured with the dial elsewhere
+        checkpoint['config']['lesions'] = network.lesions
+        facts.pop('numbers', None)
     write_atomically(path, safetensors.torch.save({name: weight.contiguous() for name, weight in checkpoint['state_dict'].items()}))
     write_metadata(path, checkpoint, **facts)
     return path

@@ -91,3 +91,10 @@ def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
     (tmp_path / 'metadata.json').unlink()
     with pytest.raises(ValueError, match='put the metadata.json beside it'):
         load_model(tmp_path)
+
+
+def test_the_dial_stays_where_it_was_turned(tmp_path):
+    "Of the weights alone as of the ONNX file; what was measured with the dial elsewhere is no longer said of it."
+    export_network('wavelet@1', tmp_path / 'shared.safetensors')
+    assert load_model(tmp_path, device='cpu').lesions == 1 and load_model('wavelet', device='cpu').lesions != 1
+    assert 'numbers' in shipped_models()['wavelet'].metadata and 'numbers' not in read_json(tmp_path / 'metadata.json')
