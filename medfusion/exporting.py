@@ -127,7 +127,7 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
     checkpoint, told = load_checkpoint(source), source.with_name('metadata.json')
     facts = read_json(told) if told.is_file() else {}
     facts = {} if facts.get('checkpoint') != source.name else {name: fact for name, fact in facts.items() if name not in ('checkpoint', 'sha256', *checkpoint)}
-    if checkpoint['config'].get('lesions') != getattr(network, 'lesions', None):    # its numbers were measured with the dial elsewhere
+    if getattr(network, 'dial', None) is not None and network.lesions != checkpoint['config']['lesions']:    # its numbers were measured with the dial elsewhere
         checkpoint['config']['lesions'] = network.lesions
         facts.pop('numbers', None)
     write_atomically(path, safetensors.torch.save({name: weight.contiguous() for name, weight in checkpoint['state_dict'].items()}))
