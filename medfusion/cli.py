@@ -251,12 +251,14 @@ def harvard(
     typer.echo(str(inspect_dataset(root)))
 
 # %% ../nbs/50_cli.ipynb #951a53c9
-def flat_folder_sentence(root: Path) -> str:
-    "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split it by case."
-    place = shlex.quote(str(root))
+def flat_folder_sentence(root: Path, cases: list[str]) -> str:
+    "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split its cases; or that it has too few."
+    if len(cases) < 3:
+        return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on.'
+    place, (val, test) = shlex.quote(str(root)), cases[-2:]
     return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
-            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases=34 -p test_cases=41), and records the split; or make a data set with parts: '
-            f'medfusion data import {place} Dataset --val-cases 34 --test-cases 41')
+            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}), and records the split; or make a data set with parts: '
+            f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}')
 
 # %% ../nbs/50_cli.ipynb #3625d514
 @data_app.command()
@@ -268,7 +270,7 @@ def check(
     case_pattern: Annotated[str | None, typer.Option(metavar='REGEX', help='how a name tells (?P<case>...) and (?P<slice>...)')] = None,
 ):
     "Print and check what a data set holds, or whether a split leaks. Fails if a file is missing or changed, or a case is on two sides."
-    from medfusion.data import audit_split, check_split, inspect_dataset, names_in_part
+    from medfusion.data import audit_split, check_split, inspect_dataset, names_in_part, sort_cases
     if train or test or case_pattern:
         if not (train and test):
             raise typer.BadParameter('an audit takes both --train and --test')
@@ -279,7 +281,7 @@ def check(
     report = inspect_dataset(root)
     typer.echo(str(report))
     if 'all' in set(report.files.part) and not (root / 'split_info.json').is_file():
-        typer.echo(flat_folder_sentence(root))
+        typer.echo(flat_folder_sentence(root, sort_cases(report.files.case)))
         raise typer.Exit(int(bool(report.problems)))
     check_split(root)
     typer.echo(f'{root} is in order: every file is the recorded one, and no case is on two sides.')
@@ -968,20 +970,24 @@ def check_external(given: dict) -> None:
     "Raises ValueError or OSError where a network of a benchmark, or its pairs, cannot be had, or a folder of fused images from outside lacks some of them."
     from medfusion import runs
     from medfusion.evaluation import find_external, judged_pairs
-    from medfusion.inference import check_model, from_notebooks, named_model
+    from medfusion.inference import check_model, in_place, named_model
     p = SimpleNamespace(**runs.check_parameters('90_benchmark.ipynb', given))
     for text in p.checkpoints:
-        check_model(from_notebooks(named_model(text)[1]))
+        check_model(in_place(named_model(text)[1], runs.resolve_path))
     folder = runs.resolve_path(p.external_dir)
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
 
 # %% ../nbs/50_cli.ipynb #34c4057a
 def named_models(texts: list[str]) -> list[str]:
-    "Texts NAME=MODEL or MODEL as the benchmark takes them: paths made absolute."
-    from medfusion.inference import named_model
+    "Texts NAME=MODEL or MODEL as the benchmark takes them: paths that lead somewhere from here made absolute."
+    from medfusion.files import absolute_path
+    from medfusion.inference import in_place, named_model
+
+    def there(path):
+        return absolute_path(path) if absolute_path(path).exists() else path
     told = [(text, *named_model(text)) for text in texts]
-    return [absolute_path('checkpoints', spec) if spec == text else f'{name}={absolute_path("checkpoints", spec)}' for text, name, spec in told]
+    return [in_place(spec, there) if spec == text else f'{name}={in_place(spec, there)}' for text, name, spec in told]
 
 # %% ../nbs/50_cli.ipynb #160264ee
 def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Path | None = None, markdown: Path | None = None) -> None:
@@ -1090,7 +1096,8 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
 # %% ../nbs/50_cli.ipynb #a2030ba5
 def scan_parameters(typed: dict) -> dict:
     "The parameters of scan_fusion.ipynb for what was typed after `medfusion scan`, {option: value}; what -p says comes last."
-    from medfusion.inference import check_output
+    from medfusion import files
+    from medfusion.inference import check_output, in_place
     from medfusion.studies import windows_of
     scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study', 'truth') if typed[name]}
     if len(scans) < 2 and 'study' not in paths:
@@ -1101,7 +1108,7 @@ def scan_parameters(typed: dict) -> dict:
         raise ValueError(f'{typed["out"]} is in {inside[0]}, which is searched whole for slices; name another folder.')
     windows_of(typed['window'])
     plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'force', 'anonymous')}
-    given = plain | {'model': absolute_path('model', typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
+    given = plain | {'model': in_place(typed['model'], files.absolute_path), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
         given |= {'ct': str(scans[0].absolute()), 'mri': [str(path.absolute()) for path in scans[1:]]}

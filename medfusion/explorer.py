@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['View', 'look_at', 'view_modes', 'mode_tiles', 'view_tiles', 'caption', 'Layout', 'sheet_layout', 'fitted_box',
-           'fitted', 'legend', 'contact_sheet', 'png_bytes', 'place_under', 'Answers', 'shown_metrics',
-           'fused_and_measured', 'SliceWork', 'SliceStore', 'PairList', 'Changes', 'slider', 'slices_of_cases',
-           'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel', 'set_view', 'hide_idle', 'method_boxes', 'dialled',
-           'dial_slider', 'metric_table', 'control_rows', 'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown',
-           'Explorer', 'find_disagreement', 'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons',
-           'explore']
+           'fitted', 'legend', 'contact_sheet', 'png_bytes', 'place_under', 'Answers', 'shown_metrics', 'fused_picture',
+           'measured', 'SliceWork', 'SliceStore', 'PairList', 'Changes', 'slider', 'slices_of_cases', 'SlicePicker',
+           'choose_slice', 'neighbours', 'ViewPanel', 'set_view', 'hide_idle', 'method_boxes', 'dialled', 'dial_slider',
+           'metric_table', 'control_rows', 'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown', 'Explorer',
+           'find_disagreement', 'show_view', 'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from html import escape
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,7 +218,7 @@ def place_under(layout, shape, x, y):
 class Answers:
     "Answers work(*where), each made once by one thread; the last `keep` are kept, and what failed is tried anew."
 
-    def __init__(self, keep=64):
+    def __init__(self, keep=128):
         self._keep, self._answers, self._prepared = keep, OrderedDict(), []
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='medfusion')
 
@@ -232,15 +232,20 @@ class Answers:
             self._answers.popitem(last=False)
         return future
 
-    def ask(self, work, *where):
-        "The answer itself; what was to be prepared and is not begun gives way."
-        for future in self._prepared:
-            future.cancel()
-        return self._begin(work, *where).result()
+    def begin(self, work, *where):
+        "The future of an answer that is wanted now; what was to be prepared and is not begun gives way."
+        while self._prepared:
+            self._prepared.pop().cancel()
+        return self._begin(work, *where)
 
-    def prepare(self, questions):
-        "Begins to answer (work, *where) before they are asked; returns at once."
-        self._prepared = [self._begin(*question) for question in questions]
+    def ask(self, work, *where):
+        "The answer itself."
+        return self.begin(work, *where).result()
+
+    def prepare(self, work, *where):
+        "The future of an answer that will be asked for later."
+        self._prepared.append(self._begin(work, *where))
+        return self._prepared[-1]
 
 # %% ../nbs/40_explorer.ipynb #32d5e4eb
 def shown_metrics():
@@ -248,13 +253,18 @@ def shown_metrics():
     return 'EN', 'SD', 'SF', 'SSIM', 'SSIM_ct', 'SSIM_mri', 'VIF', 'VIF_ct', 'VIF_mri', 'Qabf'
 
 # %% ../nbs/40_explorer.ipynb #fdbbfa97
-def fused_and_measured(method, ct, mri):
-    "The picture that a method makes of a pair of tensors, and its metric values {name: float}."
-    with torch.no_grad():
-        y = torch.from_numpy(as_array(method(ct, luminance(mri))))[None, None]
-        values = measure(y, ct, luminance(mri), names=shown_metrics())
-        picture = as_picture(with_luminance(mri, y) if mri.shape[1] == 3 else y)
-    return picture, {name: values[name].item() for name in shown_metrics()}
+@torch.no_grad()
+def fused_picture(method, ct, mri):
+    "What a method makes of a pair of tensors: the picture, and its luminance as a tensor (1, 1, H, W)."
+    y = torch.from_numpy(as_array(method(ct, luminance(mri))))[None, None]
+    return as_picture(with_luminance(mri, y) if mri.shape[1] == 3 else y), y
+
+# %% ../nbs/40_explorer.ipynb #d7e2daa5
+@torch.no_grad()
+def measured(y, ct, mri):
+    "The metric values {name: float} of a fused luminance for a pair of tensors."
+    values = measure(y, ct, luminance(mri), names=shown_metrics())
+    return {name: values[name].item() for name in shown_metrics()}
 
 # %% ../nbs/40_explorer.ipynb #f34cb1b7
 class SliceWork:
@@ -272,9 +282,13 @@ class SliceWork:
         return item['ct'][None], item['mri'][None]
 
     def fuse(self, dataset, index, method):
-        "The picture that a method makes and its metric values; a pair is a method and where its dial for lesions stands."
+        "The picture that a method makes and its luminance; a pair is a method and where its dial for lesions stands."
         name, lesions = method if isinstance(method, tuple) else (method, None)
-        return fused_and_measured(at_lesions(self.methods[name], lesions), *self.read(dataset, index))
+        return fused_picture(at_lesions(self.methods[name], lesions), *self.read(dataset, index))
+
+    def measure(self, dataset, index, fused):
+        "The metric values of what a method makes of a slice, given the future of `fuse`."
+        return measured(fused.result()[1], *self.read(dataset, index))
 
     @torch.no_grad()
     def map(self, dataset, index, method):
@@ -289,7 +303,7 @@ class SliceWork:
 class SliceStore(SliceWork):
     "Slices of some data sets and what methods make of them; an answer is made once, the last `keep` are kept."
 
-    def __init__(self, datasets, methods, maps=None, keep=64):
+    def __init__(self, datasets, methods, maps=None, keep=128):
         super().__init__(datasets, methods, maps)
         self._answers = Answers(keep)
 
@@ -303,16 +317,18 @@ class SliceStore(SliceWork):
 
     def numbers(self, dataset, index, method):
         "The metric values of a fused slice, {name: float}."
-        return self._answers.ask(self.fuse, dataset, index, method)[1]
+        return self._answers.ask(self.measure, dataset, index, self._answers.begin(self.fuse, dataset, index, method))
 
     def maps(self, dataset, index, method):
         "The maps of a method by name."
         return self._answers.ask(self.map, dataset, index, method)
 
     def prepare(self, dataset, indices, methods, maps=False):
-        "Begins to fuse these slices (with `maps`, to make their maps too) before they are asked for; returns at once."
-        works = [self.fuse, self.map] if maps else [self.fuse]
-        self._answers.prepare((work, dataset, index, method) for index in indices for method in methods for work in works)
+        "Begins to fuse and measure these slices (with `maps`, to make their maps too) before they are asked for; returns at once."
+        for index, method in product(indices, methods):
+            self._answers.prepare(self.measure, dataset, index, self._answers.prepare(self.fuse, dataset, index, method))
+            if maps:
+                self._answers.prepare(self.map, dataset, index, method)
 
 # %% ../nbs/40_explorer.ipynb #d9692d1a
 class PairList:

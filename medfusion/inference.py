@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'run_named', 'is_name', 'at_sign',
-           'FoundModel', 'find_model', 'named_model', 'from_notebooks', 'method_of', 'find_device', 'at_lesions',
+           'FoundModel', 'find_model', 'named_model', 'in_place', 'method_of', 'find_device', 'at_lesions',
            'load_model', 'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
            'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
            'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
@@ -65,7 +65,7 @@ class MethodInfo(NamedTuple):
         "Raises ValueError or FileNotFoundError for parameters that `check_config` of the module, if it has one, refuses, and for a `start` that is none."
         getattr(importlib.import_module(self.module), 'check_config', lambda parameters: None)(parameters)
         if getattr(parameters, 'start', ''):
-            check_model(from_notebooks(parameters.start))
+            check_model(in_place(parameters.start, resolve_path))
 
 # %% ../nbs/20_inference.ipynb #fb7abbb0
 def methods() -> dict[str, MethodInfo]:
@@ -209,11 +209,12 @@ def named_model(text: str) -> tuple[str, str]:
     spec = text.removeprefix('run:')
     return (Path(spec).stem if spec == text and Path(spec).suffix in checkpoint_suffixes() else Path(spec).name), text
 
-# %% ../nbs/20_inference.ipynb #17bcb97f
-def from_notebooks(spec: str) -> str:
-    "What a model is called from any folder that is called `spec` in a notebook: a path is made absolute."
-    name = spec.rpartition('@')[0] or spec
-    return spec if is_name(name) or name.startswith('run:') else str(resolve_path(spec))
+# %% ../nbs/20_inference.ipynb #a5845a89
+def in_place(spec: str, place) -> str:
+    "A model as `find_model` takes it, its path as the function `place` makes it; names of networks, rules and runs stay, and so does the dial."
+    path, at, lesions = spec.rpartition('@') if at_sign(spec) else (spec, '', '')
+    named = not path.strip() or is_name(path) or path.startswith('run:')
+    return spec if named else f'{place(path)}{at}{lesions}'
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
 def method_of(checkpoint: dict, path) -> MethodInfo:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .figures import training_curves
 from .files import plain, read_json
 from .inference import methods
-from .metrics import lower_is_better
+from .metrics import lower_is_better, metric_names
 from .runs import (as_meant, check_folders, check_parameters, check_run_name, check_values, nbs_dir, notebook_parameters, read_run,
                             resolve_path, run_folder)
 from .tables import with_spread
@@ -249,6 +249,8 @@ def column_of(table, name: str) -> str:
     "The column that a name means in a table of runs: itself, or of a metric the validation's. ValueError for one that is not there."
     names = [name, f'{name} val', f'{name} test', {'num_epochs': 'planned'}.get(name)]
     found = [one for one in names if one in table or one == table.index.name]
+    if not found and name in metric_names():
+        raise ValueError(f'None of these runs has a number for {name} yet; a run measures when it ends.')
     if not found:
         raise ValueError(f'The runs have no column {name!r}; they have {", ".join(map(str, table.columns))}.')
     return found[0]
@@ -277,7 +279,7 @@ def runs_table(table, columns=None) -> pd.DataFrame:
     wanted = ['SD', 'VIF', 'Qabf', 'SSIM2'] if columns is None else list(columns)
     numbers = [f'{name} {part}' for name in wanted for part in ('val', 'test') if f'{name} {part}' in table]
     if columns is not None:
-        for name in wanted:
+        for name in [name for name in wanted if name not in metric_names()]:    # of a metric, a run that is not finished has no number yet
             column_of(table, name)
     several = ['method'] if table.method.nunique() > 1 else []
     progress = [f'{done}/{planned:.0f}' if pd.notna(planned) else '' for done, planned in zip(table.epochs, table.planned)]

@@ -172,6 +172,8 @@ def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, t
     result = execute(given | {'checkpoints': [f'ours={mine}', f'again={mine}', 'rule=maximum']}, until='duels')
     assert {'ours', 'again', 'rule', 'theirs'} <= set(result['order']) and result['seen']['ours'] and 'rule' not in result['weights']
     assert set(result['duels'].against) == {'again', 'rule', 'theirs'} and len(result['duels']) == 3 + 3
+    turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', 'every lesion=wavelet@1']}, until='weights')['groups']['network']
+    assert turned['wavelet@1'].lesions == turned['every lesion'].lesions == 1 != turned['wavelet'].lesions
     with pytest.raises(ValueError, match='share a name .*as in mine=PATH'):
         execute(given | {'checkpoints': [mine, mine]}, until='kinds')
     turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', f'{mine}@0']}, until='kinds')['groups']['network']

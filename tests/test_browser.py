@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -70,6 +71,13 @@ def server(tmp_path_factory):
     for part in ('params', 'results/recorded', 'results/published'):      # what the notebooks read
         shutil.copytree(ROOT / part, home / 'work' / part)
     shutil.copy(ROOT / 'settings.ini', home / 'work')
+    with jupyterlab(home) as started:
+        yield *started, home
+
+
+@contextmanager
+def jupyterlab(home):
+    "JupyterLab, starting on loopback over the folder `work` in `home`, where its settings and its log go too: (process, url, token)."
     for name, values in LAB_SETTINGS.items():
         path = home / f'settings/@jupyterlab/{name}.jupyterlab-settings'
         path.parent.mkdir(parents=True)
@@ -88,7 +96,7 @@ def server(tmp_path_factory):
     with open(home / 'server.log', 'w') as log:
         server = subprocess.Popen(command, env=env, cwd=home / 'work', stdout=log, stderr=subprocess.STDOUT)
     try:
-        yield server, f'http://127.0.0.1:{port}', token, home
+        yield server, f'http://127.0.0.1:{port}', token
     finally:
         server.terminate()  # JupyterLab stops its kernels on SIGTERM
         server.wait(timeout=30)
@@ -98,14 +106,18 @@ def server(tmp_path_factory):
 def lab(server, browser):
     "JupyterLab, which answers: (url, token, folder)."
     process, url, token, home = server
+    wait_for(process, url, token, home / 'server.log')
+    return url, token, home / 'work/nbs'
+
+
+def wait_for(process, url, token, log):
+    "Returns when JupyterLab answers; AssertionError with its log where it does not within 60 s."
     for _ in range(600):
-        try:
-            ask(url, token, 'status')
-            return url, token, home / 'work/nbs'
-        except OSError:
-            assert process.poll() is None, (home / 'server.log').read_text()
-            time.sleep(0.1)
-    pytest.fail(f'JupyterLab did not answer within 60 s:\n{(home / "server.log").read_text()}')
+        with suppress(OSError):
+            return ask(url, token, 'status')
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f'JupyterLab did not answer within 60 s:\n{log.read_text()}')
 
 
 def ask(url, token, what, **sent):
@@ -117,6 +129,14 @@ def ask(url, token, what, **sent):
 def begin_kernel(url, token, name):
     "Starts the kernel that JupyterLab will find when it opens the notebook: it comes up while the page is loaded."
     ask(url, token, 'sessions', path=f'nbs/{name}', name=name, type='notebook', kernel={'name': 'python3'})
+
+
+def open_notebook(page, url, token, name):
+    "Opens a notebook of nbs/ in a workspace of its own, and returns when its kernel is there."
+    begin_kernel(url, token, name)
+    page.goto(f'{url}/lab/workspaces/{Path(name).stem}/tree/nbs/{name}?token={token}')
+    page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
+    page.get_by_text('| Idle').wait_for(timeout=60_000)  # the status bar; before that, JupyterLab asks for a kernel
 
 
 def run_all(page, seconds):
@@ -224,12 +244,9 @@ def test_explorer_in_jupyterlab(lab, browser, name):
     shots = ROOT / 'results/browser'
     shots.mkdir(parents=True, exist_ok=True)
     stem = Path(name).stem
-    begin_kernel(url, token, name)
     page = browser.new_page(viewport={'width': 1440, 'height': 1100})
     try:
-        page.goto(f'{url}/lab/workspaces/{stem}/tree/nbs/{name}?token={token}')
-        page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
-        page.get_by_text('| Idle').wait_for(timeout=60_000)  # the status bar; before that, JupyterLab asks for a kernel
+        open_notebook(page, url, token, name)
         run_all(page, seconds=400)
         assert errors(page) == []
         unrun = page.locator('.jp-CodeCell .jp-InputPrompt').filter(has_text='[ ]:').count()
@@ -263,14 +280,11 @@ def test_scan_viewer_in_jupyterlab(lab, browser, tmp_path):
     (folder / 'study.ipynb').write_text(json.dumps(viewer_notebook(tmp_path)))
     shots, viewer = ROOT / 'results/browser', '.medfusion-scan-viewer'
     shots.mkdir(parents=True, exist_ok=True)
-    begin_kernel(url, token, 'study.ipynb')
     page, asked = browser.new_page(viewport={'width': 1440, 'height': 1100}), []
     page.on('request', lambda request: asked.append(request.url))
     change, slices = lambda act: changed(page, act, f'{viewer} img'), lambda: {name: number(page, name, viewer) for name in ('axial', 'coronal', 'sagittal')}
     try:
-        page.goto(f'{url}/lab/workspaces/study/tree/nbs/study.ipynb?token={token}')
-        page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
-        page.get_by_text('| Idle').wait_for(timeout=60_000)
+        open_notebook(page, url, token, 'study.ipynb')
         run_all(page, seconds=200)
         page.wait_for_selector(f'{viewer} img', timeout=30_000)
         picture, before = page.locator(f'{viewer} img').first, slices()

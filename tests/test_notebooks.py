@@ -144,6 +144,11 @@ def test_notebook_reads_well(path):
     assert 'eval: false' not in path.read_text(), 'cells are not gated with directives but with parameters'
 
 
+def test_every_figure_passes_one_door():
+    "There it gets colours that colour-blind readers tell apart."
+    assert [path.stem for path in NOTEBOOKS if any('pyplot' in source(cell) and cell['cell_type'] == 'code' for cell in cells(path))] == ['01_figures']
+
+
 @each_notebook
 def test_committed_outputs_show(path):
     "Each notebook carries outputs, so that it reads well on a web page, and no trace of the machine that made them."
