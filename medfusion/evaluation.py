@@ -6,9 +6,9 @@
 __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colours', 'write_fused', 'find_fused', 'find_external',
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
            'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
-           'GrowingTable', 'in_processes', 'kept_rows', 'faults_sentence', 'table_of_files', 'evaluate_files',
-           'evaluate_folders', 'colour_table', 'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare',
-           'pairwise', 'reading_notes', 'run_numbers']
+           'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'table_of_files',
+           'evaluate_files', 'evaluate_folders', 'colour_table', 'read_published', 'holm', 'rank_biserial',
+           'paired_tests', 'compare', 'pairwise', 'reading_notes', 'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import csv
@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from functools import partial
@@ -38,7 +38,7 @@ import medfusion
 from .data import CTMRIDataset, case_of
 from .files import (add_whole, file_bytes, files_for, find_naming, format_of, list_images, luminance, match_images, read_image, read_json,
                              slice_name, source_folders, split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
-from .inference import ahead, check_output, fuse, read_slice, result_key, with_luminance
+from .inference import HeldStops, ahead, check_output, fuse, read_slice, result_key, with_luminance
 from .metrics import (colour_columns, colour_kept, convention, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better, measure,
                                rows_as_table, wanted_columns, write_table)
 
@@ -291,6 +291,19 @@ class GrowingTable:
         if self.file is not None:
             self.file.close()
 
+# %% ../nbs/21_evaluation.ipynb #b1df285e
+def results_of(steps):
+    "Yields the result of each (item, future), as `ahead` yields them. A stop comes between two of them or while one is waited for, not while a lock is held."
+    while True:
+        with HeldStops() as stops:
+            _, future = next(steps, (None, None))
+            if future is None:
+                return
+            while not wait([future], 0.2).done:
+                stops.pass_on()
+            result = future.result()
+        yield result
+
 # %% ../nbs/21_evaluation.ipynb #58241201
 def in_processes(task, items, jobs: int = 1):
     "Yields task(item) of the items, in order, by `jobs` processes (1: by this one). Raises ChildProcessError where one of them dies."
@@ -300,8 +313,7 @@ def in_processes(task, items, jobs: int = 1):
     pool = ProcessPoolExecutor(jobs, get_context('spawn'), _as_worker)      # a fork would inherit the locks of torch's threads
     try:
         _start(pool, jobs)
-        for _, future in ahead(pool, task, items, 4 * jobs):
-            yield future.result()
+        yield from results_of(ahead(pool, task, items, 4 * jobs))
     except BrokenProcessPool:
         raise ChildProcessError('A process that measured was ended from outside, perhaps for its memory; ask for fewer.') from None
     finally:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import begin_child
+from conftest import begin_child, in_child
 from PIL import Image, ImageCms
 from torch import nn
 
@@ -746,6 +747,28 @@ def test_killed_for_real(folders):
     assert report.ok and sorted(report.fused + report.skipped) == names and report.skipped
     assert_right(folders, names)
     assert not list((folders / 'out').glob('.*'))
+
+
+@pytest.mark.fault('fuse', 'stopped while it holds a lock')
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_lock_is_taken_leaves_nobody_waiting(folders, number):
+    "Between taking a lock that the threads share and the block that gives it back: they would wait for ever, and the stop for them."
+    def stopped():
+        def done(future, real=Future.done, stops=[]):
+            future._condition.acquire()
+            if threading.current_thread() is threading.main_thread() and not stops:
+                stops.append(signal.raise_signal(number))
+            future._condition.release()
+            return real(future)
+        Future.done = done
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.alarm(20)
+        try:
+            run(folders, batch_size=1, workers=2)
+        except KeyboardInterrupt:
+            raise SystemExit(7) from None
+    assert os.waitstatus_to_exitcode(in_child(stopped)) == 7
+    assert len(run(folders).skipped) < 6 and run(folders).ok
 
 
 def at_once(*tasks):

@@ -65,6 +65,7 @@ def test_tables_are_those_of_the_records():
 def as_run(command, monkeypatch):
     "The notebook that a train or benchmark command would run, its checked parameters, and the run's name."
     ran = []
+    monkeypatch.setattr('medfusion.inference.check_model', lambda spec: None)       # of runs that nobody made here
     monkeypatch.setattr(cli, 'run_notebook', lambda notebook, given, run, *more: ran.append((notebook, check_parameters(notebook, given), run)) or Path('run'))
     done = invoke(command)
     assert done.exit_code == 0, done.output
