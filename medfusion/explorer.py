@@ -201,8 +201,9 @@ def contact_sheet(tiles, width=1040, strip=None):
 
 # %% ../nbs/40_explorer.ipynb #2cbe6b74
 def png_bytes(image):
-    "A uint8 RGB array (H, W, 3) as the bytes of a PNG file; compressed lightly, for it is sent once and not kept."
-    return cv2.imencode('.png', image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+    "A uint8 RGB array (H, W, 3) as the bytes of a PNG file, a grey one where it has no colour; compressed lightly, for it is sent once and not kept."
+    grey = (image == image[..., :1]).all()
+    return cv2.imencode('.png', image[..., 0] if grey else image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 # %% ../nbs/40_explorer.ipynb #fef2688e
 def place_under(layout, shape, x, y):
