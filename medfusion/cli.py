@@ -900,8 +900,7 @@ def sweep(
         return [typer.echo(f'{run.todo:<9} {run.folder}') for run in sweeps.plan(method, grid, base, name)]
     context.meta['kept'] = f'what was finished is kept. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
     table = sweeps.sweep(method, grid, base, name, jobs, 'bar' if sys.stderr.isatty() else 'lines')
-    if 'when' in table:         # else no run came as far as its record
-        print_table(sweeps.runs_table(table))
+    print_table(sweeps.runs_table(table))
     if faults := [f'{run} ({fault.rstrip(".")})' for run, fault in table.fault.items() if fault]:
         raise ValueError(f'{len(faults)} of {len(table)} runs failed: {"; ".join(faults)}. The same command tries them again.')
 

@@ -8,10 +8,10 @@ __all__ = ['MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', '
            'load_model', 'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
            'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
            'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
-           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'FolderJob', 'Slices',
-           'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled', 'fuse_and_write',
-           'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts', 'open_job', 'close_job',
-           'fuse_folder']
+           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'answer_stops', 'HeldStops',
+           'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled',
+           'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts', 'open_job',
+           'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import threading
 import time
 import warnings
@@ -26,7 +27,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -651,6 +652,42 @@ def cores_here() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+# %% ../nbs/20_inference.ipynb #f09af26a
+def answer_stops(handlers: dict) -> dict:
+    "Sets {signal: handler}; the handlers before, likewise."
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+# %% ../nbs/20_inference.ipynb #465e03ae
+class HeldStops:
+    "A block of the main thread in which a stop (Ctrl-C, SIGTERM) waits: for `pass_on`, for a block of `let_through`, or for the end."
+    asked, handlers = None, {}
+
+    def __enter__(self):
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()
+        self.handlers = {number: handler for number, handler in found.items() if main and callable(handler)}
+        answer_stops(dict.fromkeys(self.handlers, lambda *asked: setattr(self, 'asked', asked)))
+        return self
+
+    def pass_on(self):
+        asked, self.asked = self.asked, None
+        if asked:
+            self.handlers[asked[0]](*asked)
+
+    @contextmanager
+    def let_through(self):
+        held = answer_stops(self.handlers)
+        try:
+            self.pass_on()
+            yield
+        finally:
+            answer_stops(held)
+
+    def __exit__(self, kind, *_):
+        answer_stops(self.handlers)
+        if kind is None:
+            self.pass_on()
+
 # %% ../nbs/20_inference.ipynb #eacb4570
 @dataclass
 class FolderJob:
@@ -662,6 +699,7 @@ class FolderJob:
     replace: bool = False
     value_range: tuple | None = None
     cores: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(cores_here()))      # whoever computes holds one
+    stops: HeldStops = field(default_factory=HeldStops)
     made: dict = field(default_factory=dict)        # {pair: SHA-256} of this run's results
     largest: dict = field(default_factory=dict)     # {(folder, type): largest value} of what was read
     displaced: dict = field(default_factory=dict)   # {name: Displacement} of pairs out of register
@@ -759,7 +797,8 @@ def settled(waiting: list, job: FolderJob) -> list[tuple]:
         if not future.done():
             job.cores.release()
             try:
-                wait([future])
+                while not wait([future], 0.2).done:
+                    job.stops.pass_on()
             finally:
                 job.cores.acquire()
         try:
@@ -780,7 +819,9 @@ def fuse_and_write(read: list[tuple], job: FolderJob, pool) -> list[tuple]:
             for place, dtype, largest in zip((pair.ct.parent, pair.mri.parent), slices.dtypes, slices.largest):
                 job.largest[place, dtype] = max(largest, job.largest.get((place, dtype), 0))
     for group in groups.values():
-        for slices, fused in fuse_slices(group, job.network):
+        with job.stops.let_through():
+            results = fuse_slices(group, job.network)
+        for slices, fused in results:
             if isinstance(fused, Exception):
                 job.report.failed[slices.pair.name] = str(fused)
             else:
@@ -821,11 +862,12 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
 def run_job(job: FolderJob, pairs: list[Pair], batch_size: int, workers: int, progress: bool) -> None:
     "Fuses the pairs batch by batch. Stopped by Ctrl-C, it finishes what is being written and begins nothing else."
     read, writing = partial(read_slices, job=job), []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(pairs), unit='pair', disable=not progress) as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(pairs), unit='pair', disable=not progress) as bar, job.stops:
         reading = ahead(pool, read, pairs, 2 * batch_size)
         try:
             with job.cores:
                 while (batch := list(islice(reading, batch_size))) or writing:
+                    job.stops.pass_on()
                     written = fuse_and_write(settled(batch, job), job, pool)
                     job.report.fused += [pair.name for pair, _ in settled(writing, job)]     # of the batch before
                     writing = written

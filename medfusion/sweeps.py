@@ -276,6 +276,8 @@ def select_runs(table, where: dict | None = None, sort: str = '') -> pd.DataFram
 # %% ../nbs/26_sweeps.ipynb #76b61f4f
 def runs_table(table, columns=None) -> pd.DataFrame:
     "What is worth showing of a table of runs: states, the parameters in which they differ, and the metrics of these names, in validation and test."
+    if 'when' not in table:     # no run of a sweep came as far as its record
+        return table[['state']]
     wanted = ['SD', 'VIF', 'Qabf', 'SSIM2'] if columns is None else list(columns)
     numbers = [f'{name} {part}' for name in wanted for part in ('val', 'test') if f'{name} {part}' in table]
     if columns is not None:
