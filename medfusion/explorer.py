@@ -223,8 +223,10 @@ class Answers:
         self._keep, self._answers, self._prepared = keep, OrderedDict(), []
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='medfusion')
 
-    def _begin(self, work, *where):
-        "The future of an answer."
+    def begin(self, work, *where, wanted=True):
+        "The future of an answer; if it is `wanted` now, what was to be prepared and is not begun gives way."
+        while wanted and self._prepared:
+            self._prepared.pop().cancel()
         future = self._answers.pop((work, where), None)
         if future is None or future.cancelled() or future.done() and future.exception():
             future = self._worker.submit(work, *where)
@@ -233,19 +235,13 @@ class Answers:
             self._answers.popitem(last=False)
         return future
 
-    def begin(self, work, *where):
-        "The future of an answer that is wanted now; what was to be prepared and is not begun gives way."
-        while self._prepared:
-            self._prepared.pop().cancel()
-        return self._begin(work, *where)
-
     def ask(self, work, *where):
         "The answer itself."
         return self.begin(work, *where).result()
 
     def prepare(self, work, *where):
         "The future of an answer that will be asked for later."
-        self._prepared.append(self._begin(work, *where))
+        self._prepared.append(self.begin(work, *where, wanted=False))
         return self._prepared[-1]
 
 # %% ../nbs/40_explorer.ipynb #32d5e4eb
@@ -271,8 +267,7 @@ def measured(y, ct, mri):
 class SliceWork:
     """What is to be done for a slice of some data sets.
 
-    `datasets` maps names to data sets like CTMRIDataset, `methods` names to functions fused = fuse(ct, mri) on
-    (1, 1, H, W) in [0, 1], `maps` some of the methods' names to functions maps(ct, mri) -> {name: (1, 1, h, w)}."""
+    `datasets` maps names to data sets like CTMRIDataset, `methods` names to functions fused = fuse(ct, mri) on (1, 1, H, W) in [0, 1], `maps` some of the methods' names to functions maps(ct, mri) -> {name: (1, 1, h, w)}."""
 
     def __init__(self, datasets, methods, maps=None):
         self.datasets, self.methods, self.map_functions = dict(datasets), dict(methods), dict(maps or {})
@@ -297,8 +292,7 @@ class SliceWork:
         ct, mri = self.read(dataset, index)
         method, turned = (method[0], {'lesions': method[1]}) if isinstance(method, tuple) else (method, {})
         maps = self.map_functions[method](ct, luminance(mri), **turned) if method in self.map_functions else {}
-        titles = {name: f'{method}: {name}' + ' (1: from the MRI)' * (name == 'mri') for name in maps}
-        return {titles[name]: as_array(weights) for name, weights in maps.items()}
+        return {f'{method}: {name}' + ' (1: from the MRI)' * (name == 'mri'): as_array(weights) for name, weights in maps.items()}
 
 # %% ../nbs/40_explorer.ipynb #1422c2aa
 class SliceStore(SliceWork):
