@@ -224,11 +224,9 @@ class Answers:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='medfusion')
 
     def _begin(self, work, *where):
-        "The future of an answer."
-        future = self._answers.pop((work, where), None)
-        if future is None or future.cancelled() or future.done() and future.exception():
-            future = self._worker.submit(work, *where)
-        self._answers[work, where] = future
+        kept = self._answers.pop((work, where), None)
+        spoilt = kept is None or kept.cancelled() or kept.done() and kept.exception()
+        self._answers[work, where] = future = self._worker.submit(work, *where) if spoilt else kept
         while len(self._answers) > self._keep:
             self._answers.popitem(last=False)
         return future
@@ -271,8 +269,7 @@ def measured(y, ct, mri):
 class SliceWork:
     """What is to be done for a slice of some data sets.
 
-    `datasets` maps names to data sets like CTMRIDataset, `methods` names to functions fused = fuse(ct, mri) on
-    (1, 1, H, W) in [0, 1], `maps` some of the methods' names to functions maps(ct, mri) -> {name: (1, 1, h, w)}."""
+    datasets: {name: data set like CTMRIDataset}; methods: {name: fused = fuse(ct, mri) on (1, 1, H, W) in [0, 1]}; maps: {some of these: maps(ct, mri)}."""
 
     def __init__(self, datasets, methods, maps=None):
         self.datasets, self.methods, self.map_functions = dict(datasets), dict(methods), dict(maps or {})
@@ -297,8 +294,7 @@ class SliceWork:
         ct, mri = self.read(dataset, index)
         method, turned = (method[0], {'lesions': method[1]}) if isinstance(method, tuple) else (method, {})
         maps = self.map_functions[method](ct, luminance(mri), **turned) if method in self.map_functions else {}
-        titles = {name: f'{method}: {name}' + ' (1: from the MRI)' * (name == 'mri') for name in maps}
-        return {titles[name]: as_array(weights) for name, weights in maps.items()}
+        return {f'{method}: {name}' + ' (1: from the MRI)' * (name == 'mri'): as_array(weights) for name, weights in maps.items()}
 
 # %% ../nbs/40_explorer.ipynb #1422c2aa
 class SliceStore(SliceWork):
