@@ -12,9 +12,9 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Parame
            'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
            'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
            'NotebookCommand', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables',
-           'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans',
-           'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models', 'export',
-           'run_as_module']
+           'write_texts', 'runs', 'check_external', 'typed_model', 'named_models', 'write_benchmark', 'benchmark',
+           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models',
+           'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -977,16 +977,19 @@ def check_external(given: dict) -> None:
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
 
+# %% ../nbs/50_cli.ipynb #a39134cd
+def typed_model(spec: str) -> str:
+    "A model that was typed, as it is called from any folder: a path that leads somewhere from here is made absolute."
+    from medfusion.files import absolute_path
+    from medfusion.inference import in_place
+    return in_place(spec, lambda path: absolute_path(path) if absolute_path(path).exists() else path)
+
 # %% ../nbs/50_cli.ipynb #34c4057a
 def named_models(texts: list[str]) -> list[str]:
     "Texts NAME=MODEL or MODEL as the benchmark takes them: paths that lead somewhere from here made absolute."
-    from medfusion.files import absolute_path
-    from medfusion.inference import in_place, named_model
-
-    def there(path):
-        return absolute_path(path) if absolute_path(path).exists() else path
+    from medfusion.inference import named_model
     told = [(text, *named_model(text)) for text in texts]
-    return [in_place(spec, there) if spec == text else f'{name}={in_place(spec, there)}' for text, name, spec in told]
+    return [typed_model(spec) if spec == text else f'{name}={typed_model(spec)}' for text, name, spec in told]
 
 # %% ../nbs/50_cli.ipynb #160264ee
 def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Path | None = None, markdown: Path | None = None) -> None:
@@ -1095,8 +1098,7 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
 # %% ../nbs/50_cli.ipynb #a2030ba5
 def scan_parameters(typed: dict) -> dict:
     "The parameters of scan_fusion.ipynb for what was typed after `medfusion scan`, {option: value}; what -p says comes last."
-    from medfusion import files
-    from medfusion.inference import check_output, in_place
+    from medfusion.inference import check_output
     from medfusion.studies import windows_of
     scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study', 'truth') if typed[name]}
     if len(scans) < 2 and 'study' not in paths:
@@ -1107,7 +1109,7 @@ def scan_parameters(typed: dict) -> dict:
         raise ValueError(f'{typed["out"]} is in {inside[0]}, which is searched whole for slices; name another folder.')
     windows_of(typed['window'])
     plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'force', 'anonymous')}
-    given = plain | {'model': in_place(typed['model'], files.absolute_path), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
+    given = plain | {'model': typed_model(typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
         given |= {'ct': str(scans[0].absolute()), 'mri': [str(path.absolute()) for path in scans[1:]]}
