@@ -105,21 +105,23 @@ assert {target!r} in medfusion.__file__, medfusion.__file__
 for name in ('wavelet', 'resnet'):
     fused = fuse('ct.png', 'mri.png', name)
     assert fused.shape == (64, 48) and fused.std() > 0, name
+import runpy, sys
+sys.argv = 'medfusion fuse ct.png mri.png -m resnet -o resnet.png'.split()
+runpy.run_module('medfusion', run_name='__main__')      # as `python -m medfusion` does
 """
 
 
 def test_an_installed_wheel_fuses_where_there_is_no_clone(wheel, tmp_path):
-    "With both shipped networks, from Python and from the shell."
+    "With both shipped networks, from Python and by the command."
     target = tmp_path / 'installed'
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-compile', '--target', target, wheel], check=True, capture_output=True)
     for name, image in zip(('ct.png', 'mri.png'), np.random.default_rng(0).integers(0, 256, (2, 64, 48), np.uint8)):
         cv2.imwrite(str(tmp_path / name), image)
     environment = os.environ | {'PYTHONPATH': str(target)}
-    shell = [['-m', 'medfusion', 'fuse', 'ct.png', 'mri.png', '-m', name, '-o', f'{name}.png'] for name in ('wavelet', 'resnet')]
-    for command in (['-c', FUSE.format(target=str(target))], *shell):
+    for command in (['-c', FUSE.format(target=str(target))], ['-m', 'medfusion', 'fuse', 'ct.png', 'mri.png', '-m', 'wavelet', '-o', 'wavelet.png']):
         done = subprocess.run([sys.executable, '-W', 'ignore', *command], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
-    assert all(cv2.imread(str(tmp_path / command[-1]), cv2.IMREAD_UNCHANGED).shape == (64, 48) for command in shell)
+    assert all(cv2.imread(str(tmp_path / f'{name}.png'), cv2.IMREAD_UNCHANGED).shape == (64, 48) for name in ('wavelet', 'resnet'))
 
 
 def test_installed_requirements_are_those_of_the_settings():

@@ -73,6 +73,7 @@ def test_a_ct_that_reaches_from_the_chest_to_the_crown(study):
     assert np.median(half_disagreement(pyramid, pose)) < 4
 
 
+@pytest.mark.long
 def test_a_mirrored_mri_is_not_called_good(study):
     seen = mirrored(study.mri, moved(study.truth, study.brain.mean(0)[None])[0], (1, 0, 0))
     found = register(study.ct, seen, start=study.truth)

@@ -202,10 +202,11 @@ def test_a_given_transform_is_checked(scans, drawn):
 
 def test_a_frame_of_reference_is_not_believed_unchecked(drawn):
     "The phantom's MRI in place, and 7 mm aside, under the CT's frame of reference."
-    there = studies.resampled(drawn.mri, drawn.ct, drawn.truth)
+    ct = studies.shrunk(drawn.ct, 7)     # quicker
+    there = studies.resampled(drawn.mri, ct, drawn.truth)
     aside = sitk.Image(there)
     aside.SetOrigin([x + y for x, y in zip(there.GetOrigin(), (6., 0., 4.))])
-    found = [studies.brought_together(Scan(drawn.ct, 'CT', is_hu=True, frame_of_reference='1.2'), Scan(mri, 'MR', frame_of_reference='1.2')) for mri in (there, aside)]
+    found = [studies.brought_together(Scan(ct, 'CT', is_hu=True, frame_of_reference='1.2'), Scan(mri, 'MR', frame_of_reference='1.2')) for mri in (there, aside)]
     assert [one.verdict for one in found] == ['given', 'doubtful'] and 'moves by' in found[1].sentence
     assert all(np.allclose(one.transform.TransformPoint((1., 2., 3.)), (1, 2, 3)) for one in found)
 
