@@ -1,6 +1,7 @@
 """What all tests share: markers, the budgets of Hypothesis, a temporary directory of their own in which nothing may stay, and set-ups
 that several of them import from here.
 """
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 sys.modules['rfc3987_syntax'] = None    # a grammar that nbformat's jsonschema builds where JupyterLab brought it, for longer than torch is loaded
+gc.set_threshold(100_000, 20, 20)      # seldom: each time, what torch brought is looked through, and that took an eighth of the tests' time
 
 # `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
 # How busy the machine is decides nothing: neither a deadline nor the check that examples are drawn fast.
