@@ -12,6 +12,7 @@ from medfusion.registration import (
     mirrored,
     moved,
     pose_of,
+    quarter_turns,
     read_transform,
     register,
     rigid,
@@ -80,6 +81,13 @@ def test_a_mirrored_mri_is_not_called_good(study):
     assert found.verdict != 'good' and 'left and right' in found.sentence
 
 
+@pytest.mark.long
+def test_halves_of_a_wrong_pose_disagree(study):
+    pyramid = ScanPyramid.of(study.ct, study.mri)
+    wrong = pose_of(quarter_turns()[7], study.brain.mean(0), moved(study.truth, study.brain.mean(0)[None])[0])
+    assert np.median(half_disagreement(pyramid, study.truth)) < 4 < np.median(half_disagreement(pyramid, wrong))
+
+
 def test_verdicts():
     good = {'halves_mm': 1., 'mirror_ratio': .8, 'seen_share': 1.}
     for sign, value, verdict in (('halves_mm', 5., 'doubtful'), ('halves_mm', 9., 'failed'), ('mirror_ratio', .95, 'doubtful'),
@@ -112,6 +120,6 @@ def test_any_pose_both_ways_and_another_head(seed):
     assert study.error(found.transform) < 1 and found.verdict == 'good'
     points = np.array(study.brain)
     apart = np.linalg.norm(moved(back.transform, moved(found.transform, points)) - points, axis=1).mean()
-    assert apart < .3 or back.verdict != 'good'     # an MRI in the place of the CT: of head 22 none of the starts leads there, and the verdict says so
+    assert apart < .3 or seed == 22 and back.verdict != 'good'     # known to miss: of head 22 in the CT's place none of the starts leads there; the verdict says so
     other = phantom_study(seed + 30, pose=(5., 5.), ct_spacing=(6., 6., 6.), mri_spacing=(1.5, 1.5, 4.))
     assert register(study.ct, other.mri).verdict != 'good'
