@@ -148,9 +148,10 @@ def common_grid(ct: sitk.Image, mri: sitk.Image, pose, kind: str = 'ct', spacing
     return empty_volume({'size': size, 'spacing': step.tolist(), 'origin': origin.tolist(), 'direction': direction.ravel().tolist()})
 
 # %% ../nbs/33_studies.ipynb #625a3706
-def field_weight(image: sitk.Image, grid: sitk.Image, pose=None, ramp: float = 6.) -> np.ndarray:
-    "How much a scan counts at each voxel of a grid, float32 (z, y, x): 1 inside its field of view, 0 from its border outwards, even in between over `ramp` mm."
+def field_weight(image: sitk.Image, grid: sitk.Image, pose=None, ramp: float = 6., least: int = 5) -> np.ndarray:
+    "How much a scan counts at each voxel of a grid, float32 (z, y, x): 1 inside its field of view, 0 from its border outwards, even in between over `ramp` mm, or over `least` steps of the grid where they are longer."
     size, step = np.array(image.GetSize()), np.array(image.GetSpacing())
+    ramp = max(ramp, least * max(grid.GetSpacing()))
     reach = [min(max(ramp, width), max(width * count / 4, 1e-6)) for width, count in zip(step, size)]
     steps = [np.clip(np.minimum(np.arange(count), np.arange(count)[::-1]) * width / edge, 0, 1) for count, width, edge in zip(size, step, reach)]
     weight = sitk.GetImageFromArray(np.minimum(np.minimum(steps[2][:, None, None], steps[1][:, None]), steps[0]).astype(np.float32))

@@ -17,6 +17,15 @@ from hypothesis import HealthCheck, settings
 sys.modules['rfc3987_syntax'] = None    # a grammar that nbformat's jsonschema builds where JupyterLab brought it, for longer than torch is loaded
 gc.set_threshold(100_000, 20, 20)      # seldom: each time, what torch brought is looked through, and that took an eighth of the tests' time
 
+
+def compute_alone():
+    "A forked child has none of the threads that its parent's OpenMP counts on: torch would wait for them for ever."
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=compute_alone)
+
 # `make test` tries the same few examples each time; `make fuzz` tries new ones, and first those that failed before.
 # How busy the machine is decides nothing: neither a deadline nor the check that examples are drawn fast.
 PATIENT = {'deadline': None, 'suppress_health_check': [HealthCheck.too_slow]}
@@ -135,8 +144,6 @@ def begin_child(function):
     if child == 0:
         status = 1
         try:
-            if 'torch' in sys.modules:
-                sys.modules['torch'].set_num_threads(1)    # a forked child can have no more
             function()
             status = 0
         except SystemExit as end:
