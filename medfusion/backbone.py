@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['backbone_stages', 'ResNetBackbone', 'find_backbone', 'check_named_hash', 'download_backbone', 'backbone_file',
-           'read_weights', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'OnFrozenBackbone', 'half_storage',
-           'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'cut_or_varied',
+           'read_weights', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'folded', 'OnFrozenBackbone',
+           'half_storage', 'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'cut_or_varied',
            'TrainingPairs']
 
 # %% ../nbs/12_backbone.ipynb #d1792a83
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset
 from torchvision.models import ResNet50_Weights, resnet50
 
@@ -188,6 +189,17 @@ def load_backbone(weights='IMAGENET1K_V2', deepest='layer3', sha256=None):
                          f'trained on {sha256[:12]}...; bring the right file back or train again.')
     return loaded
 
+# %% ../nbs/12_backbone.ipynb #f50d2961
+def folded(backbone):
+    "The frozen backbone, each batch normalisation folded into the convolution before it; it is changed in place."
+    for part in [*backbone.modules()]:
+        names = [name for name, _ in part.named_children()]
+        for conv, norm in zip(names, names[1:]):
+            if isinstance(getattr(part, norm), nn.BatchNorm2d):
+                setattr(part, conv, fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm)))
+                setattr(part, norm, nn.Identity())
+    return backbone
+
 # %% ../nbs/12_backbone.ipynb #a239ef5a
 class OnFrozenBackbone(nn.Module):
     """The frozen half of a fusion network: a backbone (see `load_backbone`) that its `state_dict` leaves out.
@@ -195,7 +207,8 @@ class OnFrozenBackbone(nn.Module):
     sha256: what the SHA-256 of the backbone has to be (None: whatever it is). Raises what `load_backbone` raises."""
     def __init__(self, weights, sha256, deepest):
         super().__init__()
-        self.backbone, self.backbone_sha256 = load_backbone(weights, deepest, sha256)
+        backbone, self.backbone_sha256 = load_backbone(weights, deepest, sha256)
+        self.backbone = folded(backbone)
         self.stride = backbone_stages()[deepest][1]
 
     def features(self, ct, mri):
