@@ -255,7 +255,7 @@ class Fuser:
 
     def __init__(self, plan: Plan):
         self.plan, self.network, self.mirror = plan, plan.network, Mirror(plan.ct, plan.mri, plan.out)
-        weakref.finalize(self, self.mirror.__exit__, None, None, None)
+        weakref.finalize(self, shutil.rmtree, self.mirror.scratch, ignore_errors=True)
         if hasattr(self.network, 'to'):
             self.network = self.network.to(find_device(plan.device))
         self.ct, self.mri, self.out = (self.mirror.folders[store.title] for store in (plan.ct, plan.mri, plan.out))
