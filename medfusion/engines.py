@@ -319,7 +319,7 @@ def ray_engine(address: str | None = None):
         if own:
             ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **here)
     except ConnectionError as error:
-        raise ConnectionError(f'There is no Ray cluster at {address} ({error}); begin one by: ray start --head') from None
+        raise ConnectionError(f'No Ray cluster answers at {address} ({error}); begin one by: ray start --head. Where it asks for a token, set RAY_AUTH_MODE=token.') from None
     try:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():    # Ray puts its own in their place

@@ -64,6 +64,8 @@ def results(out):
 def cluster():
     "(address, folder) of a Ray cluster of two workers on loopback, which ends with these tests. On a busy machine Ray may give up at the first attempt."
     folder = tempfile.mkdtemp(prefix='ray', dir='/tmp')      # short, because paths of sockets are
+    patch = pytest.MonkeyPatch()
+    patch.setenv('RAY_AUTH_MODE', 'disabled')                # a cluster begun where ~/.ray/auth_token is asks for it, and a given address does not send it
     for _ in range(3):
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
@@ -82,6 +84,7 @@ def cluster():
     process.terminate()
     process.communicate()
     shutil.rmtree(folder, ignore_errors=True)
+    patch.undo()
 
 
 def workers(folder):
@@ -145,11 +148,13 @@ def test_an_engine_of_this_machine(tmp_path, monkeypatch):
     "Begun by the command, and ended with it."
     folder = tempfile.mkdtemp(prefix='ray', dir='/tmp')
     monkeypatch.setenv('RAY_TMPDIR', folder)
-    root = write_pairs(tmp_path, 4)
+    monkeypatch.setenv('HOME', str(tmp_path))        # an engine of this machine makes itself a token there
+    monkeypatch.delenv('RAY_AUTH_MODE', raising=False)
+    root = write_pairs(tmp_path, 8)
     done = subprocess.run([sys.executable, '-m', 'medfusion', 'fuse', root / 'CT', root / 'MRI', '-o', root / 'out', '-m', 'maximum', '--engine', 'ray'],
                           capture_output=True, text=True)
     shutil.rmtree(folder)
-    assert done.returncode == 0 and done.stdout.startswith('4 fused'), done
+    assert done.returncode == 0 and done.stdout.startswith('8 fused'), done
 
 
 @engine
