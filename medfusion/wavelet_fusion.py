@@ -65,8 +65,8 @@ def inverse_haar(subbands):
 # %% ../nbs/trainable-wavelet-fusion.ipynb #fae3cd5a
 def two_convolutions(channels_in, channels, stride=1):
     "Two 3 x 3 convolutions with leaky rectifiers; the first may halve the resolution."
-    return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1), nn.LeakyReLU(0.1),
-                         nn.Conv2d(channels, channels, 3, 1, 1), nn.LeakyReLU(0.1))
+    return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1), nn.LeakyReLU(0.1, inplace=True),
+                         nn.Conv2d(channels, channels, 3, 1, 1), nn.LeakyReLU(0.1, inplace=True))
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #a2e5fd99
 class MaskNetwork(nn.Module):
@@ -79,21 +79,22 @@ class MaskNetwork(nn.Module):
         self.encode2 = two_convolutions(width, 2 * width, stride=2)
         self.encode3 = two_convolutions(2 * width, 3 * width, stride=2)
         self.up2 = nn.Conv2d(3 * width, 2 * width, 1)
-        self.decode2 = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.LeakyReLU(0.1))
+        self.decode2 = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.LeakyReLU(0.1, inplace=True))
         self.up1 = nn.Conv2d(2 * width, width, 1)
-        self.decode1 = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.LeakyReLU(0.1))
+        self.decode1 = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.LeakyReLU(0.1, inplace=True))
         self.head = nn.Conv2d(width, masks + 4, 3, 1, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the average of both slices
         nn.init.zeros_(self.head.bias)
+        self.to(memory_format=torch.channels_last)                        # as convolutions like it on CPUs
 
     def forward(self, x):
         double = partial(F.interpolate, scale_factor=2, mode='bilinear')  # linearly, so that no checkerboard can arise
-        x1 = self.encode1(x)                                              # (B,  w, h,   w)
+        x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h,   w)
         x2 = self.encode2(x1)                                             # (B, 2w, h/2, w/2)
         x3 = self.encode3(x2)                                             # (B, 3w, h/4, w/4)
         y = self.decode2(x2 + double(self.up2(x3)))                       # (B, 2w, h/2, w/2)
         y = self.decode1(x1 + double(self.up1(y)))                        # (B,  w, h,   w)
-        return self.head(y)                                               # (B, masks + 4, h, w)
+        return self.head(y).contiguous()                                  # (B, masks + 4, h, w)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #53fe948c
 def mix_subbands(ct, mri, maps):

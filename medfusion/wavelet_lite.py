@@ -21,7 +21,7 @@ from .wavelet_fusion import haar, inverse_haar, subband_names
 def separable(channels_in, channels, stride=1, dilation=1):
     "A 3 x 3 filter for each channel, a mixture of the channels, and a leaky rectifier."
     return nn.Sequential(nn.Conv2d(channels_in, channels_in, 3, stride, dilation, dilation, groups=channels_in),
-                         nn.Conv2d(channels_in, channels, 1), nn.LeakyReLU(0.1))
+                         nn.Conv2d(channels_in, channels, 1), nn.LeakyReLU(0.1, inplace=True))
 
 # %% ../nbs/wavelet-lite.ipynb #b84916f5
 class RegionNetwork(nn.Module):
@@ -29,20 +29,21 @@ class RegionNetwork(nn.Module):
 
     def __init__(self, width=12):
         super().__init__()
-        self.encode1 = nn.Sequential(nn.Conv2d(8, width, 3, 2, 1), nn.LeakyReLU(0.1), separable(width, width))
+        self.encode1 = nn.Sequential(nn.Conv2d(8, width, 3, 2, 1), nn.LeakyReLU(0.1, inplace=True), separable(width, width))
         self.encode2 = separable(width, 2 * width, stride=2)
         self.around = separable(2 * width, 2 * width, dilation=2)  # a window of 60 pixels of the slice
         self.up = nn.Conv2d(2 * width, width, 1)
         self.head = nn.Conv2d(width, 12, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the rule
         nn.init.zeros_(self.head.bias)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         double = partial(F.interpolate, scale_factor=2, mode='bilinear')
-        x1 = self.encode1(x)                                              # (B,  w, h/2, w/2)
+        x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h/2, w/2)
         x2 = self.encode2(x1)                                             # (B, 2w, h/4, w/4)
         y = x1 + double(self.up(x2 + self.around(x2)))                    # (B,  w, h/2, w/2)
-        return double(self.head(F.leaky_relu(y, 0.1)))                    # (B, 12, h,   w)
+        return double(self.head(F.leaky_relu(y, 0.1))).contiguous()       # (B, 12, h,   w)
 
 # %% ../nbs/wavelet-lite.ipynb #8917970a
 def strength(a, b, even=0.02):
