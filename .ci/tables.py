@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from medfusion.backbone import load_backbone
 from medfusion.cross_validation import against_rival, folds_table, half_widths, missing_folds, read_folds
 from medfusion.evaluation import ranks, reported_columns, summarise
 from medfusion.inference import load_model, methods, shipped_models
-from medfusion.runs import load_checkpoint, read_run
+from medfusion.runs import read_run
 from medfusion.tables import render, replace_blocks, titles, with_spread, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,15 +144,14 @@ def painted():
 
 def networks():
     "The shipped networks: file, size, weights (those that were trained; a frozen backbone has a row of its own), best epoch, recipe."
-    rows, shipped, frozen = [], ROOT / 'medfusion' / 'shipped', 0
+    rows, shipped = [], ROOT / 'medfusion' / 'shipped'
     for name in [*shipped_models(), 'backbone']:
         folder = shipped_models()[name].path.parent if name in shipped_models() else shipped / 'resnet50_backbone'
         about = json.loads((folder / 'metadata.json').read_text(encoding='utf-8'))
-        file, weights = folder / about['checkpoint'], frozen
-        if name in shipped_models():
-            sizes = {key: weight.numel() for key, weight in load_model(name, 'cpu').named_parameters()}
-            weights = sum(sizes.get(key, 0) for key in load_checkpoint(file)['state_dict'])
-            frozen = max(frozen, sum(sizes.values()) - weights)
+        file = folder / about['checkpoint']
+        network = load_model(name, 'cpu') if name in shipped_models() else load_backbone('medfusion').backbone
+        kept = network.state_dict()           # a fusion network's leaves its frozen backbone out
+        weights = sum(weight.numel() for key, weight in network.named_parameters() if key in kept)
         rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.1f} MB)', f'{weights:,}',
                      about['epoch'], f'`{about["recipe"].split(" ")[0]}`', f'`{about["sha256"][:12]}…`'))
     columns = ['network', 'file in `medfusion/shipped/`', 'weights', 'best epoch', 'recipe', 'SHA-256']
