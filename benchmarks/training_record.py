@@ -54,7 +54,6 @@ def train_until_better(method, data, epochs, lr, seed, wanted=5):
     name, make, step = METHODS[method]
     recipe = yaml.safe_load((ROOT / 'params' / f'{name}.yaml').read_text(encoding='utf-8'))
     weights = {key.removeprefix('w_'): 0. if key in LEFT_OUT else value for key, value in recipe.items() if key.startswith('w_')}
-    weights |= {'imitation': 0.} if method == 'wavelet-lite' else {}
     seed_everything(seed)
     train, val = (CTMRIDataset(data / part / 'CT', data / part / 'MRI', **options) for part, options in
                   (('train', {'augment': True, 'crop': recipe['crop'], 'seed': seed}), ('val', {})))
