@@ -206,11 +206,13 @@ def test_memory_is_flat(cluster, tmp_path):
     root = write_pairs(tmp_path, 10_000)
     process = begin(root, cluster)
     wait_for(2000, root, process)
+    while len(workers(cluster[1])) < 2 and process.poll() is None:       # Ray begins the second when the first has enough to do
+        time.sleep(0.05)
     before = {number: resident(number) for number in (process.pid, *workers(cluster[1]))}
     wait_for(9500, root, process)
     after = {number: resident(number) for number in before}
     said = end(process)
-    assert said['fused'] == 10_000 and len(before) >= 2        # the second worker may begin later
+    assert said['fused'] == 10_000 and len(before) == 3
     assert all(after[number] - before[number] < 48 for number in before), (before, after)
 
 
