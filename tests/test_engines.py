@@ -206,9 +206,9 @@ def test_memory_is_flat(cluster, tmp_path):
     root = write_pairs(tmp_path, 10_000)
     process = begin(root, cluster)
     wait_for(2000, root, process)
-    while len(workers(cluster[1])) < 2 and process.poll() is None:       # Ray begins the second when the first has enough to do
-        time.sleep(0.05)
     before = {number: resident(number) for number in (process.pid, *workers(cluster[1]))}
+    wait_for(6000, root, process)       # Ray begins the second worker later; by then it is at work too
+    before = {number: resident(number) for number in workers(cluster[1])} | before
     wait_for(9500, root, process)
     after = {number: resident(number) for number in before}
     said = end(process)
