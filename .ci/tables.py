@@ -32,9 +32,8 @@ COMMANDS = {
                 "-p mri_dir=results/phantom/test/MRI -p 'checkpoints=[wavelet, wavelet-lite, resnet]'"],
 }
 TITLES = titles() | {'wavelet': 'wavelet (shipped)', 'wavelet-lite': 'wavelet-lite (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults'}
-# Leaving one case out: the recipes, by their titles, and the commands. They make no folder with a run.json, so `make record` leaves them.
-RECIPES = {'wavelet_shipped': 'wavelet', 'resnet_shipped': 'ResNet'}
-FOLDS = ['medfusion data harvard', 'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{}]"']
+# Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
+RECIPES = {'wavelet_shipped': 'wavelet', 'wavelet-lite_shipped': 'wavelet-lite', 'resnet_shipped': 'ResNet'}
 SHIPPED = [TITLES[name] for name in ('wavelet', 'wavelet-lite', 'resnet')]
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
@@ -99,8 +98,14 @@ def with_intervals(table):
     return with_spread(shown.loc[order], half.loc[order]).rename_axis('method')
 
 
+def folds_command(records):
+    "The command that makes the folds of one recipe."
+    cases = f' -y "cases: {[",".join(record["left_out"]) for record in records]}"' if any(len(record['left_out']) > 1 for record in records) else ''
+    return f'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{records[0]["recipe"]}]"{cases}'
+
+
 def folds_told(folds):
-    "What leaving one case out says: how it was done, the table, and each network against the maximum, patient by patient."
+    "What cross-validation says: how it was done, the table, and each network against the maximum, patient by patient."
     table = folds_table(folds)
     patients, told = table.case.unique(), []
     for title in folds:
@@ -111,11 +116,11 @@ def folds_told(folds):
         told.append(f'{title} against the maximum, within each patient: {"; ".join(parts)}.')
     names = {name: TITLES.get(name, name) for name in table.method.unique() if name not in folds}
     shown = with_intervals(table).rename(index=names, columns={'invented': 'invented ↓'})
-    recipes = ', '.join(recipe for recipe, title in RECIPES.items() if title in folds)
-    commands = '\n'.join(FOLDS).format(recipes)
-    return (f'Means over {len(patients)} patients, each judged by a network that was trained on the others by one recipe, number of epochs included, '
-            f'± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes and is one of them. In brackets: in how many patients '
-            f'the network is better.\n\n```sh\n{commands}\n```\n\n'
+    commands = '\n'.join(['medfusion data harvard', *map(folds_command, folds.values())])
+    trained = sorted({len(record['trained_on']) for records in folds.values() for record in records})
+    return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
+            f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes and is one of them. In brackets: '
+            f'in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
 

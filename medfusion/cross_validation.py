@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['pool_slices', 'recipe_values', 'values_sha256', 'run_values', 'seen_before', 'fold_numbers', 'fold_record',
-           'fold_name', 'read_folds', 'missing_folds', 'folds_table', 'half_widths', 'against_rival']
+           'fold_name', 'read_folds', 'missing_folds', 'keep_network', 'fold_networks', 'folds_table', 'half_widths',
+           'against_rival']
 
 # %% ../nbs/24_cross_validation.ipynb #a83a346b
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,11 @@ from .backbone import backbone_file
 from .baselines import baselines
 from .data import CTMRIDataset, dataset_parts, sort_cases
 from .evaluation import cases_trained_on, evaluate, reported_columns, summarise
-from .files import list_images, plain, read_json, to_depth, write_image
-from .inference import find_model, load_model, methods
+from .files import list_images, plain, read_json, sha256_of, to_depth, write_image
+from .inference import find_model, in_place, load_model, methods
 from .metrics import lower_is_better
 from .phantom import phantom_slice
-from .runs import check_parameters, make_folder, read_run, resolve_path, resume_settings, run_checkpoint
+from .runs import check_parameters, listed_cases, make_folder, read_run, resolve_path, resume_settings, run_checkpoint
 
 # %% ../nbs/24_cross_validation.ipynb #e3456141
 def pool_slices(data, folder, phantom: bool = False) -> tuple[Path, Path]:
@@ -63,12 +65,12 @@ def values_sha256(values: dict) -> str:
 
 # %% ../nbs/24_cross_validation.ipynb #3dfc5ac5
 def run_values(folder) -> dict:
-    "The values of the recipe by which the run in this folder was made; a run that it started from counts by the hash of that run's values."
+    "The values of the recipe by which the run in this folder was made; a run that it stands on counts by the hash of that run's values."
     record = read_run(folder)
     [method] = [method for method in methods().values() if method.directory == record['method']]
     values = recipe_values(method.notebook, record['parameters'])
-    if values.get('start') and (resolve_path(values['start']) / 'run.json').is_file():
-        values['start'] = values_sha256(run_values(values['start']))
+    for role in values.keys() & {'start', 'teacher'}:
+        values[role] = in_place(values[role], lambda path: values_sha256(run_values(path)) if (resolve_path(path) / 'run.json').is_file() else path)
     return values
 
 # %% ../nbs/24_cross_validation.ipynb #45fda213
@@ -101,22 +103,25 @@ def fold_numbers(data_set, network) -> dict:
 
 # %% ../nbs/24_cross_validation.ipynb #d9a58bde
 def fold_record(folder, recipe: str) -> dict:
-    "What is recorded of a finished run that left a case out: recipe, cases, hashes, versions, and the numbers of that case."
+    "What is recorded of a finished run that left cases out: recipe, cases, hashes, versions, and the numbers of each case that it never saw."
     record, folder = read_run(folder), resolve_path(folder)
     if record['state'] != 'finished':
         raise ValueError(f'The run in {folder} is {record["state"]}, so there is nothing to record yet.')
     [method] = [method for method in methods().values() if method.directory == record['method']]
-    given, [case] = record['parameters'], record['split']['test']
-    data_set = CTMRIDataset(resolve_path(given['ct_dir']), resolve_path(given['mri_dir']), cases=[case])
-    return {'format': 'medfusion fold 1', 'method': method.name, 'recipe': recipe, 'recipe_sha256': values_sha256(run_values(folder)), 'case': case,
-            'trained_on': sort_cases(record['split']['train']), 'epochs': given.get('num_epochs', given.get('epochs')), 'seed': record['seed'],
-            'checkpoint_sha256': record['checkpoints'][method.best_name], 'versions': record['versions'], 'git': record['git'],
-            'pairs': len(data_set), 'numbers': fold_numbers(data_set, load_model(str(run_checkpoint(folder)), device='cpu'))}
+    given, network = record['parameters'], load_model(str(run_checkpoint(folder)), device='cpu')
+    places = resolve_path(given['ct_dir']), resolve_path(given['mri_dir'])
+    unseen = {case: CTMRIDataset(*places, cases=[case]) for case in sort_cases(record['split']['test'])}
+    return {'format': 'medfusion fold 2', 'method': method.name, 'recipe': recipe, 'recipe_sha256': values_sha256(run_values(folder)),
+            'left_out': [*unseen], 'trained_on': sort_cases(record['split']['train']), 'epochs': given.get('num_epochs', given.get('epochs')),
+            'seed': record['seed'], 'checkpoint_sha256': record['checkpoints'][method.best_name], 'versions': record['versions'], 'git': record['git'],
+            'pairs': {case: len(slices) for case, slices in unseen.items()},
+            'numbers': {case: fold_numbers(slices, network) for case, slices in unseen.items()}}
 
 # %% ../nbs/24_cross_validation.ipynb #fcfdef74
-def fold_name(recipe: str, case: str) -> str:
-    "The name of a fold's run, and of its record without the ending."
-    return f'{recipe}-without-{case}'
+def fold_name(recipe: str, left_out) -> str:
+    "The name of a fold's run, and of its record without the ending. left_out: cases, or a text that lists them, such as '34, 41'."
+    cases = listed_cases(left_out) if isinstance(left_out, str) else left_out
+    return f'{recipe}-without-{"-".join(sort_cases(cases))}'
 
 # %% ../nbs/24_cross_validation.ipynb #07b4a24d
 def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dict], str]:
@@ -127,34 +132,64 @@ def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dic
     found = []
     for path in resolve_path(folder).glob(f'{fold_name(recipe, "*")}.json'):
         found.append(read_json(path))
-        if found[-1].get('format') != 'medfusion fold 1':
+        if found[-1].get('format') != 'medfusion fold 2':
             raise ValueError(f'{path} is no record of a fold; remove it, or use the version of medfusion that wrote it.')
-    found = [record for record in found if record['case'] != 'phantom']
-    hashes = [record['recipe_sha256'] for record in found]
+    found = {fold_name(recipe, record['left_out']): record for record in found if record['left_out'] != ['phantom']}
+    hashes = [record['recipe_sha256'] for record in found.values()]
     sha256 = sha256 or max(sorted(hashes), key=hashes.count, default=None)
-    other = sort_cases(record['case'] for record in found if record['recipe_sha256'] != sha256)
-    kept = {record['case']: record for record in found if record['case'] not in other}
-    note = f'{recipe}: the folds of case {", ".join(other)} were made with other values of the recipe and do not count; make=missing makes them anew.'
-    return [kept[case] for case in sort_cases(kept)], note if other else ''
+    other = [name for name, record in found.items() if record['recipe_sha256'] != sha256]
+    note = f'{", ".join(sorted(other))}: made with other values of the recipe, so that they do not count; make=missing makes them anew.'
+    kept = [record for name, record in found.items() if name not in other]
+    by_case = sort_cases(case for record in kept for case in record['left_out'])
+    return sorted(kept, key=lambda record: by_case.index(record['left_out'][0])), note if other else ''
 
 # %% ../nbs/24_cross_validation.ipynb #0dc667e0
 def missing_folds(records: list[dict]) -> list[str]:
-    "The cases that folds know of, as left out or trained on, and that have no fold of their own yet; [] where all have one, or there is none."
-    known = {case for record in records for case in (record['case'], *record['trained_on'])}
-    return sort_cases(known - {record['case'] for record in records})
+    "The cases that folds know of, as left out or trained on, and that no fold has left out yet; [] where each was, or there is no fold."
+    left_out = {case for record in records for case in record['left_out']}
+    return sort_cases({case for record in records for case in record['trained_on']} - left_out)
+
+# %% ../nbs/24_cross_validation.ipynb #740e1d06
+def keep_network(run, place) -> Path:
+    "Copies the network of the run in this folder, with its metadata.json, to the folder `place`; the path of the network there."
+    checkpoint, place = run_checkpoint(run), make_folder(place)
+    for file in (checkpoint, checkpoint.with_name('metadata.json')):
+        shutil.copyfile(file, place / file.name)
+    return place / checkpoint.name
+
+# %% ../nbs/24_cross_validation.ipynb #893f3b77
+def fold_networks(folder, records: list[dict]) -> dict:
+    """{case: the network that never saw it} of folds whose networks are kept beside their records in `folder`.
+
+    Raises FileNotFoundError where one is not there, ValueError where it is not the one that was recorded.
+    """
+    networks = {}
+    for record in sorted(records, key=lambda record: len(record['left_out'])):
+        place = resolve_path(folder) / fold_name(record['recipe'], record['left_out'])
+        if not place.is_dir():
+            raise FileNotFoundError(f'The network of {place.name} is not kept in {place.parent}; make the fold again.')
+        found = find_model(str(place)).path
+        if sha256_of(found) != record['checkpoint_sha256']:
+            raise ValueError(f'{found} is not the network that {place.name}.json tells of; make the fold again.')
+        networks |= {case: load_model(str(found), device='cpu') for case in record['left_out'] if case not in networks}
+    return {case: networks[case] for case in sort_cases(networks)}
 
 # %% ../nbs/24_cross_validation.ipynb #f0e35407
 def folds_table(folds: dict[str, list[dict]]) -> pd.DataFrame:
     """A row for each method and patient, in the form of `evaluate`: index `name`, columns `method`, `case`, the numbers.
 
-    folds: {name of a recipe: its records}. The rules, which need no training, are taken once for each case.
+    folds: {name of a recipe: its records}. The rules, which need no training, are taken once for each case. Where several folds left a case
+    out, the one counts that left out fewest others.
     """
     rows = {}
     for name, records in folds.items():
-        for record in records:
-            for method, numbers in record['numbers'].items():
-                rows.setdefault((name if method == 'network' else method, record['case']), numbers)
-    table = pd.DataFrame([{'method': method, 'case': case, **numbers} for (method, case), numbers in rows.items()])
+        for record in sorted(records, key=lambda record: len(record['left_out'])):
+            for case, found in record['numbers'].items():
+                for method, numbers in found.items():
+                    rows.setdefault((name if method == 'network' else method, case), numbers)
+    by_case = sort_cases(case for _, case in rows)
+    rows = sorted(rows.items(), key=lambda row: by_case.index(row[0][1]))
+    table = pd.DataFrame([{'method': method, 'case': case, **numbers} for (method, case), numbers in rows])
     first = [*folds, *(method for method in table.method.unique() if method not in folds)]
     table = table.sort_values('method', key=lambda names: names.map(first.index), kind='stable')
     columns = table.columns.drop(['method', 'case'])

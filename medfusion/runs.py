@@ -8,11 +8,11 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'unknown_names', 'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack',
            'read_safetensors', 'checkpoint_suffixes', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault',
            'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
-           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'named_cases', 'sides',
-           'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256', 'git_revision',
-           'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run', 'find_run',
-           'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room', 'resume_settings',
-           'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
+           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
+           'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
+           'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
+           'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
+           'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -639,10 +639,15 @@ def check_folders(parameters) -> None:
                                     'downloads the public ones, `medfusion data phantom` draws synthetic ones.')
 
 # %% ../nbs/09_runs.ipynb #cc8236d2
+def listed_cases(text) -> list[str]:
+    "The cases that a text such as '34, 41' lists."
+    return str(text).replace(',', ' ').split()
+
+# %% ../nbs/09_runs.ipynb #bbbb8bbe
 def named_cases(parameters) -> dict[str, list[str]] | None:
     "The cases {'val': [...], 'test': [...]} that val_cases and test_cases, texts like '34, 41', name; None if both are empty."
     texts = {part: getattr(parameters, f'{part}_cases', '') for part in ('val', 'test')}
-    return {part: text.replace(',', ' ').split() for part, text in texts.items()} if any(texts.values()) else None
+    return {part: listed_cases(text) for part, text in texts.items()} if any(texts.values()) else None
 
 # %% ../nbs/09_runs.ipynb #a5500e50
 def sides(cases, chosen: dict, folder) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Leaving one case out: the folds, their records and tables, and the command that ships a network."""
+"""Cross-validation by patient: the folds, their records and tables, and the command that ships a network."""
 import json
 import sys
 import time
@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from medfusion.cross_validation import fold_name, fold_record, pool_slices, read_folds
+from medfusion.cross_validation import fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.inference import methods
 from medfusion.phantom import write_phantom
-from medfusion.runs import check_parameters, data_sha256, open_parts, save_checkpoint, split_of, write_metadata, write_run
+from medfusion.runs import check_parameters, data_sha256, listed_cases, open_parts, save_checkpoint, split_of, write_metadata, write_run
 from medfusion.tables import replace_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,28 +104,42 @@ def test_only_a_finished_run_is_recorded(phantom, tmp_path):
         fold_record(tmp_path / 'results' / 'half', 'wavelet_shipped')
 
 
-def write_folds(folder, recipe, cases, better=0.0, sha256='a'):
-    "Made-up records of the folds of some of eight cases."
+def write_folds(folder, recipe, folds, better=0.0, sha256='a'):
+    "Made-up records of folds, each a text of the cases that it leaves out of eight."
     eight = [str(case) for case in range(1, 9)]
-    for case in cases:
-        value = 0.5 + int(case) / 100
-        numbers = {name: dict.fromkeys([*reported_columns(), 'invented_worst', 'invented_max'], value + more)
-                   for name, more in (('network', better + int(case) / 1000), ('maximum', 0.0), ('average', -0.1))}
-        write_json(folder / f'{fold_name(recipe, case)}.json', {
-            'format': 'medfusion fold 1', 'method': recipe.split('_')[0], 'recipe': recipe, 'recipe_sha256': sha256, 'case': case,
-            'trained_on': [other for other in eight if other != case], 'numbers': numbers})
+    for left_out in map(listed_cases, folds):
+        numbers = {}
+        for case in left_out:
+            value = 0.5 + int(case) / 100
+            numbers[case] = {name: dict.fromkeys([*reported_columns(), 'invented_worst', 'invented_max'], value + more)
+                             for name, more in (('network', better + int(case) / 1000), ('maximum', 0.0), ('average', -0.1))}
+        write_json(folder / f'{fold_name(recipe, left_out)}.json', {
+            'format': 'medfusion fold 2', 'method': recipe.split('_')[0], 'recipe': recipe, 'recipe_sha256': sha256, 'left_out': left_out,
+            'trained_on': [other for other in eight if other not in left_out], 'numbers': numbers})
 
 
 def test_records_of_other_values_are_not_mixed(tmp_path):
     write_folds(tmp_path, 'mine', '123')
     write_folds(tmp_path, 'mine', '4', sha256='b')
-    write_json(tmp_path / 'mine-without-phantom.json', read_json(tmp_path / 'mine-without-1.json') | {'case': 'phantom'})
-    for sha256, cases, left_out in ((None, '123', '4'), ('a', '123', '4'), ('b', '4', '1, 2, 3')):
+    write_json(tmp_path / 'mine-without-phantom.json', read_json(tmp_path / 'mine-without-1.json') | {'left_out': ['phantom']})
+    for sha256, cases, others in ((None, '123', '4'), ('a', '123', '4'), ('b', '4', '123')):
         records, note = read_folds(tmp_path, 'mine', sha256)
-        assert [record['case'] for record in records] == list(cases) and f'the folds of case {left_out} were made with other values' in note
+        assert [record['left_out'] for record in records] == [[case] for case in cases]
+        assert ', '.join(f'mine-without-{case}' for case in others) + ': made with other values' in note
     (tmp_path / 'mine-without-5.json').write_text('{}')
     with pytest.raises(ValueError, match='mine-without-5.json is no record of a fold'):
         read_folds(tmp_path, 'mine')
+
+
+def test_of_two_folds_that_left_a_case_out_the_one_counts_that_trained_on_more(tmp_path):
+    write_folds(tmp_path, 'mine', ['1,2', '3,4'], better=0.1)
+    write_folds(tmp_path, 'mine', ['2'], better=0.2)
+    records, note = read_folds(tmp_path, 'mine')
+    assert [record['left_out'] for record in records] == [['1', '2'], ['2'], ['3', '4']] and not note
+    assert missing_folds(records) == ['5', '6', '7', '8']
+    table = folds_table({'mine': records})
+    assert list(table.case[table.method == 'mine']) == ['1', '2', '3', '4']
+    assert [round(value, 3) for value in table.VIF[table.method == 'mine']] == [0.611, 0.722, 0.633, 0.644]
 
 
 def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
@@ -135,10 +149,12 @@ def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
     write_folds(tmp_path / 'cross_validation', 'wavelet_shipped', '1234567', better=0.05)
     assert 'the table of case 41' in tables.headline()
     write_folds(tmp_path / 'cross_validation', 'wavelet_shipped', '8', better=0.05)
-    write_folds(tmp_path / 'cross_validation', 'resnet_shipped', '12345678', better=-0.05)
+    write_folds(tmp_path / 'cross_validation', 'resnet_shipped', ['1,2', '3,4,5', '6,7', '8'], better=-0.05)
     text = tables.headline()
-    assert 'Means over 8 patients' in text and 'recipes: [wavelet_shipped, resnet_shipped]' in text and 'case 41' not in text
+    assert 'Means over 8 patients' in text and 'recipes: [wavelet_shipped]"\n' in text and 'case 41' not in text
+    assert '-y "recipes: [resnet_shipped]" -y "cases: [\'1,2\', \'3,4,5\', \'6,7\', \'8\']"' in text
     assert '| **wavelet** | 0.60 ± 0.02 |' in text and '| maximum | 0.55 ± 0.02 |' in text
+    assert 'ResNet against the maximum, within each patient: ahead in invented (in 8 of 8); behind in' in text
     assert 'wavelet against the maximum, within each patient: ahead in EN (in 8 of 8)' in text and 'behind in invented (in 0 of 8)' in text
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert len(replace_blocks(readme, {'patients': text}).splitlines()) <= 120

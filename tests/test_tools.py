@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from medfusion.cross_validation import fold_networks
 from medfusion.files import read_json
 from medfusion.inference import load_model
 from medfusion.phantom import write_phantom
@@ -45,19 +46,24 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(dataset, tmp_path):
 
 
 def test_folds_in_two_stages(dataset, tmp_path):
-    "The second stage goes on from the fold of the first that left out the same case; where that is done, it is not made again."
+    "The second stage goes on from the fold of the first that left out the same cases; where that is done, it is not made again."
     first, second = recipe(tmp_path, 'wavelet_one'), recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)
+    small = recipe(tmp_path, 'wavelet-lite_three', teacher='run:wavelet_one', width=4, crop=32)
     given = {'data': dataset, 'fold_epochs': 1, 'make': 'missing', 'jobs': 2, 'kinds': ['haematoma'], 'records': tmp_path / 'records',
-             'save_dir': tmp_path / 'results'}
-    done = papermill('92_cross_validation.ipynb', tmp_path, recipes=[second, first], cases=['3', '5'], **given)
+             'save_dir': tmp_path / 'results', 'recipes': [second, first, small], 'cases': ['3', '5, 1']}
+    done = papermill('92_cross_validation.ipynb', tmp_path, **given)
     assert done.returncode == 0, done.stderr[-2000:]
-    runs = {name: tmp_path / f'results/trainable_wavelet_fusion/{name}' for name in ('wavelet_one-without-3', 'wavelet_two-without-3')}
-    assert read_json(runs['wavelet_two-without-3'] / 'run.json')['parameters']['start'] == str(runs['wavelet_one-without-3'])
-    records = {path.stem: read_json(path) for path in (tmp_path / 'records').iterdir()}
-    assert sorted(records) == [f'wavelet_{stage}-without-{case}' for stage in ('one', 'two') for case in '35']
-    assert records['wavelet_two-without-5']['trained_on'] == ['1', '2', '3', '4'] and str(tmp_path) not in str(records)
+    runs = {name: tmp_path / f'results/trainable_wavelet_fusion/{name}' for name in ('wavelet_one-without-1-5', 'wavelet_two-without-1-5')}
+    for run, role in ((runs['wavelet_two-without-1-5'], 'start'), (tmp_path / 'results/wavelet_lite/wavelet-lite_three-without-1-5', 'teacher')):
+        assert read_json(run / 'run.json')['parameters'][role] == str(runs['wavelet_one-without-1-5'])
+    records = {path.stem: read_json(path) for path in (tmp_path / 'records').glob('*.json')}
+    assert sorted(records) == [f'{name}-without-{cases}' for name in ('wavelet-lite_three', 'wavelet_one', 'wavelet_two') for cases in ('1-5', '3')]
+    two = records['wavelet_two-without-1-5']
+    assert two['trained_on'] == ['2', '3', '4'] and two['left_out'] == [*two['numbers']] == ['1', '5'] and str(tmp_path) not in str(records)
     networks = {name: load_model(str(run_checkpoint(folder)), device='cpu').state_dict() for name, folder in runs.items()}
     assert any((a != b).any() for a, b in zip(*(weights.values() for weights in networks.values())))
+    kept = fold_networks(tmp_path / 'records', [two])['5'].state_dict()    # the network itself is kept beside the record
+    assert all((a == b).all() for a, b in zip(kept.values(), networks['wavelet_two-without-1-5'].values()))
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())]
-    assert papermill('92_cross_validation.ipynb', tmp_path, recipes=[second, first], cases=['3', '5'], **given).returncode == 0
+    assert papermill('92_cross_validation.ipynb', tmp_path, **given).returncode == 0
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())] == before
