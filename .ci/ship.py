@@ -1,7 +1,8 @@
 """Make a finished run's network the one that ships: python .ci/ship.py METHOD RUN, or make ship METHOD=wavelet RUN=NAME.
 
 The run must have ended, by the recipe params/METHOD_shipped.yaml, and its slices must lie where they lay, unchanged: the cases of each
-part stand in the metadata. What a network has seen that the run started from counts as seen.
+part stand in the metadata. What a network has seen that the run started from counts as seen. A network that was trained on all patients
+has nobody left to be judged by: its numbers are those of its recipe's folds, which have to be recorded.
 """
 import os
 import shutil
@@ -13,8 +14,9 @@ import yaml
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from medfusion.cross_validation import recipe_values, seen_before
+from medfusion.cross_validation import folds_table, missing_folds, read_folds, recipe_values, run_values, seen_before, values_sha256
 from medfusion.data import sort_cases
+from medfusion.evaluation import reported_columns, summarise
 from medfusion.files import sha256_of
 from medfusion.inference import find_model, methods
 from medfusion.runs import data_sha256, find_run, open_parts, read_run, run_checkpoint, split_of, write_metadata
@@ -47,7 +49,18 @@ def numbers_of(means, cases, convention):
             'means': {name: round(value, 6 if name == 'invented' else 4) for name, value in means.items()}}
 
 
-def facts_of(folder, record, recipe):
+def cross_validated(folder, recipe, convention, recorded):
+    "What the folds of a run's recipe say: means over patients, each judged by a network that never saw it. ValueError where a fold is missing."
+    records, _ = read_folds(recorded, recipe.stem, values_sha256(run_values(folder)))
+    if not records or missing_folds(records):
+        raise ValueError(f'The run in {folder} was trained on all patients, and {recorded} holds no folds of {recipe.stem} that left each of them out: '
+                         'nothing says how well its network does. nbs/92_cross_validation.ipynb makes them.')
+    means = summarise(folds_table({recipe.stem: records}), reported_columns()).loc[recipe.stem]
+    cases = [case for record in records for case in record['left_out']]
+    return numbers_of(means, cases, convention) | {'cases': f'{", ".join(sort_cases(cases))}, each by a network of the same recipe that never saw it'}
+
+
+def facts_of(folder, record, recipe, recorded):
     "What metadata.json says of the network of a run, beside what the checkpoint says itself."
     train, val, test = parts = open_parts(SimpleNamespace(**record['parameters']))
     if data_sha256(train, val) != record['data_sha256'] or split_of(*parts) != record['split']:
@@ -62,12 +75,14 @@ def facts_of(folder, record, recipe):
     for role in ('start', 'teacher'):
         if network := record['parameters'].get(role):
             facts[role] = {'name': network, 'sha256': sha256_of(find_model(network).path)}
+    if record['split']['test'] == ['phantom']:
+        facts['cross_validated_numbers'] = cross_validated(folder, recipe, convention, recorded)
     if val:
         facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)
     return facts | {'intended_use': 'research on image fusion; not for diagnosis'}
 
 
-def ship(name, run, results=ROOT / 'results', shipped=ROOT / 'medfusion' / 'shipped'):
+def ship(name, run, results=ROOT / 'results', shipped=ROOT / 'medfusion' / 'shipped', recorded=ROOT / 'results' / 'recorded' / 'cross_validation'):
     "The metadata.json of a network that ships from now on; ValueError or FileNotFoundError for a run that may not."
     if name not in methods():
         raise ValueError(f'{name!r} is no method; the methods are {", ".join(methods())}.')
@@ -77,7 +92,7 @@ def ship(name, run, results=ROOT / 'results', shipped=ROOT / 'medfusion' / 'ship
     if record['state'] != 'finished':
         raise ValueError(f'The run {run} is {record["state"]}; only a finished one can ship. resume=true goes on with it.')
     check_recipe(record, method, recipe)
-    facts, place = facts_of(folder, record, recipe), Path(shipped) / method.directory / method.best_name
+    facts, place = facts_of(folder, record, recipe, recorded), Path(shipped) / method.directory / method.best_name
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run_checkpoint(folder), place.with_suffix('.tmp'))
     os.replace(place.with_suffix('.tmp'), place)

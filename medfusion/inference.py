@@ -95,7 +95,10 @@ class ShippedModel(NamedTuple):
         return self.path.is_file() and sha256_of(self.path) == self.metadata['sha256']
 
     def numbers(self) -> tuple[str, dict[str, float]]:
-        "(cases, {metric: mean over their slices}) of all cases that are judged, those of validation and test, so that networks are told by the same slices."
+        """(cases, {metric: mean}) of all cases that are judged: over the slices of validation and test, so that networks are told by the same slices;
+        of a network that was trained on all patients, over the patients in the folds of its recipe."""
+        if cross := self.metadata.get('cross_validated_numbers'):
+            return cross['cases'], cross['means']
         parts = [(self.metadata['pairs'][part], self.metadata[key])
                  for part, key in (('validation', 'validation_numbers'), ('test', 'numbers')) if key in self.metadata]
         pairs = sum(count for count, _ in parts)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from medfusion.cross_validation import fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds
+from medfusion.cross_validation import fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values, values_sha256
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_json, sha256_of, write_json
-from medfusion.inference import methods
+from medfusion.inference import ShippedModel, methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, listed_cases, open_parts, save_checkpoint, split_of, write_metadata, write_run
 from medfusion.tables import replace_blocks
@@ -84,6 +84,22 @@ def test_what_a_start_has_seen_counts(phantom, tmp_path):
     assert ship.cases_seen(record) == ['1', '2']
     with pytest.raises(ValueError, match='was trained on case 2, by which'):
         ship.cases_seen(record | {'split': {'train': ['1'], 'val': [], 'test': ['2']}})
+
+
+def test_a_network_that_was_trained_on_all_patients_has_the_numbers_of_the_folds(phantom, tmp_path):
+    everybody, run = pool_slices(phantom, tmp_path / 'slices', phantom=True), tmp_path / 'results' / WAVELET.directory / 'all'
+    made_run(run, phantom, ct_dir=str(everybody[0]), mri_dir=str(everybody[1]), test_cases='phantom')
+    places = {'results': tmp_path / 'results', 'shipped': tmp_path / 'shipped', 'recorded': tmp_path / 'folds'}
+    sha256 = values_sha256(run_values(run))
+    (tmp_path / 'folds').mkdir()
+    write_folds(tmp_path / 'folds', 'wavelet_shipped', ['1,2'], sha256=sha256)
+    with pytest.raises(ValueError, match='holds no folds of wavelet_shipped that left each of them out'):
+        ship.ship('wavelet', 'all', **places)
+    write_folds(tmp_path / 'folds', 'wavelet_shipped', ['3,4', '5', '6,7,8'], sha256=sha256)
+    metadata = read_json(ship.ship('wavelet', 'all', **places))
+    assert metadata['cases'] == {'train': ['1', '2', '3', '4'], 'validation': [], 'test': ['phantom']} and metadata['numbers']['cases'] == 'phantom'
+    cases, means = ShippedModel('wavelet', '', tmp_path, metadata).numbers()
+    assert cases == '1, 2, 3, 4, 5, 6, 7, 8, each by a network of the same recipe that never saw it' and means['VIF'] == 0.5495
 
 
 # Folds
