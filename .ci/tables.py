@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from medfusion.backbone import load_backbone
-from medfusion.cross_validation import against_rival, folds_table, half_widths, missing_folds, read_folds
+from medfusion.cross_validation import against_rival, detection_record, folds_table, half_widths, missing_folds, read_folds
+from medfusion.detection import summarise_detection
 from medfusion.evaluation import ranks, reported_columns, summarise
 from medfusion.inference import load_model, methods, shipped_models
 from medfusion.runs import read_run
@@ -118,6 +119,8 @@ def folds_told(folds):
     shown = with_intervals(table).rename(index=names, columns={'invented': 'invented ↓'})
     commands = '\n'.join(['medfusion data harvard', *map(folds_command, folds.values())])
     trained = sorted({len(record['trained_on']) for records in folds.values() for record in records})
+    lacking = [title for title in RECIPES.values() if title not in folds]
+    told += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes and is one of them. In brackets: '
             f'in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
@@ -145,6 +148,21 @@ def painted():
     table = found.pivot(index='method', columns='lesion', values='efficiency')[list(dict.fromkeys(found.lesion))]
     rows = [TITLES.get(name, name) for name in ('wavelet', 'wavelet-lite', 'resnet', 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
     return as_markdown(table.loc[rows].map('{:.2f}'.format), 'cases_34_41')
+
+
+def painted_by_patient():
+    "What can still be found of every kind of painted lesion, over all patients, each fused by networks that never saw it; the efficiency and its interval."
+    found = [path for records in complete_folds().values()
+             if (path := detection_record(RECORDED / 'cross_validation', records[0]['recipe'], records[0]['recipe_sha256'])).is_file()]
+    if not found:
+        return 'No table of painted lesions over the folds is recorded yet.'
+    joined = pd.concat(pd.read_csv(path, dtype={'case': str}) for path in found).drop_duplicates(['lesion', 'method', 'case'])
+    summary = summarise_detection(joined)
+    text = pd.DataFrame({'told': [f'{row.efficiency:.2f} ({row.efficiency_low:.2f} to {row.efficiency_high:.2f})' for row in summary.itertuples()]}, summary.index)
+    table = text.told.unstack('method', sort=False).rename_axis('lesion')
+    shown = [name for name in (*RECIPES, 'maximum', 'average', 'laplacian_pyramid') if name in table]
+    names = {**TITLES, **RECIPES}
+    return render(table[shown].rename(columns=names), bold=[])
 
 
 def networks():
@@ -188,8 +206,8 @@ def blocks():
     kept = with_command('phantom', lesions())
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
-            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'lesions': kept,
-                              'painted lesions': with_command('cases_34_41', painted())},
+            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'case 41': with_command('case_41', means('case_41')), 'lesions': kept,
+                              'painted lesions by patient': painted_by_patient(), 'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pool_slices', 'recipe_values', 'values_sha256', 'run_values', 'seen_before', 'fold_numbers', 'fold_record',
-           'fold_name', 'read_folds', 'missing_folds', 'keep_network', 'fold_networks', 'folds_table', 'half_widths',
-           'against_rival']
+           'fold_name', 'read_folds', 'missing_folds', 'detection_record', 'keep_network', 'fold_networks',
+           'folds_table', 'half_widths', 'against_rival']
 
 # %% ../nbs/24_cross_validation.ipynb #a83a346b
 import hashlib
@@ -148,6 +148,11 @@ def missing_folds(records: list[dict]) -> list[str]:
     "The cases that folds know of, as left out or trained on, and that no fold has left out yet; [] where each was, or there is no fold."
     left_out = {case for record in records for case in record['left_out']}
     return sort_cases({case for record in records for case in record['trained_on']} - left_out)
+
+# %% ../nbs/24_cross_validation.ipynb #4438f362
+def detection_record(folder, recipe: str, sha256: str) -> Path:
+    "Where the table of painted lesions over the folds of a recipe is kept, in the `folder` of their records; it is named by the hash of the recipe's values."
+    return resolve_path(folder) / f'{recipe}-detection-{sha256[:12]}.csv'
 
 # %% ../nbs/24_cross_validation.ipynb #740e1d06
 def keep_network(run, place) -> Path:
