@@ -18,16 +18,16 @@ from medfusion.cross_validation import folds_table, missing_folds, read_folds, r
 from medfusion.data import sort_cases
 from medfusion.evaluation import reported_columns, summarise
 from medfusion.files import sha256_of
-from medfusion.inference import find_model, methods
+from medfusion.inference import find_model, in_place, methods
 from medfusion.runs import data_sha256, find_run, open_parts, read_run, run_checkpoint, split_of, write_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_recipe(record, method, recipe):
-    "Raises ValueError where a run was not made with the values of a recipe; seed and start are free, and told."
+    "Raises ValueError where a run was not made with the values of a recipe; seed and the networks that it stands on are free, and told."
     had, wanted = (recipe_values(method.notebook, one) for one in (record['parameters'], yaml.safe_load(recipe.read_text(encoding='utf-8'))))
-    for name in sorted((had.keys() | wanted.keys()) - {'seed', 'start'}):
+    for name in sorted((had.keys() | wanted.keys()) - {'seed', 'start', 'teacher'}):
         if had.get(name) != wanted.get(name):
             told = [f'{one[name]!r}' if name in one else 'the default' for one in (had, wanted)]
             raise ValueError(f'{name} of the run {record["run"]} is {told[0]}, and of {recipe.name} {told[1]}: a network that ships is made by '
@@ -49,14 +49,14 @@ def numbers_of(means, cases, convention):
             'means': {name: round(value, 6 if name == 'invented' else 4) for name, value in means.items()}}
 
 
-def cross_validated(folder, recipe, convention, recorded):
-    "What the folds of a run's recipe say: means over patients, each judged by a network that never saw it. ValueError where a fold is missing."
+def cross_validated(folder, patients, recipe, convention, recorded):
+    "What the folds of a run's recipe say: means over its patients, each judged by a network that never saw it. ValueError where a fold is missing."
     records, _ = read_folds(recorded, recipe.stem, values_sha256(run_values(folder)))
-    if not records or missing_folds(records):
-        raise ValueError(f'The run in {folder} was trained on all patients, and {recorded} holds no folds of {recipe.stem} that left each of them out: '
-                         'nothing says how well its network does. nbs/92_cross_validation.ipynb makes them.')
+    cases = {case for record in records for case in record['left_out']}
+    if lacking := {*patients} - cases or missing_folds(records):
+        raise ValueError(f'The run in {folder} was trained on all patients, and {recorded} holds no fold of {recipe.stem} that left case '
+                         f'{sort_cases(lacking)[0]} out: nothing says how well its network does. nbs/92_cross_validation.ipynb makes the folds.')
     means = summarise(folds_table({recipe.stem: records}), reported_columns()).loc[recipe.stem]
-    cases = [case for record in records for case in record['left_out']]
     return numbers_of(means, cases, convention) | {'cases': f'{", ".join(sort_cases(cases))}, each by a network of the same recipe that never saw it'}
 
 
@@ -74,9 +74,9 @@ def facts_of(folder, record, recipe, recorded):
              'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
     for role in ('start', 'teacher'):
         if network := record['parameters'].get(role):
-            facts[role] = {'name': network, 'sha256': sha256_of(find_model(network).path)}
+            facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(network).path)}
     if record['split']['test'] == ['phantom']:
-        facts['cross_validated_numbers'] = cross_validated(folder, recipe, convention, recorded)
+        facts['cross_validated_numbers'] = cross_validated(folder, facts['cases']['train'], recipe, convention, recorded)
     if val:
         facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)
     return facts | {'intended_use': 'research on image fusion; not for diagnosis'}

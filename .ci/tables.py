@@ -86,7 +86,7 @@ def comparison(record):
 
 
 def complete_folds():
-    "{title: records} of the recipes of which every patient was left out once."
+    "{title: records} of the recipes whose folds have left every patient out."
     found = {title: read_folds(RECORDED / 'cross_validation', recipe)[0] for recipe, title in RECIPES.items()}
     return {title: records for title, records in found.items() if records and not missing_folds(records)}
 
@@ -120,11 +120,19 @@ def folds_told(folds):
     commands = '\n'.join(['medfusion data harvard', *map(folds_command, folds.values())])
     trained = sorted({len(record['trained_on']) for records in folds.values() for record in records})
     lacking = [title for title in RECIPES.values() if title not in folds]
+    told += sorted({record['remark'] for records in folds.values() for record in records if record.get('remark')})
     told += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes and is one of them. In brackets: '
             f'in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
+
+
+def case_41():
+    "The table of case 41 beside the headline; the headline is that table where not every fold is recorded."
+    if not complete_folds():
+        return 'See the table above.'
+    return 'Means over the slices of case 41; epochs and recipes were chosen on case 34.\n\n' + with_command('case_41', means('case_41'))
 
 
 def headline():
@@ -153,7 +161,7 @@ def painted():
 def painted_by_patient():
     "What can still be found of every kind of painted lesion, over all patients, each fused by networks that never saw it; the efficiency and its interval."
     found = [path for records in complete_folds().values()
-             if (path := detection_record(RECORDED / 'cross_validation', records[0]['recipe'], records[0]['recipe_sha256'])).is_file()]
+             if (path := detection_record(RECORDED / 'cross_validation', records)).is_file()]
     if not found:
         return 'No table of painted lesions over the folds is recorded yet.'
     joined = pd.concat(pd.read_csv(path, dtype={'case': str}) for path in found).drop_duplicates(['lesion', 'method', 'case'])
@@ -206,7 +214,7 @@ def blocks():
     kept = with_command('phantom', lesions())
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
-            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'case 41': with_command('case_41', means('case_41')), 'lesions': kept,
+            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'case 41': case_41(), 'lesions': kept,
                               'painted lesions by patient': painted_by_patient(), 'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 

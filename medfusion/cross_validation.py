@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pool_slices', 'recipe_values', 'values_sha256', 'run_values', 'seen_before', 'fold_numbers', 'fold_record',
-           'fold_name', 'read_folds', 'missing_folds', 'detection_record', 'keep_network', 'fold_networks',
-           'folds_table', 'half_widths', 'against_rival']
+           'fold_name', 'needed_folds', 'read_folds', 'missing_folds', 'detection_record', 'keep_network',
+           'fold_networks', 'folds_table', 'half_widths', 'against_rival']
 
 # %% ../nbs/24_cross_validation.ipynb #a83a346b
 import hashlib
@@ -69,9 +69,12 @@ def run_values(folder) -> dict:
     record = read_run(folder)
     [method] = [method for method in methods().values() if method.directory == record['method']]
     values = recipe_values(method.notebook, record['parameters'])
-    for role in values.keys() & {'start', 'teacher'}:
-        values[role] = in_place(values[role], lambda path: values_sha256(run_values(path)) if (resolve_path(path) / 'run.json').is_file() else path)
-    return values
+
+    def hashed(path):
+        before = resolve_path(path)
+        there = (before / 'run.json').is_file() and read_run(before)['started'] <= record['started']    # else it was made anew, and is another one
+        return values_sha256(run_values(before)) if there else path
+    return values | {role: in_place(values[role], hashed) for role in values.keys() & {'start', 'teacher'}}
 
 # %% ../nbs/24_cross_validation.ipynb #45fda213
 def seen_before(values: dict) -> set[str]:
@@ -123,11 +126,23 @@ def fold_name(recipe: str, left_out) -> str:
     cases = listed_cases(left_out) if isinstance(left_out, str) else left_out
     return f'{recipe}-without-{"-".join(sort_cases(cases))}'
 
+# %% ../nbs/24_cross_validation.ipynb #e5206b70
+def needed_folds(records: list[dict]) -> list[dict]:
+    "The records without which a case would lack the fold that left out fewest others beside it, by case."
+    seen, needed = set(), []
+    for record in sorted(records, key=lambda record: len(record['left_out'])):
+        if {*record['left_out']} - seen:
+            needed.append(record)
+        seen |= {*record['left_out']}
+    by_case = sort_cases(seen)
+    return sorted(needed, key=lambda record: by_case.index(sort_cases(record['left_out'])[0]))
+
 # %% ../nbs/24_cross_validation.ipynb #07b4a24d
 def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dict], str]:
-    """The records of a recipe's folds, by case (not that of the phantom), and a sentence about those that are left out, or ''.
+    """The records of a recipe's folds, by case (not that of the phantom), and a sentence about those that do not count, or ''.
 
-    Left out are those with other values of the recipe than those of `sha256`; without it, than those of most. Raises ValueError for a file of another format.
+    What counts are the values of the recipe with this `sha256`; without it, those by which most cases were left out. See `needed_folds`.
+    Raises ValueError for a file of another format.
     """
     found = []
     for path in resolve_path(folder).glob(f'{fold_name(recipe, "*")}.json'):
@@ -135,13 +150,12 @@ def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dic
         if found[-1].get('format') != 'medfusion fold 2':
             raise ValueError(f'{path} is no record of a fold; remove it, or use the version of medfusion that wrote it.')
     found = {fold_name(recipe, record['left_out']): record for record in found if record['left_out'] != ['phantom']}
-    hashes = [record['recipe_sha256'] for record in found.values()]
-    sha256 = sha256 or max(sorted(hashes), key=hashes.count, default=None)
+    cases = {one: {case for record in found.values() if record['recipe_sha256'] == one for case in record['left_out']}
+             for one in sorted({record['recipe_sha256'] for record in found.values()})}
+    sha256 = sha256 or max(cases, key=lambda one: len(cases[one]), default=None)
     other = [name for name, record in found.items() if record['recipe_sha256'] != sha256]
-    note = f'{", ".join(sorted(other))}: made with other values of the recipe, so that they do not count; make=missing makes them anew.'
-    kept = [record for name, record in found.items() if name not in other]
-    by_case = sort_cases(case for record in kept for case in record['left_out'])
-    return sorted(kept, key=lambda record: by_case.index(record['left_out'][0])), note if other else ''
+    note = f'{", ".join(sorted(other))}: made with other values of the recipe, so that they do not count; remove them, or make them anew.'
+    return needed_folds([record for name, record in found.items() if name not in other]), note if other else ''
 
 # %% ../nbs/24_cross_validation.ipynb #0dc667e0
 def missing_folds(records: list[dict]) -> list[str]:
@@ -150,9 +164,10 @@ def missing_folds(records: list[dict]) -> list[str]:
     return sort_cases({case for record in records for case in record['trained_on']} - left_out)
 
 # %% ../nbs/24_cross_validation.ipynb #4438f362
-def detection_record(folder, recipe: str, sha256: str) -> Path:
-    "Where the table of painted lesions over the folds of a recipe is kept, in the `folder` of their records; it is named by the hash of the recipe's values."
-    return resolve_path(folder) / f'{recipe}-detection-{sha256[:12]}.csv'
+def detection_record(folder, records: list[dict]) -> Path:
+    "Where the table of painted lesions over a recipe's folds is kept, in the `folder` of their records; it is named by the hash of their networks."
+    networks = {fold_name(record['recipe'], record['left_out']): [record['recipe_sha256'], record['checkpoint_sha256']] for record in records}
+    return resolve_path(folder) / f'{records[0]["recipe"]}-detection-{values_sha256(networks)[:12]}.csv'
 
 # %% ../nbs/24_cross_validation.ipynb #740e1d06
 def keep_network(run, place) -> Path:

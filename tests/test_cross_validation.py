@@ -78,6 +78,24 @@ def test_what_may_not_ship_says_why(phantom, tmp_path):
     assert not (tmp_path / 'shipped').exists()
 
 
+def test_what_a_network_stands_on_is_told_without_its_place(phantom, tmp_path):
+    start = made_run(tmp_path / 'results' / WAVELET.directory / 'before', phantom)
+    made_run(tmp_path / 'results' / WAVELET.directory / 'after', phantom, start=str(tmp_path / 'results' / WAVELET.directory / 'before'))
+    metadata = read_json(ship.ship('wavelet', 'after', tmp_path / 'results', tmp_path / 'shipped'))
+    assert metadata['start'] == {'name': 'run:before', 'sha256': sha256_of(start)} and str(tmp_path) not in json.dumps(metadata)
+
+
+def test_a_stage_that_was_made_anew_is_another_one(phantom, tmp_path):
+    for name, start in (('before', ''), ('after', str(tmp_path / 'before'))):
+        made_run(tmp_path / name, phantom, start=start)
+    known = run_values(tmp_path / 'after')
+    assert known['start'] == values_sha256(run_values(tmp_path / 'before'))
+    record = read_json(tmp_path / 'before' / 'run.json')
+    later = record | {'started': '2999-01-01T00:00:00+00:00'}
+    write_json(tmp_path / 'before' / 'run.json', later)
+    assert run_values(tmp_path / 'after') == known | {'start': str(tmp_path / 'before')}
+
+
 def test_what_a_start_has_seen_counts(phantom, tmp_path):
     start = made_run(tmp_path / 'start', phantom)
     record = {'run': 'next', 'split': {'train': ['1'], 'val': [], 'test': ['4']}, 'parameters': {'start': str(start)}}
@@ -93,9 +111,9 @@ def test_a_network_that_was_trained_on_all_patients_has_the_numbers_of_the_folds
     sha256 = values_sha256(run_values(run))
     (tmp_path / 'folds').mkdir()
     write_folds(tmp_path / 'folds', 'wavelet_shipped', ['1,2'], sha256=sha256)
-    with pytest.raises(ValueError, match='holds no folds of wavelet_shipped that left each of them out'):
+    with pytest.raises(ValueError, match='holds no fold of wavelet_shipped that left case 3 out'):
         ship.ship('wavelet', 'all', **places)
-    write_folds(tmp_path / 'folds', 'wavelet_shipped', ['3,4', '5', '6,7,8'], sha256=sha256)
+    write_folds(tmp_path / 'folds', 'wavelet_shipped', ['3', '4', '5', '6,7,8'], sha256=sha256)
     metadata = read_json(ship.ship('wavelet', 'all', **places))
     assert metadata['cases'] == {'train': ['1', '2', '3', '4'], 'validation': [], 'test': ['phantom']} and metadata['numbers']['cases'] == 'phantom'
     cases, means = ShippedModel('wavelet', '', tmp_path, metadata).numbers()
@@ -142,6 +160,8 @@ def test_records_of_other_values_are_not_mixed(tmp_path):
         records, note = read_folds(tmp_path, 'mine', sha256)
         assert [record['left_out'] for record in records] == [[case] for case in cases]
         assert ', '.join(f'mine-without-{case}' for case in others) + ': made with other values' in note
+    write_folds(tmp_path, 'mine', ['5,6,7,8'], sha256='c')    # one record, and more cases than the three of a
+    assert [record['left_out'] for record in read_folds(tmp_path, 'mine')[0]] == [list('5678')]
     (tmp_path / 'mine-without-5.json').write_text('{}')
     with pytest.raises(ValueError, match='mine-without-5.json is no record of a fold'):
         read_folds(tmp_path, 'mine')
@@ -151,11 +171,13 @@ def test_of_two_folds_that_left_a_case_out_the_one_counts_that_trained_on_more(t
     write_folds(tmp_path, 'mine', ['1,2', '3,4'], better=0.1)
     write_folds(tmp_path, 'mine', ['2'], better=0.2)
     records, note = read_folds(tmp_path, 'mine')
-    assert [record['left_out'] for record in records] == [['1', '2'], ['2'], ['3', '4']] and not note
+    write_folds(tmp_path, 'mine', ['4', '3'], better=0.2)    # the pair is not needed any more
+    records, note = read_folds(tmp_path, 'mine')
+    assert [record['left_out'] for record in records] == [['1', '2'], ['2'], ['3'], ['4']] and not note
     assert missing_folds(records) == ['5', '6', '7', '8']
     table = folds_table({'mine': records})
     assert list(table.case[table.method == 'mine']) == ['1', '2', '3', '4']
-    assert [round(value, 3) for value in table.VIF[table.method == 'mine']] == [0.611, 0.722, 0.633, 0.644]
+    assert [round(value, 3) for value in table.VIF[table.method == 'mine']] == [0.611, 0.722, 0.733, 0.744]
 
 
 def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_folds_in_two_stages(dataset, tmp_path):
     first, second = recipe(tmp_path, 'wavelet_one'), recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)
     small = recipe(tmp_path, 'wavelet-lite_three', teacher='run:wavelet_one', width=4, crop=32)
     given = {'data': dataset, 'fold_epochs': 1, 'make': 'missing', 'jobs': 2, 'kinds': ['haematoma'], 'records': tmp_path / 'records',
-             'save_dir': tmp_path / 'results', 'recipes': [second, first, small], 'cases': ['3', '5, 1']}
+             'save_dir': tmp_path / 'results', 'recipes': [first, second, small], 'cases': ['3', '5, 1']}
     done = papermill('92_cross_validation.ipynb', tmp_path, **given)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = {name: tmp_path / f'results/trainable_wavelet_fusion/{name}' for name in ('wavelet_one-without-1-5', 'wavelet_two-without-1-5')}
