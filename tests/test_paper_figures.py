@@ -142,7 +142,7 @@ def test_records_of_every_kind_are_read(tmp_path, benchmark):
         record_table(benchmark / 'fused')
     for case in '12':
         (tmp_path / f'wavelet_shipped-without-{case}.json').write_text(json.dumps({
-            'format': 'medfusion fold 1', 'case': case, 'recipe_sha256': 'x', 'trained_on': [], 'numbers': {'network': {'VIF': 1.}, 'maximum': {'VIF': .5}}}))
+            'format': 'medfusion fold 2', 'left_out': [case], 'recipe_sha256': 'x', 'trained_on': [], 'numbers': {case: {'network': {'VIF': 1.}, 'maximum': {'VIF': .5}}}}))
     (tmp_path / 'metrics.csv').unlink()
     folds = record_table(tmp_path)
     assert list(folds.method.unique()) == ['wavelet', 'maximum'] and folds.case.nunique() == 2
