@@ -17,25 +17,28 @@ from medfusion.detection import summarise_detection
 from medfusion.evaluation import ranks, reported_columns, summarise
 from medfusion.inference import load_model, methods, shipped_models
 from medfusion.runs import read_run
-from medfusion.tables import render, replace_blocks, titles, with_spread, write_tables
+from medfusion.tables import number_text, render, replace_blocks, titles, with_spread, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / 'results' / 'recorded'
+# The networks that ship have seen every patient, but for ResNet's; where cases 34 and 41 judge, the fold's stand that left these out.
+UNSEEN = ', '.join([*(f'{name}=results/recorded/cross_validation/{name}_shipped-without-34-41' for name in ('wavelet', 'wavelet-lite')), 'resnet'])
 # The commands that make the records; each is printed above its table.
 COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
-                "medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[wavelet, wavelet-lite, resnet, run:defaults]'"],
+                f"medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[{UNSEEN}, run:defaults]'"],
     'cases_34_41': ["medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
-                    "-p 'checkpoints=[wavelet, wavelet-lite, resnet]' "
+                    f"-p 'checkpoints=[{UNSEEN}]' "
                     '-p published=results/published/peers_cases_34_41.csv -p detection=true'],
     'phantom': ['medfusion data phantom results/phantom',
                 'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
                 "-p mri_dir=results/phantom/test/MRI -p 'checkpoints=[wavelet, wavelet-lite, resnet]'"],
 }
-TITLES = titles() | {'wavelet': 'wavelet (shipped)', 'wavelet-lite': 'wavelet-lite (shipped)', 'resnet': 'ResNet (shipped)', 'defaults': 'wavelet, documented defaults'}
+NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'ResNet'}
+TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 # Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
-RECIPES = {'wavelet_shipped': 'wavelet', 'wavelet-lite_shipped': 'wavelet-lite', 'resnet_shipped': 'ResNet'}
-SHIPPED = [TITLES[name] for name in ('wavelet', 'wavelet-lite', 'resnet')]
+RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
+BEFORE = {'wavelet_table': 'wavelet, for the tables alone'}      # a recipe that another one is compared with
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
@@ -51,10 +54,10 @@ def recorded(record, table='summary'):
 
 
 def as_markdown(table, record):
-    "A table of methods as Markdown: shipped networks bold, those that saw a judged case in training marked."
+    "A table of methods as Markdown: our networks bold, those that saw a judged case in training marked."
     summary = recorded(record).set_index('method')
     marks = {name: f'{name} †' for name in summary.index if isinstance(summary.get('trained_on', {}).get(name), str)}
-    text = render(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in SHIPPED])
+    text = render(table.rename(index=marks, columns={'invented': 'invented ↓'}), bold=[marks.get(name, name) for name in NETWORKS.values()])
     return text + (SEEN if '†' in text else '')
 
 
@@ -72,7 +75,7 @@ def ranked(record, first=None):
 
 
 def comparison(record):
-    "Sentences: where a shipped network is better or worse than whichever other method is best in a column."
+    "Sentences: where a network of ours is better or worse than whichever other method is best in a column."
     tests, sentences, published = recorded(record, 'significance'), [], ' (published)'
     for name in (TITLES['wavelet'], TITLES['resnet']):
         own = tests[(tests.method == name) & (tests.rival == 'best in the column')]
@@ -85,9 +88,9 @@ def comparison(record):
     return '\n'.join(f'* {sentence}' for sentence in sentences)
 
 
-def complete_folds():
+def complete_folds(recipes=RECIPES):
     "{title: records} of the recipes whose folds have left every patient out."
-    found = {title: read_folds(RECORDED / 'cross_validation', recipe)[0] for recipe, title in RECIPES.items()}
+    found = {title: read_folds(RECORDED / 'cross_validation', recipe)[0] for recipe, title in recipes.items()}
     return {title: records for title, records in found.items() if records and not missing_folds(records)}
 
 
@@ -128,6 +131,19 @@ def folds_told(folds):
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
 
+def price():
+    "What the wavelet network pays in the usual columns for lesions that can be found: the recipe for the tables alone beside it, over all patients."
+    folds = {title: records for title, records in complete_folds(RECIPES | BEFORE).items() if title in ('wavelet', *BEFORE.values())}
+    if len(folds) < 2:
+        return 'The folds of the recipe for the tables alone are not recorded yet.'
+    table, columns = folds_table(folds), ['SD', 'SCD', 'VIF', 'VIF_min', 'Qabf', 'SSIM2', 'invented']
+    tests, means = against_rival(table, *folds, columns), summarise(table, columns).T
+    shown = means.apply(lambda row: row.map(lambda value: number_text(value, row.name)), axis=1)[[*folds, 'maximum']]
+    shown['ahead by'] = [f'{row.advantage:.3g} ({row.low:.3g} to {row.high:.3g})' for row in tests.itertuples()]
+    shown['in'] = [f'{row.ahead_in} of {row.patients}' for row in tests.itertuples()]
+    return f'```sh\n{folds_command(folds[BEFORE["wavelet_table"]])}\n```\n\n{render(shown.rename_axis("column"), bold=[])}'
+
+
 def case_41():
     "The table of case 41 beside the headline; the headline is that table where not every fold is recorded."
     if not complete_folds():
@@ -160,7 +176,7 @@ def painted():
 
 def painted_by_patient():
     "What can still be found of every kind of painted lesion, over all patients, each fused by networks that never saw it; the efficiency and its interval."
-    found = [path for records in complete_folds().values()
+    found = [path for records in complete_folds(RECIPES | BEFORE).values()
              if (path := detection_record(RECORDED / 'cross_validation', records)).is_file()]
     if not found:
         return 'No table of painted lesions over the folds is recorded yet.'
@@ -168,8 +184,8 @@ def painted_by_patient():
     summary = summarise_detection(joined)
     text = pd.DataFrame({'told': [f'{row.efficiency:.2f} ({row.efficiency_low:.2f} to {row.efficiency_high:.2f})' for row in summary.itertuples()]}, summary.index)
     table = text.told.unstack('method', sort=False).rename_axis('lesion')
-    shown = [name for name in (*RECIPES, 'maximum', 'average', 'laplacian_pyramid') if name in table]
-    names = {**TITLES, **RECIPES}
+    shown = [name for name in (*RECIPES, *BEFORE, 'maximum', 'average', 'laplacian_pyramid') if name in table]
+    names = {**TITLES, **RECIPES, **BEFORE}
     return render(table[shown].rename(columns=names), bold=[])
 
 
@@ -214,7 +230,7 @@ def blocks():
     kept = with_command('phantom', lesions())
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
-            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'case 41': case_41(), 'lesions': kept,
+            'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'price': price(), 'case 41': case_41(), 'lesions': kept,
                               'painted lesions by patient': painted_by_patient(), 'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 

@@ -196,3 +196,14 @@ def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
     assert 'wavelet against the maximum, within each patient: ahead in EN (in 8 of 8)' in text and 'behind in invented (in 0 of 8)' in text
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert len(replace_blocks(readme, {'patients': text}).splitlines()) <= 120
+
+
+def test_what_lesions_cost_is_told_within_each_patient(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, 'RECORDED', tmp_path)
+    (tmp_path / 'cross_validation').mkdir()
+    write_folds(tmp_path / 'cross_validation', 'wavelet_shipped', '12345678', better=0.01)
+    assert 'not recorded yet' in tables.price()
+    write_folds(tmp_path / 'cross_validation', 'wavelet_table', ['1,2', '3,4', '5,6', '7,8'], better=0.05)
+    text = tables.price()
+    assert 'recipes: [wavelet_table]" -y "cases: [\'1,2\'' in text and '| column | wavelet | wavelet, for the tables alone | maximum | ahead by | in |' in text
+    assert '| invented | 0.55950 | 0.59950 | 0.54500 | 0.04 (0.04 to 0.04) | 8 of 8 |' in text and '| -0.04 (-0.04 to -0.04) | 0 of 8 |' in text
