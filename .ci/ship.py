@@ -57,7 +57,7 @@ def cross_validated(folder, patients, recipe, convention, recorded):
         raise ValueError(f'The run in {folder} was trained on all patients, and {recorded} holds no fold of {recipe.stem} that left case '
                          f'{sort_cases(lacking)[0]} out: nothing says how well its network does. nbs/92_cross_validation.ipynb makes the folds.')
     means = summarise(folds_table({recipe.stem: records}), reported_columns()).loc[recipe.stem]
-    return numbers_of(means, cases, convention) | {'cases': f'{", ".join(sort_cases(cases))}, each by a network of the same recipe that never saw it'}
+    return numbers_of(means, cases, convention) | {'cases': f'{", ".join(sort_cases(cases))}, each by a fold that never saw it'}
 
 
 def facts_of(folder, record, recipe, recorded):

@@ -117,7 +117,7 @@ def test_a_network_that_was_trained_on_all_patients_has_the_numbers_of_the_folds
     metadata = read_json(ship.ship('wavelet', 'all', **places))
     assert metadata['cases'] == {'train': ['1', '2', '3', '4'], 'validation': [], 'test': ['phantom']} and metadata['numbers']['cases'] == 'phantom'
     cases, means = ShippedModel('wavelet', '', tmp_path, metadata).numbers()
-    assert cases == '1, 2, 3, 4, 5, 6, 7, 8, each by a network of the same recipe that never saw it' and means['VIF'] == 0.5495
+    assert cases == '1, 2, 3, 4, 5, 6, 7, 8, each by a fold that never saw it' and means['VIF'] == 0.5495
 
 
 # Folds
