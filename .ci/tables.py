@@ -38,7 +38,7 @@ NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'Res
 TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 # Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
 RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
-BEFORE = {'wavelet_table': 'wavelet, for the tables alone'}      # a recipe that another one is compared with
+BEFORE = {'wavelet_table': 'wavelet, its first recipe'}      # a recipe that another one is compared with
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
@@ -132,15 +132,16 @@ def folds_told(folds):
 
 
 def price():
-    "What the wavelet network pays in the usual columns for lesions that can be found: the recipe for the tables alone beside it, over all patients."
+    "What the wavelet network pays in the usual columns for lesions that can be found: its first recipe beside it, over all patients."
     folds = {title: records for title, records in complete_folds(RECIPES | BEFORE).items() if title in ('wavelet', *BEFORE.values())}
     if len(folds) < 2:
-        return 'The folds of the recipe for the tables alone are not recorded yet.'
+        return 'The folds of its first recipe are not recorded yet.'
     table, columns = folds_table(folds), ['SD', 'SCD', 'VIF', 'VIF_min', 'Qabf', 'SSIM2', 'invented']
-    tests, means = against_rival(table, *folds, columns), summarise(table, columns).T
+    means = summarise(table, columns).T
+    tests = against_rival(table, 'wavelet', BEFORE['wavelet_table'], columns).loc[means.index]
     shown = means.apply(lambda row: row.map(lambda value: number_text(value, row.name)), axis=1)[[*folds, 'maximum']]
-    shown['ahead by'] = [f'{row.advantage:.3g} ({row.low:.3g} to {row.high:.3g})' for row in tests.itertuples()]
-    shown['in'] = [f'{row.ahead_in} of {row.patients}' for row in tests.itertuples()]
+    shown['wavelet ahead by'] = [f'{row.advantage:.3g} ({row.low:.3g} to {row.high:.3g})' for row in tests.itertuples()]
+    shown['in patients'] = [f'{row.ahead_in} of {row.patients}' for row in tests.itertuples()]
     return f'```sh\n{folds_command(folds[BEFORE["wavelet_table"]])}\n```\n\n{render(shown.rename_axis("column"), bold=[])}'
 
 

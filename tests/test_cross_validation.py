@@ -205,5 +205,5 @@ def test_what_lesions_cost_is_told_within_each_patient(tmp_path, monkeypatch):
     assert 'not recorded yet' in tables.price()
     write_folds(tmp_path / 'cross_validation', 'wavelet_table', ['1,2', '3,4', '5,6', '7,8'], better=0.05)
     text = tables.price()
-    assert 'recipes: [wavelet_table]" -y "cases: [\'1,2\'' in text and '| column | wavelet | wavelet, for the tables alone | maximum | ahead by | in |' in text
+    assert 'recipes: [wavelet_table]" -y "cases: [\'1,2\'' in text and '| column | wavelet | wavelet, its first recipe | maximum | wavelet ahead by | in patients |' in text
     assert '| invented | 0.55950 | 0.59950 | 0.54500 | 0.04 (0.04 to 0.04) | 8 of 8 |' in text and '| -0.04 (-0.04 to -0.04) | 0 of 8 |' in text
