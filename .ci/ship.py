@@ -1,6 +1,6 @@
 """Make a finished run's network the one that ships: python .ci/ship.py METHOD RUN, or make ship METHOD=wavelet RUN=NAME.
 
-The run must have ended, by the recipe params/METHOD_shipped.yaml, and its slices must lie where they lay, unchanged: the cases of each
+The run must have ended, by the recipe params/METHOD_shipped.yaml with any seed, and its slices must lie where they lay, unchanged: the cases of each
 part stand in the metadata. What a network has seen that the run started from counts as seen. A network that was trained on all patients
 has nobody left to be judged by: its numbers are those of its recipe's folds, which have to be recorded.
 """
@@ -65,17 +65,18 @@ def facts_of(folder, record, recipe, recorded):
     train, val, test = parts = open_parts(SimpleNamespace(**record['parameters']))
     if data_sha256(train, val) != record['data_sha256'] or split_of(*parts) != record['split']:
         raise ValueError(f'The slices in {train.pairs[0].ct.parents[1]} are not those that the run {record["run"]} was trained on.')
-    names = {'train': train, 'validation': val, 'test': test}
+    names, everyone = {'train': train, 'validation': val, 'test': test}, record['split']['test'] == ['phantom']
+    how = 'all cases; numbers are of the synthetic head' if everyone else 'split by case'
     convention = (folder / 'metrics.csv').read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
     facts = {'shipped': True, 'recipe': recipe.relative_to(ROOT).as_posix(),
-             'data': 'CT-MRI slices of the Whole Brain Atlas (Harvard Medical School), 256x256, 8 bit; split by case',
+             'data': f'CT-MRI slices of the Whole Brain Atlas (Harvard Medical School), 256x256, 8 bit; {how}',
              'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
              'pairs': {name: len(part) if part else 0 for name, part in names.items()},
              'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
     for role in ('start', 'teacher'):
         if network := record['parameters'].get(role):
             facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(network).path)}
-    if record['split']['test'] == ['phantom']:
+    if everyone:
         facts['cross_validated_numbers'] = cross_validated(folder, facts['cases']['train'], recipe, convention, recorded)
     if val:
         facts['validation_numbers'] = numbers_of(record['numbers']['validation'], val.cases, convention)

@@ -53,9 +53,9 @@ def pool_slices(data, folder, phantom: bool = False) -> tuple[Path, Path]:
 
 # %% ../nbs/24_cross_validation.ipynb #92f139cc
 def recipe_values(notebook: str, given: dict) -> dict:
-    "Of the parameters given to a method's notebook, those that make a recipe: no places, names or sides, and nothing that is at its default."
+    "Of the parameters given to a method's notebook, those that make a recipe: no places, names, sides or seed, and nothing that is at its default."
     values, defaults = (plain(check_parameters(notebook, one)) for one in (given, {}))
-    kept = {*resume_settings(values), 'epochs', 'num_epochs'} - {'val_cases', 'test_cases'}
+    kept = {*resume_settings(values), 'epochs', 'num_epochs'} - {'val_cases', 'test_cases', 'seed'}
     return {name: value for name, value in sorted(values.items()) if name in kept and value != defaults[name]}
 
 # %% ../nbs/24_cross_validation.ipynb #2eff5d70
