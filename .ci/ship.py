@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def check_recipe(record, method, recipe):
     "Raises ValueError where a run was not made with the values of a recipe; seed and the networks that it stands on are free, and told."
     had, wanted = (recipe_values(method.notebook, one) for one in (record['parameters'], yaml.safe_load(recipe.read_text(encoding='utf-8'))))
-    for name in sorted((had.keys() | wanted.keys()) - {'seed', 'start', 'teacher'}):
+    for name in sorted((had.keys() | wanted.keys()) - {'start', 'teacher'}):
         if had.get(name) != wanted.get(name):
             told = [f'{one[name]!r}' if name in one else 'the default' for one in (had, wanted)]
             raise ValueError(f'{name} of the run {record["run"]} is {told[0]}, and of {recipe.name} {told[1]}: a network that ships is made by '
@@ -66,13 +66,13 @@ def facts_of(folder, record, recipe, recorded):
     if data_sha256(train, val) != record['data_sha256'] or split_of(*parts) != record['split']:
         raise ValueError(f'The slices in {train.pairs[0].ct.parents[1]} are not those that the run {record["run"]} was trained on.')
     names, everyone = {'train': train, 'validation': val, 'test': test}, record['split']['test'] == ['phantom']
-    how = 'all cases; numbers are of the synthetic head' if everyone else 'split by case'
+    how = 'all cases; `numbers` are of the synthetic head' if everyone else 'split by case'
     convention = (folder / 'metrics.csv').read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
     facts = {'shipped': True, 'recipe': recipe.relative_to(ROOT).as_posix(),
              'data': f'CT-MRI slices of the Whole Brain Atlas (Harvard Medical School), 256x256, 8 bit; {how}',
              'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
              'pairs': {name: len(part) if part else 0 for name, part in names.items()},
-             'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
+             'seed': record['seed'], 'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
     for role in ('start', 'teacher'):
         if network := record['parameters'].get(role):
             facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(network).path)}

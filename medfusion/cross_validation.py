@@ -155,7 +155,10 @@ def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dic
     sha256 = sha256 or max(cases, key=lambda one: len(cases[one]), default=None)
     other = [name for name, record in found.items() if record['recipe_sha256'] != sha256]
     note = f'{", ".join(sorted(other))}: made with other values of the recipe, so that they do not count; remove them, or make them anew.'
-    return needed_folds([record for name, record in found.items() if name not in other]), note if other else ''
+    needed = needed_folds([record for name, record in found.items() if name not in other])
+    seeds = sorted({record.get('seed', 0) for record in needed})
+    mixed = f'The folds of {recipe} were made with the seeds {", ".join(map(str, seeds))}.'
+    return needed, ' '.join(sentence for sentence, said in ((note, other), (mixed, len(seeds) > 1)) if said)
 
 # %% ../nbs/24_cross_validation.ipynb #0dc667e0
 def missing_folds(records: list[dict]) -> list[str]:
