@@ -5,10 +5,11 @@ python benchmarks/gpu_speed.py -m resnet --size 512 --batches 1 8
 python benchmarks/gpu_speed.py --device cpu --batches 1 4 --rounds 3
 
 The roofline is that of this device, measured in the same run: the rate of multiplying and adding of a large matrix product in the
-type of the weights or in single precision, whichever is faster, and the bytes a second of copying. A convolution takes at best the longer of both times, for its products and
-for reading its input and weights and writing its output once; everything else is taken as free, but for reading both slices and
-writing the fused one. So 100 % is out of reach. Ways: `eager` as the library calls the network, `graph` as one CUDA graph, `compile`
-by torch.compile (where a compiler is). Rounds of all ways alternate and the best of each counts.
+type of the weights or in single precision, whichever is faster (on a GPU with TF32 units by those, which its convolutions use too), and
+the bytes a second of copying. A convolution takes at best the longer of both times, for its products and for reading its input and weights
+and writing its output once; everything else is taken as free, but for reading both slices and writing the fused one. So 100 % is out of
+reach. Ways: `eager` as the library calls the network, `compile` by torch.compile (where a compiler is), and either as one CUDA `graph`.
+Rounds of all ways alternate and the best of each counts.
 """
 import argparse
 import math
@@ -84,8 +85,10 @@ def ways_of(network, ct, mri, device, compiled):
     if device.type == 'cuda':
         ways['graph'] = as_graph(network, ct, mri)
     if compiled:
-        fast = torch.compile(network, mode='max-autotune' if device.type == 'cuda' else 'default')
+        fast = torch.compile(network, dynamic=False)    # one compilation for each size of batch
         ways['compile'] = lambda: fast(ct, mri)
+        if device.type == 'cuda':
+            ways['compile, graph'] = as_graph(fast, ct, mri)
     return ways
 
 
@@ -100,9 +103,10 @@ def main():
     given = parser.parse_args()
     device = torch.device(given.device)
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32    # the products that are counted, as convolutions compute them
     print(torch.cuda.get_device_name() if device.type == 'cuda' else 'no GPU: one thread of the CPU',
           f'torch {torch.__version__}, {given.model}, {given.size}×{given.size}', sep='; ')
-    print(f'{"weights":<9} {"batch":>5} {"way":<8} {"pairs/s":>9} {"roofline":>9} {"share":>6}   10⁹ products a pair')
+    print(f'{"weights":<9} {"batch":>5} {"way":<15} {"pairs/s":>9} {"roofline":>9} {"share":>6}   10⁹ products a pair')
     for dtype in (torch.float32, torch.bfloat16):
         network, peaks = without_dial(load_model(given.model, device)).to(dtype), peaks_of(device, dtype)
         for batch in given.batches:
@@ -115,7 +119,7 @@ def main():
                         took = seconds_of(call, device, calls=max(1, math.ceil(16 / batch)))
                         best[name] = min(best.get(name, took), took)
             for name, seconds in best.items():
-                print(f'{str(dtype).removeprefix("torch."):<9} {batch:>5} {name:<8} {batch / seconds:>9.1f} {batch / least:>9.1f} {least / seconds:>6.0%}   {products / batch:.2f}',
+                print(f'{str(dtype).removeprefix("torch."):<9} {batch:>5} {name:<15} {batch / seconds:>9.1f} {batch / least:>9.1f} {least / seconds:>6.0%}   {products / batch:.2f}',
                       flush=True)
         print(f'{"":9} measured here: {peaks[0] / 1e12:.3g} · 10¹² products, {peaks[1] / 1e9:.3g} GB a second')
 
