@@ -21,8 +21,9 @@ from medfusion.tables import number_text, render, replace_blocks, titles, with_s
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / 'results' / 'recorded'
-# The networks that ship have seen every patient, but for ResNet's; where cases 34 and 41 judge, the fold's stand that left these out.
-UNSEEN = ', '.join([*(f'{name}=results/recorded/cross_validation/{name}_shipped-without-34-41' for name in ('wavelet', 'wavelet-lite')), 'resnet'])
+NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'ResNet'}
+# The networks that ship have seen every patient; where cases 34 and 41 judge, those of the fold stand that left these out.
+UNSEEN = ', '.join(f'{name}=results/recorded/cross_validation/{name}_shipped-without-34-41' for name in NETWORKS)
 # The commands that make the records; each is printed above its table.
 COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
@@ -34,7 +35,6 @@ COMMANDS = {
                 'medfusion benchmark --run phantom -p save_dir=results/recorded -p ct_dir=results/phantom/test/CT '
                 "-p mri_dir=results/phantom/test/MRI -p 'checkpoints=[wavelet, wavelet-lite, resnet]'"],
 }
-NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'ResNet'}
 TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 # Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
 RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
