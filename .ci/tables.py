@@ -149,14 +149,14 @@ def case_41():
     "The table of case 41 beside the headline; the headline is that table where not every fold is recorded."
     if not complete_folds():
         return 'See the table above.'
-    return 'Means over the slices of case 41; epochs and recipes were chosen on case 34.\n\n' + with_command('case_41', means('case_41'))
+    return 'Means over the slices of case 41; recipes were chosen on case 34 (of the documented defaults the best epoch, too).\n\n' + with_command('case_41', means('case_41'))
 
 
 def headline():
     "The first table of the pages: over all patients where every fold is recorded, else that of case 41."
     if folds := complete_folds():
         return folds_told(folds)
-    return ('Means over the slices of case 41, a patient that training never saw; epochs and recipes were chosen on case 34.\n\n'
+    return ('Means over the slices of case 41, a patient that training never saw; recipes were chosen on case 34.\n\n'
             + with_command('case_41', means('case_41')))
 
 

@@ -1,12 +1,12 @@
 """Quality against time for wavelet-lite networks of several widths, and for the shipped wavelet network beside them, in one run.
 
-    medfusion sweep wavelet-lite -f params/wavelet-lite_shipped.yaml -p teacher=results/recorded/cross_validation/wavelet_shipped-without-34-41@0.5 \
+    medfusion sweep wavelet-lite -f params/wavelet-lite_shipped.yaml -p teacher=results/recorded/cross_validation/wavelet_shipped-without-34-41@0.35 \
         -p width=8,12,16,24,32 -p epochs=55 -p test_cases='"34,41"' --name curve
     python benchmarks/lite_widths.py results/wavelet_lite/curve+width=*
 
 The teacher is the network of the fold that left the test pairs out. Times are those of one thread for a 256×256 pair of the phantom, in turn,
 the median of 31; the means are those of each run's metrics.csv, on its test pairs.
-Writes results/recorded/lite_widths.csv, which nbs/wavelet-lite.ipynb shows.
+Writes results/recorded/lite_widths.csv, which nbs/91_ablation.ipynb shows.
 """
 import sys
 import time
