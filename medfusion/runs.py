@@ -317,8 +317,8 @@ def seed_everything(seed: int) -> None:
 # %% ../nbs/09_runs.ipynb #4612828a
 def versions() -> dict[str, str]:
     "The versions of Python and of the packages on which the numbers depend."
-    packages = 'medfusion torch torchvision numpy accelerate pytorch-wavelets'.split()
-    found = {'python': platform.python_version()}
+    packages = 'torch torchvision numpy accelerate pytorch-wavelets'.split()
+    found = {'python': platform.python_version(), 'medfusion': medfusion.__version__}    # a clone need not be installed
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

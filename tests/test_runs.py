@@ -361,11 +361,10 @@ def test_checkpoints_of_others_are_refused(checkpoint, change, words):
 
 
 def test_the_shipped_checkpoints_are_read():
-    "They were written by version 0.1.0."
+    "They were written by version 0.1.0; the backbone by a clone that was not installed, which said no version then."
     shipped = sorted((ROOT / 'medfusion' / 'shipped').glob('*/*.pt'))
-    assert shipped
-    for path in shipped:
-        assert load_checkpoint(path)['versions']['medfusion'] == '0.1.0'
+    said = {path.stem: load_checkpoint(path)['versions'].get('medfusion') for path in shipped}
+    assert len(said) == 4 and said.pop('resnet50_backbone') is None and {*said.values()} == {'0.1.0'}
 
 
 @pytest.mark.parametrize('change, words', [
