@@ -15,15 +15,17 @@ from .metrics import gradient_length
 # %% ../nbs/11_certain_pixels.ipynb #6734a6fb
 def both_constant(ct, mri, reach=3):
     "Where both slices (B, 1, H, W) hold one grey level all around, `reach` pixels and more: bool, (B, 1, H, W)."
-    both, window = torch.cat([ct, mri], 1), 2 * reach + 1
-    below = (both[..., 1:, :] != both[..., :-1, :]).any(1, keepdim=True).float()
-    right = (both[..., 1:] != both[..., :-1]).any(1, keepdim=True).float()
-    changes = torch.maximum(F.pad(below, (0, 0, 0, 1)), F.pad(right, (0, 1)))  # a pixel that differs from the next one down or right
-    count = F.pad(changes, (reach + 1, reach, reach + 1, reach))
-    for axis in (-2, -1):                                        # how many lie in the window: a difference of two sums
-        total, side = count.cumsum(axis), ct.shape[axis]
-        count = total.narrow(axis, window, side) - total.narrow(axis, 0, side)
-    return count == 0
+    below = (ct[..., 1:, :] != ct[..., :-1, :]) | (mri[..., 1:, :] != mri[..., :-1, :])
+    right = (ct[..., 1:] != ct[..., :-1]) | (mri[..., 1:] != mri[..., :-1])
+    changes = F.pad(below, (0, 0, 0, 1)) | F.pad(right, (0, 1))  # a pixel that differs from the next one down or right
+    near, window = F.pad(changes, (reach,) * 4), 2 * reach + 1
+    for axis in (-2, -1):                                        # of 1, 2, 4 ... neighbours any: two shorter runs, which may overlap
+        width = 1
+        while width < window:
+            step = min(width, window - width)
+            side = near.shape[axis] - step
+            near, width = near.narrow(axis, 0, side) | near.narrow(axis, step, side), width + step
+    return ~near
 
 # %% ../nbs/11_certain_pixels.ipynb #613752fd
 def keep_certain(fused, ct, mri, gate=1.0, white_bone=False):
