@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_lesions', 'check_config', 'subband_names', 'haar', 'inverse_haar', 'two_convolutions', 'MaskNetwork',
-           'mix_subbands', 'between_blocks', 'mix_on_four_grids', 'Dial', 'SubbandMasks', 'WaveletFusion',
-           'without_dial', 'training_step', 'weights_at', 'dial_step', 'warm_cosine']
+           'mix_difference', 'mix_subbands', 'between_blocks', 'mix_on_four_grids', 'Dial', 'SubbandMasks',
+           'WaveletFusion', 'without_dial', 'training_step', 'weights_at', 'dial_step', 'warm_cosine']
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #37a6bb6a
 import math
@@ -54,12 +54,12 @@ def haar(image):
 # %% ../nbs/trainable-wavelet-fusion.ipynb #e46a0c9b
 def inverse_haar(subbands):
     "The images (B, 1, 2h, 2w) of subbands (B, 4, h, w)."
-    low, rows, columns, diagonals = subbands.split(1, 1)
+    low, rows, columns, diagonals = (subbands / 2).split(1, 1)
     sums, differences = (low + rows, low - rows), (columns + diagonals, columns - diagonals)  # of the upper and lower row
     image = subbands.new_empty(subbands.shape[0], 1, 2 * subbands.shape[-2], 2 * subbands.shape[-1])
     for row in (0, 1):
-        image[..., row::2, 0::2] = (sums[row] + differences[row]) / 2
-        image[..., row::2, 1::2] = (sums[row] - differences[row]) / 2
+        image[..., row::2, 0::2] = sums[row] + differences[row]
+        image[..., row::2, 1::2] = sums[row] - differences[row]
     return image
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #fae3cd5a
@@ -97,10 +97,14 @@ class MaskNetwork(nn.Module):
         return self.head(y).contiguous()                                  # (B, masks + 4, h, w)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #53fe948c
+def mix_difference(difference, maps):
+    "What equation 1 adds to the MRI, (B, 1, H, W), of the difference CT - MRI, (B, 1, H, W) with even sides; maps (B, 8, H/2, W/2)."
+    return inverse_haar(torch.addcmul(maps[:, 4:], maps[:, :4], haar(difference)))
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #6bf3dcee
 def mix_subbands(ct, mri, maps):
     "Equation 1: slices (B, 1, H, W) with even sides, mixed by four masks and four residuals, maps (B, 8, H/2, W/2)."
-    a, b = haar(ct), haar(mri)
-    return inverse_haar(b + maps[:, :4] * (a - b) + maps[:, 4:])
+    return mri + mix_difference(ct - mri, maps)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #d66e7129
 def between_blocks(maps, down, right):
@@ -109,21 +113,21 @@ def between_blocks(maps, down, right):
     There is one block more along a shifted axis, (B, C, h + down, w + right); at the border a value counts twice."""
     if down:
         maps = F.pad(maps, (0, 0, 1, 1), mode='replicate')
-        maps = (maps[..., 1:, :] + maps[..., :-1, :]) / 2
+        maps = torch.lerp(maps[..., 1:, :], maps[..., :-1, :], .5)
     if right:
         maps = F.pad(maps, (1, 1, 0, 0), mode='replicate')
-        maps = (maps[..., 1:] + maps[..., :-1]) / 2
+        maps = torch.lerp(maps[..., 1:], maps[..., :-1], .5)
     return maps
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #99746128
 def mix_on_four_grids(ct, mri, maps):
     "The mean of `mix_subbands` over the four one-pixel shifts of the Haar grid; shapes as there."
-    height, width, fused = *ct.shape[-2:], 0
+    (height, width), difference, added = ct.shape[-2:], ct - mri, 0
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        shifted = (F.pad(x, (right, right, down, down), mode='replicate') for x in (ct, mri))
-        part = mix_subbands(*shifted, between_blocks(maps, down, right))  # (B, 1, H + 2 down, W + 2 right)
-        fused = fused + part[..., down:down + height, right:right + width]
-    return fused / 4
+        shifted = F.pad(difference, (right, right, down, down), mode='replicate')
+        part = mix_difference(shifted, between_blocks(maps, down, right))  # (B, 1, H + 2 down, W + 2 right)
+        added = added + part[..., down:down + height, right:right + width]
+    return mri + added / 4
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #19c542d5
 class Dial(nn.Module):
