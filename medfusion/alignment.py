@@ -7,6 +7,7 @@ __all__ = ['on_grid', 'waves', 'correlate', 'edge_field', 'level_shares', 'share
            'vertex', 'estimate_shift', 'out_of_register', 'register_sentence']
 
 # %% ../nbs/22_alignment.ipynb #c3dbc5b6
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -22,18 +23,19 @@ def on_grid(image, side=128):
     return np.clip(small / max(np.percentile(small, 99.5), 1e-6), 0, 1)
 
 # %% ../nbs/22_alignment.ipynb #a7646c9e
+@lru_cache(maxsize=8)
 def waves(length, reach):
-    "The waves of a Fourier transform of `length` at the places from -reach to reach, for the way back: (2·reach + 1, length), complex."
-    return np.exp(2j * np.pi / length * np.outer(np.arange(-reach, reach + 1), np.arange(length))) / length
+    "The waves of a Fourier transform of `length` at the places from -reach to reach, for the way back: (2·reach + 1, length), complex64."
+    return (np.exp(2j * np.pi / length * np.outer(np.arange(-reach, reach + 1), np.arange(length))) / length).astype(np.complex64)
 
 # %% ../nbs/22_alignment.ipynb #36a1e69d
 def correlate(a, b, reach):
     "The sums of a(x)·b(x + d) over x, for all shifts d of up to `reach` pixels: (..., H, W) to (..., 2·reach + 1, 2·reach + 1)."
     size = [next_fast_len(length + reach, real=True) for length in a.shape[-2:]]
     both = rfft2(a, size).conj() * rfft2(b, size)
-    down, right = (waves(length, reach).astype(both.dtype) for length in size)
+    down, right = (waves(length, reach) for length in size)
     half = np.arange(both.shape[-1])                                  # the other half of the spectrum is its conjugate
-    right = (right[:, half] * np.where(half % (size[1] / 2), 2, 1).astype(both.real.dtype)).T
+    right = (right[:, half] * np.where(half % (size[1] / 2), 2, 1).astype(np.float32)).T
     rows = down @ both
     return rows.real @ right.real - rows.imag @ right.imag
 
