@@ -64,11 +64,17 @@ def report():
 
 
 def shortfalls(network, means, kept):
-    "Where a network does not beat the average: a list of sentences."
+    """Where a network does not beat the average: a list of sentences.
+
+    Lesions count by the mean over their kinds: 20 epochs leave one kind a tenth higher or lower with another seed or processor."""
     found = [f'{column} is {means[network][column]:.3f}, that of the average {means["average"][column]:.3f}.'
              for column in ('SF', 'SD') if not means[network][column] > means['average'][column]]
-    return found + [f'{lesion} keeps {kept[network][lesion]:.2f} of its contrast-to-noise, in the average {share:.2f}.'
-                    for lesion, share in kept.get('average', {}).items() if not kept[network][lesion] > share]
+    if kept:
+        shares = {name: sum(kept[name].values()) / len(kept[name]) for name in (network, 'average')}
+        if not shares[network] > shares['average']:
+            found.append(f'lesions keep {shares[network]:.2f} of their contrast-to-noise in the mean over their kinds, '
+                         f'in the average {shares["average"]:.2f}.')
+    return found
 
 
 if __name__ == '__main__':

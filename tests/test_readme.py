@@ -162,10 +162,12 @@ def test_the_demonstration_judges_what_was_trained(tmp_path, monkeypatch, capsys
     import demo  # it lies in .ci
     monkeypatch.setattr(demo, 'ROOT', tmp_path)
     rows = {'wavelet fusion': {'SF': 20.0, 'SD': 70.0}, 'average': {'SF': 10.0, 'SD': 60.0}}
-    kept = {'wavelet fusion': {'tumour': 0.8}, 'average': {'tumour': 0.9}}
+    kept = {'wavelet fusion': {'tumour': 0.8, 'oedema': 0.7}, 'average': {'tumour': 0.9, 'oedema': 0.7}}
     for method, means in (('trainable_wavelet_fusion', rows), ('resnet_fusion', {'ResNet fusion': {'SF': 15.0, 'SD': 65.0}})):
         write_run(tmp_path / 'results' / method / 'demo', method=method, parameters={}, state='finished', started=0.0,
                   numbers={'means': means, 'lesions_kept': kept if means is rows else None})
     assert demo.report() == 1
     printed = capsys.readouterr()
-    assert 'ResNet fusion' in printed.out and 'tumour keeps 0.80' in printed.err and 'SF' not in printed.err
+    assert 'ResNet fusion' in printed.out and 'lesions keep 0.75' in printed.err and 'SF' not in printed.err
+    assert demo.shortfalls('wavelet fusion', rows, {**kept, 'wavelet fusion': {'tumour': 0.8, 'oedema': 0.9}}) == []
+    assert [found.split()[0] for found in demo.shortfalls('average', rows, kept)] == ['SF', 'SD', 'lesions']
