@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from medfusion.cross_validation import fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values, values_sha256
+from medfusion.cross_validation import (detection_record, fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values,
+                                        values_sha256)
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.inference import ShippedModel, methods
@@ -207,3 +208,23 @@ def test_what_lesions_cost_is_told_within_each_patient(tmp_path, monkeypatch):
     text = tables.price()
     assert 'recipes: [wavelet_table]" -y "cases: [\'1,2\'' in text and '| column | wavelet | wavelet, its first recipe | maximum | wavelet ahead by | in patients |' in text
     assert '| invented | 0.55950 | 0.59950 | 0.54500 | 0.04 (0.04 to 0.04) | 8 of 8 |' in text and '| -0.04 (-0.04 to -0.04) | 0 of 8 |' in text
+
+
+# The records that are kept
+
+RECORDED = ROOT / 'results/recorded'
+
+
+def test_records_of_the_dial_are_of_the_networks_of_the_folds():
+    records, _ = read_folds(RECORDED / 'cross_validation', 'wavelet_shipped')
+    stamp = f'networks {detection_record(RECORDED / "cross_validation", records).stem[-12:]}'
+    for name in ('dial.csv', 'dial_lesions.csv'):
+        assert stamp in (RECORDED / name).read_text(encoding='utf-8').splitlines()[0], f'papermill nbs/94_dial.ipynb out.ipynb -p make all makes {name}'
+
+
+@pytest.mark.parametrize('recipe', ['wavelet_shipped', 'wavelet-lite_shipped', 'resnet_shipped'])
+def test_no_left_out_slice_has_many_invented_edges(recipe):
+    "At most .05 % of its pixels, none by more than 10 grey levels a pixel."
+    records, _ = read_folds(RECORDED / 'cross_validation', recipe)
+    networks = [rows['network'] for record in records for rows in record['numbers'].values()]
+    assert len(networks) == 8 and max(n['invented_worst'] for n in networks) <= 5e-4 and max(n['invented_max'] for n in networks) <= 10
