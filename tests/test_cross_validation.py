@@ -5,11 +5,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 
 from medfusion.cross_validation import (detection_record, fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values,
                                         values_sha256)
+from medfusion.detection import summarise_detection
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.inference import ShippedModel, methods
@@ -228,3 +230,16 @@ def test_no_left_out_slice_has_many_invented_edges(recipe):
     records, _ = read_folds(RECORDED / 'cross_validation', recipe)
     networks = [rows['network'] for record in records for rows in record['numbers'].values()]
     assert len(networks) == 8 and max(n['invented_worst'] for n in networks) <= 5e-4 and max(n['invented_max'] for n in networks) <= 10
+
+
+@pytest.mark.parametrize('recipe', ['wavelet_shipped', 'wavelet-lite_shipped'])
+def test_no_kind_of_lesion_is_found_less_well_than_in_the_maximums_slices(recipe):
+    records, _ = read_folds(RECORDED / 'cross_validation', recipe)
+    found = pd.read_csv(detection_record(RECORDED / 'cross_validation', records), comment='#', dtype={'case': str})
+    efficiency = summarise_detection(found)['efficiency'].unstack('method')
+    assert len(efficiency) == 10 and (efficiency[recipe] > efficiency['maximum']).all()
+
+
+def test_each_network_ranks_before_the_maximum_among_published_methods():
+    rank = pd.read_csv(RECORDED / 'cases_34_41/summary.csv', index_col='method').mean_rank
+    assert len(rank) > 20 and (rank[['wavelet', 'wavelet-lite', 'resnet']] < rank['maximum']).all()
