@@ -4,6 +4,7 @@
     tables.py --check      exits with 1 if a text differs from the record
     tables.py --commands   prints the commands that make the records (make record runs them)
 """
+import inspect
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from medfusion.alignment import out_of_register
 from medfusion.backbone import load_backbone
 from medfusion.cross_validation import against_rival, detection_record, folds_table, half_widths, missing_folds, read_folds
 from medfusion.detection import summarise_detection
@@ -39,6 +41,7 @@ TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 # Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
 RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
 BEFORE = {'wavelet_table': 'wavelet, its first recipe'}      # a recipe that another one is compared with
+THRESHOLD = inspect.signature(out_of_register).parameters['gain'].default    # of the warning
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
@@ -176,19 +179,41 @@ def painted():
     return as_markdown(table.loc[rows].map('{:.2f}'.format), 'cases_34_41')
 
 
-def painted_by_patient():
-    "What can still be found of every kind of painted lesion, over all patients, each fused by networks that never saw it; the efficiency and its interval."
+def painted_by_patient(end='', shown=('maximum', 'average', 'laplacian_pyramid')):
+    """What can still be found of every kind of painted lesion, over all patients, each fused by networks that never saw it: the efficiency
+    and its interval, with the location known, or uncertain where `end` is '_search'."""
     found = [path for records in complete_folds(RECIPES | BEFORE).values()
              if (path := detection_record(RECORDED / 'cross_validation', records)).is_file()]
     if not found:
         return 'No table of painted lesions over the folds is recorded yet.'
     joined = pd.concat(pd.read_csv(path, dtype={'case': str}) for path in found).drop_duplicates(['lesion', 'method', 'case'])
-    summary = summarise_detection(joined)
-    text = pd.DataFrame({'told': [f'{row.efficiency:.2f} ({row.efficiency_low:.2f} to {row.efficiency_high:.2f})' for row in summary.itertuples()]}, summary.index)
-    table = text.told.unstack('method', sort=False).rename_axis('lesion')
-    shown = [name for name in (*RECIPES, *BEFORE, 'maximum', 'average', 'laplacian_pyramid') if name in table]
+    summary = summarise_detection(joined)[[f'efficiency{end}{bound}' for bound in ('', '_low', '_high')]]
+    told = summary.apply(lambda row: '{:.2f} ({:.2f} to {:.2f})'.format(*row), axis=1)
+    table = told.unstack('method', sort=False).rename_axis('lesion')
+    columns = [name for name in (*RECIPES, *BEFORE, *shown) if name in table]
     names = {**TITLES, **RECIPES, **BEFORE}
-    return render(table[shown].rename(columns=names), bold=[])
+    return render(table[columns].rename(columns=names), bold=[])
+
+
+def conditions():
+    "VIF and Qabf on slices of other sizes, contrasts, windows and noise."
+    table = pd.read_csv(RECORDED / 'conditions.csv', comment='#')
+    table = table.assign(method=table.method.map(lambda name: TITLES.get(name, name)))
+    wide = pd.concat({column: table.pivot(index='condition', columns='method', values=column) for column in ('VIF', 'Qabf')}, axis=1)
+    wide = wide.loc[table.condition.unique(), [(column, name) for column in ('VIF', 'Qabf') for name in table.method.unique()]]
+    return render(wide.set_axis([' '.join(pair) for pair in wide.columns], axis=1).map('{:.3f}'.format))
+
+
+def register():
+    "How often a displaced pair is noticed, and what a displacement costs; for lengths that both records hold."
+    found = pd.read_csv(RECORDED / 'alignment_roc.csv')
+    warned = found[found.threshold == THRESHOLD].pivot(index='shift', columns='part', values='found').mul(100).map('{:.0f} %'.format)
+    cost = pd.read_csv(RECORDED / 'alignment_cost.csv').query("kind == 'shift'")
+    eta = pd.read_csv(RECORDED / 'alignment_lesions.csv').query("kind == 'shift'").groupby(['amount', 'method']).efficiency.mean()
+    columns = {f'VIF {TITLES.get(name, name)}': rows.set_index('amount').VIF for name, rows in cost.groupby('method', sort=False)}
+    columns |= {f'η {TITLES.get(name, name)}': eta.xs(name, level='method') for name in cost.method.unique()}
+    table = pd.DataFrame(columns).map('{:.2f}'.format).join(warned.add_prefix('warned of, '), how='outer').fillna('–')
+    return render(table.rename_axis('displaced by (pixels)').rename(index=str))
 
 
 def networks():
@@ -233,7 +258,8 @@ def blocks():
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
             'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'price': price(), 'case 41': case_41(), 'lesions': kept,
-                              'painted lesions by patient': painted_by_patient(), 'painted lesions': with_command('cases_34_41', painted())},
+                              'painted lesions by patient': painted_by_patient(), 'painted lesions, location uncertain': painted_by_patient('_search', ('maximum', 'average')),
+                              'conditions': conditions(), 'register': register(), 'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 
 
