@@ -195,6 +195,15 @@ def painted_by_patient(end='', shown=('maximum', 'average', 'laplacian_pyramid')
     return render(table[columns].rename(columns=names), bold=[])
 
 
+def painted_on_phantom():
+    "What can still be found of lesions in the tissue of the synthetic head, by the networks that ship: the efficiency and its interval."
+    table = pd.read_csv(RECORDED / 'phantom_lesions.csv', comment='#')
+    told = table[['efficiency', 'efficiency_low', 'efficiency_high']].apply(lambda row: '{:.2f} ({:.2f} to {:.2f})'.format(*row), axis=1)
+    wide = table.assign(told=told).pivot(index='lesion', columns='method', values='told').loc[table.lesion.unique()]
+    shown = [name for name in table.method.unique() if name in (*NETWORKS, 'wavelet@1', 'maximum', 'average', 'laplacian_pyramid')]
+    return render(wide[shown].rename(columns=TITLES))
+
+
 def conditions():
     "VIF and Qabf on slices of other sizes, contrasts, windows and noise."
     table = pd.read_csv(RECORDED / 'conditions.csv', comment='#')
@@ -259,7 +268,7 @@ def blocks():
             'docs/notebooks.md': {'notebooks': notebooks()},
             'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'price': price(), 'case 41': case_41(), 'lesions': kept,
                               'painted lesions by patient': painted_by_patient(), 'painted lesions, location uncertain': painted_by_patient('_search', ('maximum', 'average')),
-                              'conditions': conditions(), 'register': register(), 'painted lesions': with_command('cases_34_41', painted())},
+                              'lesions of the synthetic head': painted_on_phantom(), 'conditions': conditions(), 'register': register(), 'painted lesions': with_command('cases_34_41', painted())},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 
 

@@ -98,7 +98,7 @@ def estimate_shift(ct, mri, reach=16):
     return Displacement(float((row + down - reach) * pixel), float((column + right - reach) * pixel), float(gain))
 
 # %% ../nbs/22_alignment.ipynb #d0e8589a
-def out_of_register(ct, mri, least=2.5 / 256, gain=.0125):
+def out_of_register(ct, mri, least=2.5 / 256, gain=.009):
     "The `Displacement` of two slices (H, W) if it is long (share of the longer side) and plain enough to warn of; else None."
     found = estimate_shift(ct, mri)
     return found if found and found.length >= least * max(ct.shape) and found.gain >= gain else None
