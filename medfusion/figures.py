@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['as_picture', 'as_array', 'window_level', 'new_figure', 'palette', 'line_colours', 'graphs', 'mosaic', 'panel',
-           'overlay', 'checkerboard', 'blend', 'coloured', 'colour_bar', 'difference', 'Box', 'largest_disagreement',
-           'chosen_boxes', 'Grid', 'grid_of', 'Tile', 'fitting', 'draw_tile', 'sheet', 'part_scale', 'free_corners',
-           'part_places', 'row_tiles', 'comparison', 'difference_figure', 'figure_formats', 'figure_bytes',
-           'save_figure', 'map_overlay', 'maps_figure', 'draw_curves', 'training_curves', 'schematic', 'in_vectors']
+           'overlay', 'checkerboard', 'blend', 'coloured', 'colour_bar', 'difference', 'marked', 'Box',
+           'largest_disagreement', 'chosen_boxes', 'Grid', 'grid_of', 'Tile', 'fitting', 'draw_tile', 'sheet',
+           'part_scale', 'free_corners', 'part_places', 'row_tiles', 'comparison', 'difference_figure',
+           'figure_formats', 'figure_bytes', 'save_figure', 'map_overlay', 'maps_figure', 'draw_curves',
+           'training_curves', 'schematic', 'in_vectors']
 
 # %% ../nbs/01_figures.ipynb #a39974cb
 from collections.abc import Mapping
@@ -212,6 +213,14 @@ def difference(fused, source, span=0.5):
         raise ValueError(f'A span is a difference above zero, not {span}.')
     fused, source = _aligned(fused, source)
     return coloured((fused - source) / (2 * span) + 0.5, 'RdBu_r')
+
+# %% ../nbs/01_figures.ipynb #5be04d91
+def marked(image, amounts, most):
+    """The slice in grey, at half its brightness, and in colour every pixel whose amount is above 0: RGB (H, W, 3).
+
+    `amounts` are floats (H, W) in any unit. Red is just above 0, yellow is `most` and beyond. Raises ValueError where the shapes differ."""
+    image, amounts = _aligned(image, amounts)
+    return np.where((amounts > 0)[..., None], coloured(amounts / most, 'autumn'), image[..., None] / 2)
 
 # %% ../nbs/01_figures.ipynb #181607e6
 class Box(NamedTuple):

@@ -227,7 +227,7 @@ def use_mouse(page, shots, stem):
 def save_and_show_differences(page, shots, stem):
     "Presses the mode and the button; the file is named in place."
     explorer = page.locator('.medfusion-explorer').first
-    for mode in ('difference', 'maps'):
+    for mode in ('difference', 'invented', 'maps'):
         changed(page, lambda mode=mode: explorer.get_by_role('button', name=mode, exact=True).click())
         photograph(page, shots / f'{stem}-{mode}.png')
     explorer.get_by_role('button', name='save this view').click()

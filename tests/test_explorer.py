@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
 from medfusion.explorer import (Explorer, PairList, SliceStore, View, caption, contact_sheet, explore, legend, look_at,
                                 png_bytes, show_view, view_call, view_modes, view_tiles)
 from medfusion.figures import largest_disagreement
 from medfusion.phantom import write_phantom
+from medfusion.wavelet_fusion import WaveletFusion
 
 NBS = Path(__file__).resolve().parents[1] / 'nbs'
 SHAPES = [(16, 16), (33, 20), (64, 81)]
@@ -56,7 +58,7 @@ def shown(explorer):
 def test_every_view_is_composed(mode, shape):
     ct, mri, fused = random_slices(shape)
     view = View(mode, window=0.6, zoom=2.5, centre=(0, 1))
-    tiles = view_tiles(ct, mri, {'net': fused}, {'net: mask': mri[::2]}, view)
+    tiles = view_tiles(ct, mri, {'net': fused}, {'net: mask': mri[::2], 'net': mri}, view)
     sheet = contact_sheet(tiles)
     assert sheet.dtype == np.uint8 and sheet.any()
     assert np.array_equal(cv2.imdecode(np.frombuffer(png_bytes(sheet), np.uint8), cv2.IMREAD_COLOR)[..., ::-1], sheet)
@@ -74,7 +76,7 @@ def test_captions_are_as_wide_as_their_tile(text):
     assert caption(text, 256).shape == (24, 256, 3)
 
 
-@pytest.mark.parametrize('mode', ['difference', 'maps'])
+@pytest.mark.parametrize('mode', ['difference', 'invented', 'maps'])
 def test_colours_have_a_legend_as_wide_as_the_sheet(mode):
     ct, mri, fused = random_slices((64, 64))
     for count in range(1, 6):
@@ -314,6 +316,96 @@ def test_numbers_are_those_of_the_metrics_module(explorer):
     numbers = explorer.store.numbers('train', 0, 'larger')
     wanted = measure(torch.maximum(ct, mri), ct, mri, names=tuple(numbers))
     assert numbers == pytest.approx({name: wanted[name].item() for name in numbers}, nan_ok=True)
+
+
+# Edges that neither source has
+
+def flat_pair():
+    "A CT with one upright edge and an MRI without any, 64 × 64, of whole grey levels."
+    ct = np.full((64, 64), 60 / 255, np.float32)
+    ct[:, 10:] = 140 / 255
+    return ct, np.full((64, 64), 100 / 255, np.float32)
+
+
+def painted(ct, mri):
+    "The average, with a faint square and a bright one that neither source has."
+    fused = average(ct, mri)
+    fused[..., 20:30, 30:40] += 20 / 255
+    fused[..., 44:54, 30:40] = 1.0
+    return fused
+
+
+def excess_by_opencv(fused, *sources):
+    "The map of invented edges as METRICS defines it, by OpenCV."
+    def steepness(image):
+        smooth = cv2.GaussianBlur(np.rint(255 * image).astype(np.float64), (0, 0), 1)
+        return np.hypot(cv2.Sobel(smooth, cv2.CV_64F, 1, 0), cv2.Sobel(smooth, cv2.CV_64F, 0, 1)) / 8
+    nearby = cv2.dilate(np.maximum(*map(steepness, sources)), np.ones((5, 5)))
+    return np.maximum(steepness(fused) - nearby - 6, 0)
+
+
+def tile(explorer, number):
+    "A tile of a sheet of four, which shows each pixel of a slice of 64 × 64 as 4 × 4: RGB (64, 64, 3)."
+    left = number * (explorer.sheet.side + explorer.sheet.gap)
+    return shown(explorer)[24:24 + 256, left:left + 256][::4, ::4, ::-1].astype(int)
+
+
+def test_invented_edges_are_marked_where_they_are_and_as_steep_as_they_are():
+    ct, mri = flat_pair()
+    explorer = explore({'flat': [(ct, mri)]}, {'average': average, 'painted': painted})
+    explorer.controls['mode'].value = 'invented'
+    wanted = excess_by_opencv(explorer.slices['painted'], ct, mri)
+    assert wanted[:40].max() < 1 and 20 < (wanted > 10).sum() < (wanted > 0).sum() < 300 and not wanted[:, :25].any()   # both squares, not the CT's own edge
+    for window in (1.0, 0.3):                                                                 # a window moves the grey, not the marks
+        explorer.controls['window'].value = window
+        marks = tile(explorer, 3)
+        assert np.array_equal(np.ptp(marks, axis=-1) > 0, wanted > 0)
+        assert (abs(marks - 255 * np.stack([wanted > 0, np.minimum(wanted / 10, 1), 0 * wanted], -1))[wanted > 0] <= 2).all()
+        assert all(np.ptp(tile(explorer, number), axis=-1).max() == 0 for number in range(3)) # CT, MRI, and a rule without any
+    assert f'<td>{100 * (wanted > 0).mean():.4f}%</td>' in explorer.numbers.value and '<td>0.0000%</td>' in explorer.numbers.value
+    assert f'<td>{wanted.max():.3f}</td>' in explorer.numbers.value
+
+
+def test_what_is_marked_is_what_the_table_counts(explorer):
+    explorer.controls['mode'].value = 'invented'
+    for method in explorer.methods:
+        found, = explorer.store.maps('train', 0, method, 'invented').values()
+        numbers = explorer.store.numbers('train', 0, method)
+        assert numbers['invented'] == pytest.approx((found > 0).mean()) and numbers['invented_max'] == pytest.approx(found.max())
+
+
+def test_invented_edges_are_sought_only_where_they_are_shown_and_once(monkeypatch):
+    from medfusion.explorer import where_invented
+    calls = []
+    monkeypatch.setattr('medfusion.explorer.where_invented', lambda *images: calls.append(1) or where_invented(*images))
+    explorer = explore({'flat': [flat_pair()]}, {'average': average, 'painted': painted, 'maximum': maximum})
+    for mode in view_modes()[:-1]:
+        if mode != 'invented':
+            explorer.controls['mode'].value = mode
+    assert calls == []
+    explorer.controls['mode'].value = 'invented'
+    assert len(calls) == 2  # of the two methods that are ticked
+    explorer.controls['zoom'].value, explorer.controls['level'].value = 3, 0.4
+    assert len(calls) == 2
+
+
+def test_neighbours_are_prepared_with_what_is_laid_over_them(root, monkeypatch):
+    from medfusion.explorer import where_invented
+    store, made = SliceStore({'train': CTMRIDataset(root / 'train/CT', root / 'train/MRI')}, {'average': average}), threading.Event()
+    monkeypatch.setattr('medfusion.explorer.where_invented', lambda *images: made.set() or where_invented(*images))
+    store.prepare('train', [1], ['average'], 'invented')
+    assert made.wait(10)
+    monkeypatch.setattr('medfusion.explorer.where_invented', None)   # it is not asked again
+    assert store.maps('train', 1, 'average', 'invented')['average'].shape == (64, 64)
+
+
+def test_invented_edges_of_a_network_with_a_dial_and_of_colours():
+    ct, mri = flat_pair()
+    colour = np.stack([mri, mri / 2, mri / 3], axis=-1)
+    explorer = explore({'flat': [(ct, colour)]}, {'dialled': WaveletFusion(width=8, dial=True).eval(), 'painted': painted})
+    explorer.controls['mode'].value = 'invented'
+    assert '64 × 64 pixels' in explorer.status.value and 'invented' in view_call(explorer)
+    assert np.ptp(tile(explorer, 3), axis=-1).max() > 40 and np.ptp(tile(explorer, 1), axis=-1).max() > 40  # marks; the source keeps its colours
 
 
 def test_representation_in_a_notebook_is_short(explorer):
