@@ -4,6 +4,7 @@
     tables.py --check      exits with 1 if a text differs from the record
     tables.py --commands   prints the commands that make the records (make record runs them)
 """
+import ast
 import inspect
 import json
 import re
@@ -42,6 +43,12 @@ TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
 BEFORE = {'wavelet_table': 'wavelet, its first recipe'}      # a recipe that another one is compared with
 THRESHOLD = inspect.signature(out_of_register).parameters['gain'].default    # of the warning
+# What was wanted of speed, by the names of the ratios that the benchmarks print; the two of a GPU are read from tables of its own.
+WANTED = {'wavelet, as fast as at b611665': 1.8, 'resnet, as fast as at b611665': 1.9, 'wavelet-lite, as fast as wavelet at b611665': 9,
+          'wavelet, from files to files, of the network alone': 80, 'evaluate, 2 processes of 2 times one': 90,
+          'a training step of the wavelet network, as fast as at b611665': 1.5,
+          'training wavelet, two processes of twice one': 90, 'training resnet, two processes of twice one': 90}
+WANTED_OF_GPU = {'wavelet on a GPU, of the roofline': 50, 'wavelet on a GPU, from files to files, of the network alone': 95}
 SEEN = '\n\n† This network was trained on slices of a case that is judged here.'
 
 
@@ -259,6 +266,40 @@ def peers():
     return render(table.rename(columns={'trained_for': 'trained for', 'seconds_per_pair': 's per 256×256 pair, one CPU thread'}))
 
 
+def ratios(text):
+    "{name: (value, unit, remark)} of the ratios in what benchmarks printed; the unit is % or times."
+    found = re.findall(r'^ratio: (.+): ([\d.]+)(%| times)(?: \((.+)\))?$', text, re.MULTILINE)
+    return {name: (float(value), unit, remark) for name, value, unit, remark in found}
+
+
+def speed_of_gpu(text):
+    "The same of the record of a GPU: the highest share of the roofline, and that of the network's speed from files to files."
+    shares = re.findall(r'^(?:float32|bfloat16) .* (\d+)% ', text, re.MULTILINE), re.findall(r'^best: .* (\d+)%$', text, re.MULTILINE)
+    return {name: (float(max(found, key=int)), '%', '') for name, found in zip(WANTED_OF_GPU, shares)}
+
+
+def speed():
+    "The blocks of benchmarks/README.md: the ratios that were wanted, those that nobody had asked for, and the table of the networks."
+    cpu, gpu = (ROOT / 'benchmarks' / f'{name}_speed.txt' for name in ('cpu', 'gpu'))
+    if not cpu.is_file():
+        return dict.fromkeys(('wanted', 'beside', 'networks'), 'Nothing is recorded yet: `python benchmarks/record.py`.')
+    cpu, gpu = (path.read_text(encoding='utf-8') for path in (cpu, gpu))
+    measured, wanted = ratios(cpu) | speed_of_gpu(gpu), WANTED | WANTED_OF_GPU
+    rows = {name: [f'{least}{unit}', f'{value:g}{unit}', 'reached' if value >= least else 'missed']
+            for name, least in wanted.items() for value, unit, _ in [measured[name]]}
+    others = {name: [f'{value:g}{unit}', remark] for name, (value, unit, remark) in measured.items() if name not in wanted}
+    tables = [render(pd.DataFrame.from_dict(table, orient='index', columns=columns).rename_axis('ratio'))
+              for table, columns in ((rows, ['wanted', 'measured', 'verdict']), (others, ['measured', 'remark']))]
+    return {'wanted': tables[0], 'beside': tables[1], 'networks': f'```text\n{cpu.split("ratio: ")[0].strip()}\n```'}
+
+
+def benchmarks():
+    "Every script of benchmarks/ with the first line of its docstring."
+    rows = [(f'[{path.name}]({path.name})', ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))).splitlines()[0])
+            for path in sorted((ROOT / 'benchmarks').glob('*.py'))]
+    return render(pd.DataFrame(rows, columns=['script', 'what it shows']).set_index('script'))
+
+
 def blocks():
     "{file: {name of a block: its text}}."
     total = len(recorded('cases_34_41'))
@@ -269,6 +310,7 @@ def blocks():
             'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'price': price(), 'case 41': case_41(), 'lesions': kept,
                               'painted lesions by patient': painted_by_patient(), 'painted lesions, location uncertain': painted_by_patient('_search', ('maximum', 'average')),
                               'lesions of the synthetic head': painted_on_phantom(), 'conditions': conditions(), 'register': register(), 'painted lesions': with_command('cases_34_41', painted())},
+            'benchmarks/README.md': {**speed(), 'benchmarks': benchmarks()},
             'results/README.md': {'cases 34 and 41': with_command('cases_34_41', ranked('cases_34_41')), 'published networks': peers()}}
 
 

@@ -17,6 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from machine import heading, ratio
+
 
 def write_pairs(root, pairs, size):
     "Writes 8 phantom pairs of 8 bits to root/base, and links to them, `pairs` in number, to root/CT and root/MRI."
@@ -100,9 +102,10 @@ def rounds(root, network, given):
         print(f'{row[0]:17.1f} {row[1]:21.1f} {row[1] / row[0]:7.2f} {row[2]:31.1f}, {row[3]:.1f} ms {busy:19.0%}', flush=True)
     best = [max(column) for column in zip(*table)]
     least = [min(column) for column in zip(*table)]
-    print(f'best: {best[1]:.1f} of {best[0]:.1f} pairs a second, {best[1] / best[0]:.0%}')
-    if place_of(network)['device'].type == 'cpu':
-        print(f'by processor time: {least[2] / least[3] * best[4]:.0%}')
+    print(f'best: {best[1]:.1f} of {best[0]:.1f} pairs a second')
+    print(ratio(f'{given.model}, from files to files, of the network alone', best[1] / best[0], percent=True))
+    if batches[0][0].device.type == 'cpu':
+        print(ratio(f'{given.model}, from files to files, of the network alone, by processor time', least[2] / least[3] * best[4], percent=True))
 
 
 def stages(root, network, pairs=24):
@@ -186,9 +189,10 @@ def main():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:given.cores or given.threads + 1])
     import torch
 
-    from medfusion.inference import load_model
+    from medfusion.inference import load_model, place_of
     torch.set_num_threads(given.threads)
     network = load_model(given.model, given.device)
+    print(heading(torch.cuda.get_device_name() if place_of(network)['device'].type == 'cuda' else ''))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if given.ct:

@@ -16,6 +16,7 @@ import math
 import time
 
 import torch
+from machine import heading, ratio
 
 from medfusion.inference import load_model
 from medfusion.wavelet_fusion import without_dial
@@ -104,8 +105,9 @@ def main():
     device = torch.device(given.device)
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32    # the products that are counted, as convolutions compute them
-    print(torch.cuda.get_device_name() if device.type == 'cuda' else 'no GPU: one thread of the CPU',
-          f'torch {torch.__version__}, {given.model}, {given.size}×{given.size}', sep='; ')
+    print(heading(torch.cuda.get_device_name() if device.type == 'cuda' else ''))
+    print(f'{given.model}, {given.size}×{given.size}, {"on a GPU" if device.type == "cuda" else "one thread of the CPU"}')
+    shares = {}
     print(f'{"weights":<9} {"batch":>5} {"way":<15} {"pairs/s":>9} {"roofline":>9} {"share":>6}   10⁹ products a pair')
     for dtype in (torch.float32, torch.bfloat16):
         network, peaks = without_dial(load_model(given.model, device)).to(dtype), peaks_of(device, dtype)
@@ -119,9 +121,12 @@ def main():
                         took = seconds_of(call, device, calls=max(1, math.ceil(16 / batch)))
                         best[name] = min(best.get(name, took), took)
             for name, seconds in best.items():
+                shares[dtype] = max(shares.get(dtype, 0), least / seconds)
                 print(f'{str(dtype).removeprefix("torch."):<9} {batch:>5} {name:<15} {batch / seconds:>9.1f} {batch / least:>9.1f} {least / seconds:>6.0%}   {products / batch:.2f}',
                       flush=True)
         print(f'{"":9} measured here: {peaks[0] / 1e12:.3g} · 10¹² products, {peaks[1] / 1e9:.3g} GB a second')
+    for dtype, share in shares.items():
+        print(ratio(f'{given.model} in {str(dtype).removeprefix("torch.")}, of the roofline', share, percent=True))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
 """What a hundred thousand files take: memory and the time until the first result, and what several processes gain.
 
     python benchmarks/many_files.py
-    python benchmarks/many_files.py --pairs 1000 10000 --results 10000 --triples 200 --jobs 2
+    python benchmarks/many_files.py --pairs 1000 10000 --results 10000 --triples 1000 10000 --jobs 2
 
 Fusing is shown with the pixel maximum of 64×64 pairs, so that nothing but the files counts; every number of pairs in a process of its own,
-which is stopped after `--results` results. Measuring is shown on 256×256 triples: the rate of several processes, each with one thread, over that of one, rounds of both in turn and the best
-of each. Where others use the machine too, look at the processor time of a triple instead: with what several processes cost beside.
+which is stopped after `--results` results. Measuring is shown by one cheap column of triples of that size, for memory, and by all columns of
+`--rated` triples of 256×256: the rate of several processes, each with one thread, over that of one, rounds of both in turn and the best of each.
+Where others use the machine too, look at the processor time of a triple instead: with what several processes cost beside.
 """
 import argparse
 import multiprocessing
@@ -13,8 +14,11 @@ import os
 import re
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+
+from machine import heading, ratio
 
 if __name__ in ('__main__', '__mp_main__'):     # before NumPy and torch start their threads
     for variable in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
@@ -37,9 +41,9 @@ def link_slices(root, sides, number, size):
             (root / folder / f'{i:06d}.png').hardlink_to(root / folder / f'{i % 8:06d}.png')
 
 
-def peak_mebibytes():
-    "Peak resident memory of this process alone; getrusage would count the parent it was forked from."
-    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
+def peak_mebibytes(process='self'):
+    "Peak resident memory of a process alone; getrusage would count the parent it was forked from."
+    return int(re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{process}/status').read_text())[1]) / 1024
 
 
 def fuse_many(root, results):
@@ -61,14 +65,43 @@ def fuse_many(root, results):
     return peak_mebibytes() - before, *first, after / (last[0] - first[0]), 1000 * (last[1] - first[1]) / after
 
 
+def alone(task, *given):
+    "What a task returns, done by a process of its own."
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(task, *given).result()
+
+
 def report_fusing(root, numbers, results):
     "Prints a row for each number of pairs."
     print('   pairs   memory rises by   first result, s (CPU)   pairs/s   CPU ms a pair')
     for number in numbers:
         link_slices(root / str(number), {'CT': 'ct', 'MRI': 'mri'}, number, 64)
-        with multiprocessing.get_context('spawn').Pool(1) as pool:
-            rise, first, first_cpu, rate, cost = pool.apply(fuse_many, (root / str(number), results))
+        rise, first, first_cpu, rate, cost = alone(fuse_many, root / str(number), results)
         print(f'{number:8d} {rise:13.1f} MiB {first:14.2f} ({first_cpu:.2f}) {rate:15.1f} {cost:12.2f}', flush=True)
+
+
+def evaluate_many(root, jobs):
+    "Of a folder: MiB by which the peak of memory rises, MiB of the largest process that measures, seconds until the first row stands in the table, triples a second after it."
+    from medfusion import evaluation
+    moments, peaks, real = [], [], evaluation.GrowingTable.add
+
+    def noted(*given):
+        real(*given)
+        moments.append(time.perf_counter())
+        peaks[:] = [peak_mebibytes(process.pid) for process in multiprocessing.active_children()] if len(moments) % 100 == 0 else peaks
+    evaluation.GrowingTable.add = noted
+    before, start = peak_mebibytes(), time.perf_counter()
+    evaluation.evaluate_folders(root / 'CT', root / 'MRI', root / 'F', path=root / 'table.csv', columns=['SD'], jobs=jobs)
+    return peak_mebibytes() - before, max(peaks), moments[0] - start, (len(moments) - 1) / (moments[-1] - moments[0])
+
+
+def report_evaluating(root, numbers, jobs):
+    "Prints a row for each number of triples."
+    print(f' triples   memory rises by   each of {jobs} processes   first row, s   triples/s')
+    for number in numbers:
+        link_slices(root / f'small{number}', {'CT': 'ct', 'MRI': 'mri', 'F': 'average'}, number, 64)
+        rise, largest, first, rate = alone(evaluate_many, root / f'small{number}', jobs)
+        print(f'{number:8d} {rise:13.1f} MiB {largest:19.1f} MiB {first:14.2f} {rate:11.1f}', flush=True)
 
 
 def measured(paths):
@@ -104,20 +137,23 @@ def report_measuring(root, triples, jobs, rounds=3):
     print('processes   triples/s   CPU ms a triple')
     for number, (wall, computed) in best.items():
         print(f'{number:9d} {1 / wall:11.1f} {computed:17.1f}')
-    print(f'{jobs} processes reach {best[1][0] / best[jobs][0] / jobs:.0%} of {jobs} times the rate of one; by CPU time {best[1][1] / best[jobs][1]:.0%}')
+    print(ratio(f'evaluate, {jobs} processes of {jobs} times one', best[1][0] / best[jobs][0] / jobs, percent=True))
+    print(ratio(f'evaluate, {jobs} processes of {jobs} times one, by processor time', best[1][1] / best[jobs][1], percent=True))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', type=int, nargs='*', default=[1000, 10_000, 100_000])
     parser.add_argument('--results', type=int, default=1000)
-    parser.add_argument('--triples', type=int, default=100)
+    parser.add_argument('--triples', type=int, nargs='*', default=[1000, 10_000])
+    parser.add_argument('--rated', type=int, default=100)
     parser.add_argument('--jobs', type=int, default=2)
     given = parser.parse_args()
+    print(heading())
     with tempfile.TemporaryDirectory() as folder:
         report_fusing(Path(folder), given.pairs, given.results)
-        if given.triples:
-            report_measuring(Path(folder), given.triples, given.jobs)
+        report_evaluating(Path(folder), given.triples, given.jobs)
+        report_measuring(Path(folder), given.rated, given.jobs)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from machine import heading, ratio
 
 
 def method_parts(method, folder):
@@ -100,7 +101,7 @@ def work(method, folder, rounds, pairs):
 
 
 def report(method, pairs, rows, size, exchange):
-    "Prints the table."
+    "Prints the table and the ratios."
     wall = {name: min(seconds for seconds, _ in rounds) for name, rounds in rows.items()}
     print(f'{method}: {size:,} weights, {pairs} pairs of 256 x 256 a step and process, one thread each, {len(rows["one"])} rounds')
     print(f'{"processes":<14}{"pairs/s":>10}{"of n times one":>16}{"CPU ms/pair":>14}{"by CPU time":>14}')
@@ -109,9 +110,11 @@ def report(method, pairs, rows, size, exchange):
         cpu = statistics.median(cpu for _, cpu in rounds)
         worth = statistics.median(one / other for (_, one), (_, other) in zip(rows['one'], rounds))    # round by round
         print(f'{name:<14}{count * pairs / wall[name]:>10.2f}{wall["one"] / wall[name]:>16.0%}{1000 * cpu / pairs:>14.1f}{worth:>14.0%}')
-    print(f'together beside apart: {wall["two apart"] / wall["two together"]:.0%}; averaging {4 * size / 1e6:.2f} MB of gradients takes '
+    print(f'averaging {4 * size / 1e6:.2f} MB of gradients takes '
           f'{1000 * exchange:.2f} ms, {exchange / wall["two together"]:.1%} of a step')
-    print(calculation(size), flush=True)
+    print(calculation(size))
+    print(ratio(f'training {method}, two processes of twice one', wall['one'] / wall['two together'], percent=True))
+    print(ratio(f'training {method}, two processes that share a step of two that do not talk', wall['two apart'] / wall['two together'], percent=True), flush=True)
 
 
 def calculation(size, steps=(0.003, 0.01, 0.03)):
@@ -136,6 +139,7 @@ def main():
     given = parser.parse_args()
     if given.folder:
         return work(given.method, given.folder, given.rounds, given.pairs)
+    print(heading(), flush=True)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from medfusion.phantom import write_phantom

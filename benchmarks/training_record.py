@@ -10,7 +10,6 @@ trainings: averaged weights, a teacher, and the terms that paint lesions. `--ent
 """
 import argparse
 import datetime
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import pandas as pd
 import torch
 import yaml
 from accelerate import Accelerator
+from machine import ROOT, heading, processor
 
 from medfusion import wavelet_fusion, wavelet_lite
 from medfusion.baselines import maximum
@@ -27,19 +27,10 @@ from medfusion.evaluation import evaluate, reported_columns
 from medfusion.runs import seed_everything
 from medfusion.training import loaders, run_epoch
 
-ROOT, RECORD = Path(__file__).resolve().parents[1], Path(__file__).with_name('training_record.csv')
+RECORD = Path(__file__).with_name('training_record.csv')
 LEFT_OUT = ('w_lesion', 'w_detection', 'w_imitation')
 METHODS = {'wavelet': ('wavelet_table', lambda recipe: wavelet_fusion.WaveletFusion(recipe['width'], cycle_spin=True, white_bone=True), wavelet_fusion.training_step),
            'wavelet-lite': ('wavelet-lite_shipped', lambda recipe: wavelet_lite.WaveletLite(), partial(wavelet_lite.training_step, teacher=None))}
-
-
-def processor():
-    "The name of the processor, as Linux tells it, or of its kind."
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
 def better_columns(model, val, of_maximum):
@@ -85,6 +76,7 @@ def main():
     parser.add_argument('--enter', action='store_true', help=f'add a row to {RECORD.name}')
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     seconds, epoch, columns = train_until_better(options.method, options.data, options.epochs, options.lr, options.seed)
     if len(columns) < 5:
         raise SystemExit(f'Not better than the maximum in five columns after {epoch} epochs; give it more (--epochs).')

@@ -18,7 +18,7 @@ project, version, copyright = (settings['DEFAULT'][name] for name in ('lib_name'
 
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
 root_doc = 'docs/index'
-include_patterns = ['docs/*.md', 'nbs/*.ipynb', '*.md', 'results/README.md', 'Dataset/README.md']
+include_patterns = ['docs/*.md', 'nbs/*.ipynb', '*.md', 'results/README.md', 'benchmarks/README.md', 'Dataset/README.md']
 nb_execution_mode = 'off'               # their outputs are committed
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3

@@ -18,9 +18,10 @@ from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters, read_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'results/README.md', 'docs/notebooks.md', 'docs/index.md']
+PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'results/README.md', 'benchmarks/README.md', 'docs/notebooks.md', 'docs/index.md']
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
-sys.path.insert(0, str(ROOT / '.ci'))
+sys.path[:0] = [str(ROOT / '.ci'), str(ROOT / 'benchmarks')]
+import machine  # noqa: E402  (it lies in benchmarks)
 import tables  # noqa: E402  (it lies in .ci)
 
 
@@ -155,6 +156,17 @@ def test_no_number_of_a_result_is_typed_by_hand():
         text = (ROOT / page).read_text(encoding='utf-8')
         by_hand = re.sub(r'<!-- (.+?) -->.*?<!-- end of \1 -->', '', text, flags=re.DOTALL)
         assert re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\w)', by_hand.replace('Apache-2.0', '').replace('apache-2.0', '')) == []
+
+
+def test_ratios_are_read_as_the_benchmarks_print_them():
+    printed = '\n'.join(['a table', machine.ratio('a, by b', 1.234, remark='slower elsewhere'), machine.ratio('c: d', .9, percent=True)])
+    assert tables.ratios(printed) == {'a, by b': (1.23, ' times', 'slower elsewhere'), 'c: d': (90, '%', '')}
+
+
+def test_what_the_readme_says_of_speed_is_what_was_recorded():
+    value, *_ = tables.ratios((ROOT / 'benchmarks/cpu_speed.txt').read_text(encoding='utf-8'))['wavelet-lite, as fast as wavelet']
+    said, = re.findall(r'more than (\w+) times as fast', TEXT)
+    assert ['five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve'].index(said) + 5 == int(value)
 
 
 def test_the_demonstration_judges_what_was_trained(tmp_path, monkeypatch, capsys):
