@@ -27,11 +27,13 @@ def constant_around(images, reach=3):
     return ~near
 
 # %% ../nbs/11_certain_pixels.ipynb #02e1254f
-def faint_before(image, other, even):
-    """A `gate` for slices (B, 1, H, W) in [0, 1]: 0 where `image` is `even` (bool) and the brighter one by 16 grey levels of 255 or more, and
-    `other` has up to 24; 1 where it is not even, or saturated, or not the brighter one, or `other` has 40 or more."""
-    shown = torch.maximum(16 * (other - 24 / 255), 1 - 16 * (image - other)).clamp(0, 1)
-    return torch.where(even & (image < 1), shown, 1)
+def faint_before(ct, mri, even_ct, even_mri):
+    """A `gate` for slices (B, 1, H, W) in [0, 1]: 0 where the brighter one is even, by 16 grey levels of 255 or more the brighter one, and the darker one
+    has up to 24; 1 where it is not even, or saturated, or about as dark, or where the darker one has 40 or more. even_ct, even_mri: bool, of `constant_around`."""
+    brighter, darker = torch.maximum(ct, mri), torch.minimum(ct, mri)
+    even = torch.where(ct > mri, even_ct, even_mri) & (brighter < 1)
+    shown = torch.maximum(16 * darker - 16 * 24 / 255, 1 - 16 * (brighter - darker)).clamp(0, 1)
+    return torch.where(even, shown, 1)
 
 # %% ../nbs/11_certain_pixels.ipynb #613752fd
 def keep_certain(fused, ct, mri, gate=1.0, white_bone=False):
@@ -41,7 +43,7 @@ def keep_certain(fused, ct, mri, gate=1.0, white_bone=False):
     white_bone: not where the CT is saturated."""
     brighter = torch.maximum(ct, mri)
     even_ct, even_mri = constant_around(torch.cat([ct, mri], 1)).split(1, 1)
-    gate = gate * faint_before(ct, mri, even_ct) * faint_before(mri, ct, even_mri)
+    gate = gate * faint_before(ct, mri, even_ct, even_mri)
     if white_bone:
         gate = gate * (16 * (1 - ct)).clamp(0, 1)  # 0 where the CT is saturated, 1 up to 15/16
     return torch.where(even_ct & even_mri, brighter, brighter + gate * (fused - brighter)).clamp(0, 1)
