@@ -43,7 +43,7 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(dataset, tmp_path):
     (tmp_path / 'ablation/wavelet_two').mkdir(parents=True)
     recipe(tmp_path / 'ablation/wavelet_two', 'without_vif', w_vif=0.0)
     given = {'recipes': [recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)], 'epochs': 1, 'make': 'missing', 'left_out': ['3', '5'],
-             'kinds': ['haematoma'], 'record': tmp_path / 'ablation.csv', 'folds': tmp_path / 'folds', 'save_dir': tmp_path / 'runs', 'data': dataset}
+             'kinds': ['haematoma'], 'paintings': 8, 'record': tmp_path / 'ablation.csv', 'folds': tmp_path / 'folds', 'save_dir': tmp_path / 'runs', 'data': dataset}
     done = papermill('91_ablation.ipynb', tmp_path, **given)
     assert done.returncode == 0, done.stderr[-2000:]
     made = pd.read_csv(given['record'], keep_default_na=False)
