@@ -1,4 +1,4 @@
-"""The notebooks that train many networks, by papermill at small size: the ablation and the folds."""
+"""The notebooks that train many networks, by papermill at small size: the ablation, the folds, and the trial of a leaking split."""
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +35,42 @@ def recipe(folder, name, **values):
 
 
 def test_the_ablation_trains_the_rows_that_its_record_lacks(dataset, tmp_path):
-    record = tmp_path / 'ablation.csv'
-    given = {'recipe': recipe(tmp_path, 'wide'), 'ablation_files': [recipe(tmp_path, 'narrow', width=4)], 'epochs': 1, 'make': 'missing',
-             'record': record, 'save_dir': tmp_path / 'runs', 'data_dir': dataset}
+    "A recipe that goes on from another one does so from the fold that left out the same cases; a finished run is taken as it is."
+    first = {'data': dataset, 'fold_epochs': 1, 'make': 'missing', 'kinds': ['haematoma'], 'records': tmp_path / 'folds', 'save_dir': tmp_path / 'results',
+             'recipes': [recipe(tmp_path, 'wavelet_one')], 'cases': ['3,5']}
+    done = papermill('92_cross_validation.ipynb', tmp_path, **first)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / 'ablation/wavelet_two').mkdir(parents=True)
+    recipe(tmp_path / 'ablation/wavelet_two', 'without_vif', w_vif=0.0)
+    given = {'recipes': [recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)], 'epochs': 1, 'make': 'missing', 'left_out': ['3', '5'],
+             'kinds': ['haematoma'], 'paintings': 8, 'record': tmp_path / 'ablation.csv', 'folds': tmp_path / 'folds', 'save_dir': tmp_path / 'runs', 'data': dataset}
     done = papermill('91_ablation.ipynb', tmp_path, **given)
     assert done.returncode == 0, done.stderr[-2000:]
-    made = pd.read_csv(record, keep_default_na=False)
-    assert list(made.change) == ['', 'narrow'] and (made.VIF.astype(float) > 0).all()
-    assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == ['wide-as_it_is-1-seed0', 'wide-narrow-1-seed0']
+    made = pd.read_csv(given['record'], keep_default_na=False)
+    assert list(made.change) == ['', 'without_vif'] and (made.VIF.astype(float) > 0).all() and (made['η haematoma'].astype(float) >= 0).all()
+    runs = [tmp_path / f'runs/wavelet_two-{change}-1-seed0' for change in ('as_it_is', 'without_vif')]
+    told = [read_json(run / 'run.json') for run in runs]
+    assert all(one['parameters']['start'] == str(tmp_path / 'folds/wavelet_one-without-3-5') and set(one['split']['train']) == {'1', '2', '4'} for one in told)
+    given['record'].unlink()
+    assert papermill('91_ablation.ipynb', tmp_path, **given).returncode == 0
+    assert [read_json(run / 'run.json')['started'] for run in runs] == [one['started'] for one in told]
+    assert pd.read_csv(given['record'], keep_default_na=False).equals(made)
+
+
+def test_two_splits_of_the_same_slices(dataset, tmp_path):
+    "By case nothing of the cases that judge is in training; by slice some of their slices are, and as many slices in all."
+    given = {'data': dataset, 'recipe': recipe(tmp_path, 'wavelet_tiny'), 'epochs': 1, 'judged': ['1', '3'], 'draws': [1, 2], 'make': 'all',
+             'record': tmp_path / 'split.csv', 'save_dir': tmp_path / 'runs'}
+    done = papermill('95_leaking_split.ipynb', tmp_path, **given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = pd.read_csv(given['record'], comment='#', dtype={'case': str}).set_index(['split', 'draw'])
+    assert set(made.loc['by case'].seen) == {'nothing'} and set(made.loc['by slice'].seen) <= {'itself', 'others', 'nothing'} and set(made.case) == {'1', '3'}
+    trained_on = {run: {path.name for path in (tmp_path / f'runs/slices/{run}/CT').iterdir() if not path.name.startswith('phantom')}
+                  for run in ('by_case-1', 'by_case-2', 'by_slice-1', 'by_slice-2')}
+    assert {len(names) for names in trained_on.values()} == {6} and trained_on['by_case-1'] == trained_on['by_case-2']
+    for draw in (1, 2):
+        own = made.loc[('by slice', draw)]
+        assert set(own.name[own.seen == 'itself']) == {name for name in trained_on[f'by_slice-{draw}'] if name[0] in '13'}
 
 
 def test_folds_in_two_stages(dataset, tmp_path):
