@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test long fuzz any-cpu count lab export notebooks docs dicom-check tables benchmark browser lock record ship
+.PHONY: help demo test long fuzz any-cpu count lab export notebooks docs dicom-check ray tables benchmark browser lock record ship
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
@@ -63,6 +63,11 @@ docs: $(READY)   ## build the site of the notebooks, _docs/html/docs/index.html 
 dicom-check: $(READY)  ## check derived DICOM series by dciodvfy (apt-get install dicom3tools) and highdicom (fetched the first time)
 	@$(BIN)/python -c 'import highdicom' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check highdicom
 	$(BIN)/python .ci/dicom_check.py
+
+ray: $(READY)    ## fuse on a Ray cluster of this machine, whose workers are killed, too (fetches Ray the first time)
+	@$(BIN)/python -c 'import ray.data, pyarrow' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[ray]'
+	MEDFUSION_REQUIRE_RAY=1 $(BIN)/python -m pytest -q tests/test_engines.py
 
 tables: $(READY) ## write the tables of README.md and MODEL_CARD.md from recorded results
 	$(BIN)/python .ci/tables.py

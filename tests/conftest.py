@@ -4,13 +4,17 @@ that several of them import from here.
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -136,6 +140,38 @@ def notebook(folder, *cells, tags=('parameters',)):
          'execution_count': None, 'metadata': {'tags': list(tags)} if i == 0 else {}}
         for i, source in enumerate(cells)]}))
     return path
+
+
+def write_slices(root, number, sides=('ct', 'mri'), size=48):
+    "The folder `root`, in which there are now so many slices in CT, MRI and, if there is a third of these sides of a phantom slice, F: links to eight that differ."
+    from medfusion.files import to_depth, write_image
+    from medfusion.phantom import phantom_slice
+    heads = [phantom_slice('1', i, slices=8, size=64) for i in range(8)]
+    for folder, side in zip(('CT', 'MRI', 'F'), sides):
+        (root / folder).mkdir(parents=True)
+        for i, head in enumerate(heads):
+            write_image(root / folder / f'{i:06d}.png', to_depth(getattr(head, side)[:size, :size], 'uint8'))
+        for i in range(8, number):
+            (root / folder / f'{i:06d}.png').hardlink_to(root / folder / f'{i % 8:06d}.png')
+    return root
+
+
+def memory_of(process):
+    "MiB of memory of its own that the process of this number uses, 0 where it has ended; of files that it maps, what else the machine does decides how much."
+    status = Path(f'/proc/{process}/status')
+    told = re.search(r'RssAnon:\s+(\d+)', status.read_text()) if status.exists() else None
+    return int(told[1]) // 1024 if told else 0
+
+
+def peak_memory(process):
+    "The largest `memory_of` a process and of those that it began, added up; looked at until it ends."
+    peaks = {}
+    while process.poll() is None:
+        with suppress(OSError, psutil.NoSuchProcess):        # it has ended meanwhile
+            for number in (process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))):
+                peaks[number] = max(peaks.get(number, 0), memory_of(number))
+        time.sleep(0.05)
+    return sum(peaks.values())
 
 
 def begin_child(function):

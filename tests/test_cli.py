@@ -712,6 +712,7 @@ def test_help_prints_the_parameters_of_the_notebook(clone):
         text = medfusion('train', *method, '--help').stdout
         assert 'num_epochs=20' in text and 'passes' in text and 'run="latest"' in text
     assert 'num_epochs' not in medfusion('train', '--help').stdout
+    assert all(f'METHOD <str>  one of {", ".join(inference.methods())}  ' in medfusion(command, '--help').stdout for command in ('train', 'sweep'))
     assert 'checkpoints=["wavelet", "resnet"]' in medfusion('benchmark', '--help').stdout
 
 

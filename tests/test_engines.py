@@ -1,4 +1,11 @@
-"""Fusing on a Ray cluster that is begun here: the results of one process, and nothing lost or done twice, whoever is killed."""
+"""Fusing on a Ray cluster that is begun here: the results of one process, and nothing lost or done twice, whoever is killed.
+
+`make ray` runs all of it. Elsewhere these tests are skipped where Ray is missing; with MEDFUSION_REQUIRE_RAY=1 that is a failure.
+
+What is promised of a kill: each pair has one result, which one line of the record tells, and a result that stood there whole is not made again. The
+record may tell twice, in the same words, of what was on its way when a worker died: its line comes first. In a folder these are the pairs that its
+threads were writing; elsewhere those of its block.
+"""
 import json
 import os
 import re
@@ -15,17 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import memory_of, write_slices
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.files import read_image, to_depth, write_image
+from medfusion.engines import block_size
+from medfusion.files import read_image, sha256_of
 from medfusion.inference import fuse_folder
-from medfusion.phantom import phantom_slice
 
-engine = pytest.mark.skipif(not (find_spec('ray') and find_spec('pyarrow')), reason='Ray Data is not installed: pip install "medfusion[ray]"')
+MISSING = '' if find_spec('ray') and find_spec('pyarrow') else 'Ray Data is not installed: make ray, or pip install "medfusion[ray]"'
+engine = pytest.mark.skipif(bool(MISSING) and os.environ.get('MEDFUSION_REQUIRE_RAY') != '1', reason=MISSING)
 
 RUN = """
-import json, re, sys
+import json, sys
 from pathlib import Path
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from medfusion.engines import fuse_on_ray
@@ -33,21 +42,8 @@ root, address, kind, model = sys.argv[1:]
 far = SubTreeFileSystem(root, LocalFileSystem()) if kind == 'elsewhere' else None
 folders = ['CT', 'MRI', 'out'] if far else [Path(root, name) for name in ('CT', 'MRI', 'out')]
 report = fuse_on_ray(*folders, model, progress=False, address=address, filesystem=far)
-peak = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024
-print(json.dumps({'fused': len(report.fused), 'skipped': len(report.skipped), 'failed': report.failed, 'peak': peak}))
+print(json.dumps({'fused': len(report.fused), 'skipped': len(report.skipped), 'failed': report.failed}))
 """
-
-
-def write_pairs(root, number, size=48):
-    "So many pairs, links to eight that differ."
-    heads = [phantom_slice('1', i, slices=8, size=64) for i in range(8)]
-    for side in ('CT', 'MRI'):
-        (root / side).mkdir()
-        for i, head in enumerate(heads):
-            write_image(root / side / f'{i:06d}.png', to_depth(getattr(head, side.lower())[:size, :size], np.uint8))
-        for i in range(8, number):
-            (root / side / f'{i:06d}.png').hardlink_to(root / side / f'{i % 8:06d}.png')
-    return root
 
 
 def names_in(folder):
@@ -55,14 +51,35 @@ def names_in(folder):
 
 
 def results(out):
-    "How many lines the record, and the parts of it, have for each file."
+    "How often the record, and the parts of it, have each line about a result, {(file, SHA-256 of the result, the whole line): times}."
     texts = [path.read_text() for path in (out / 'fused.jsonl', *out.glob('fused.parts/*'))]
-    return Counter(line['file'] for text in texts for line in map(json.loads, text.splitlines()) if 'file' in line)
+    lines = [line for text in texts for line in text.split('\n')[:-1]]      # what follows the last is being written
+    return Counter((told['file'], told['sha256'], line) for line in lines if 'file' in (told := json.loads(line)))
+
+
+def standing(out):
+    "{name: (number of the file on the disk, when it was written)} of the results that are there whole, as the record says."
+    told = {(file, sha256) for file, sha256, _ in results(out)}
+    found = {path.name: path for path in out.glob('*.png') if (path.name, sha256_of(path)) in told}
+    return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in found.items()}
+
+
+def check_once(out, number, before, killed, kind):
+    "Whether there are so many results, of which those `before` a kill of so many workers were not touched, and the record tells of each as was promised."
+    lines, there = results(out), standing(out)
+    assert len(lines) == len({file for file, *_ in lines}) == len(there) == len(names_in(out)) == number
+    assert before.items() <= there.items()
+    twice = {file: times for (file, *_), times in lines.items() if times > 1}
+    assert not twice.keys() & before.keys() and set(twice.values()) <= {2}
+    assert len(twice) <= killed * (8 if kind == 'folder' else block_size(number, 8, workers=2))
+    assert len(fuse_folder(out.parent / 'CT', out.parent / 'MRI', out, 'maximum', progress=False).skipped) == number
 
 
 @pytest.fixture(scope='module')
 def cluster():
     "(address, folder) of a Ray cluster of two workers on loopback, which ends with these tests. On a busy machine Ray may give up at the first attempt."
+    if MISSING:
+        pytest.fail(MISSING)
     folder = tempfile.mkdtemp(prefix='ray', dir='/tmp')      # short, because paths of sockets are
     patch = pytest.MonkeyPatch()
     patch.setenv('RAY_AUTH_MODE', 'disabled')                # a cluster begun where ~/.ray/auth_token is asks for it, and a given address does not send it
@@ -121,7 +138,7 @@ def end(process):
 @engine
 def test_twenty_pairs(cluster, tmp_path, monkeypatch):
     "By the command, and then as if the folders were an object store: the results, report and record of fuse_folder."
-    root = write_pairs(tmp_path, 20)
+    root = write_slices(tmp_path, 20)
     (root / 'MRI' / '000003.png').unlink()
     for name, data in (('000004.png', b'no picture'), ('000005.png', b'')):
         (root / 'CT' / name).unlink()
@@ -137,7 +154,7 @@ def test_twenty_pairs(cluster, tmp_path, monkeypatch):
     assert far['fused'] == 17 and not list(root.glob('out/fused.parts/*'))
     for name, why in plain.failed.items():
         assert re.sub(r'subtree:(?=CT|MRI)', f'{root}/', far['failed'][name]) == why
-    assert names_in(root / 'out') == names_in(root / 'plain') and results(root / 'out') == results(root / 'plain')
+    assert names_in(root / 'out') == names_in(root / 'plain') == sorted(file for file, *_ in results(root / 'out').elements())
     for name in plain.fused:
         assert np.abs(read_image(root / 'out' / name).astype(int) - read_image(root / 'plain' / name)).max() <= 1, name
     assert fuse_folder(root / 'CT', root / 'MRI', root / 'out', progress=False).skipped == plain.fused
@@ -150,7 +167,7 @@ def test_an_engine_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv('RAY_TMPDIR', folder)
     monkeypatch.setenv('HOME', str(tmp_path))        # an engine of this machine makes itself a token there
     monkeypatch.delenv('RAY_AUTH_MODE', raising=False)
-    root = write_pairs(tmp_path, 8)
+    root = write_slices(tmp_path, 8)
     done = subprocess.run([sys.executable, '-m', 'medfusion', 'fuse', root / 'CT', root / 'MRI', '-o', root / 'out', '-m', 'maximum', '--engine', 'ray'],
                           capture_output=True, text=True)
     shutil.rmtree(folder)
@@ -162,16 +179,14 @@ def test_an_engine_of_this_machine(tmp_path, monkeypatch):
 @pytest.mark.fault('fuse on an engine', 'a worker killed')
 @pytest.mark.parametrize('kind', ['folder', 'elsewhere'])
 def test_a_worker_that_is_killed(cluster, tmp_path, kind):
-    root = write_pairs(tmp_path, 2000)
+    root = write_slices(tmp_path, 2000)
     process = begin(root, cluster, kind)
     wait_for(300, root, process)
-    os.kill(workers(cluster[1])[0], signal.SIGKILL)
+    victim, before = workers(cluster[1])[0], standing(root / 'out')
+    os.kill(victim, signal.SIGKILL)
     said = end(process)
     assert said['fused'] + said['skipped'] == 2000 and not said['failed']
-    lines = results(root / 'out')
-    assert len(lines) == len(names_in(root / 'out')) == 2000
-    assert lines.total() <= 2000 + 16        # what was on its way when it died
-    assert len(fuse_folder(root / 'CT', root / 'MRI', root / 'out', 'maximum', progress=False).skipped) == 2000
+    check_once(root / 'out', 2000, before, killed=1, kind=kind)
 
 
 @engine
@@ -179,40 +194,33 @@ def test_a_worker_that_is_killed(cluster, tmp_path, kind):
 @pytest.mark.fault('fuse on an engine', 'the driver killed')
 @pytest.mark.parametrize('kind', ['folder', 'elsewhere'])
 def test_a_driver_that_is_killed(cluster, tmp_path, kind):
-    root = write_pairs(tmp_path, 2000)
+    root = write_slices(tmp_path, 2000)
     process = begin(root, cluster, kind)
     wait_for(300, root, process)
     process.kill()
     process.communicate()
     while workers(cluster[1]):
         time.sleep(0.1)
-    there = names_in(root / 'out')
+    before = standing(root / 'out')
     said = end(begin(root, cluster, kind))
-    assert len(there) <= said['skipped'] + 16 and said['fused'] + said['skipped'] == 2000 and not said['failed'] and said['fused'] < 1800
-    lines = results(root / 'out')
-    assert len(names_in(root / 'out')) == len(lines) == 2000 and lines.total() <= 2000 + 16 * 2
-    assert len(fuse_folder(root / 'CT', root / 'MRI', root / 'out', 'maximum', progress=False).skipped) == 2000
-
-
-def resident(process):
-    "MiB of memory that a process has now."
-    return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process}/status').read_text())[1]) // 1024
+    assert said['skipped'] == len(before) > 200 and said['fused'] == 2000 - len(before) and not said['failed']
+    check_once(root / 'out', 2000, before, killed=2, kind=kind)
 
 
 @engine
 @pytest.mark.long
 def test_memory_is_flat(cluster, tmp_path):
     "Of the driver from the first 2,000 of 10,000 pairs to the last, of the workers from 6,000 on: Ray begins the second one late, and a worker grows until it is warm."
-    root = write_pairs(tmp_path, 10_000)
+    root = write_slices(tmp_path, 10_000)
     process = begin(root, cluster)
     wait_for(2000, root, process)
-    before = {process.pid: resident(process.pid)}
+    before = {process.pid: memory_of(process.pid)}
     wait_for(6000, root, process)
-    before |= {number: resident(number) for number in workers(cluster[1])}
+    before |= {number: memory_of(number) for number in workers(cluster[1])}
     wait_for(9500, root, process)
-    after = {number: resident(number) for number in before}
+    after = {number: memory_of(number) for number in before}
     said = end(process)
-    assert said['fused'] == 10_000 and len(before) == 3
+    assert said['fused'] == 10_000 and len(before) > 1
     assert all(after[number] - before[number] < 48 for number in before), (before, after)
 
 

@@ -17,7 +17,7 @@ from medfusion.inference import fuse, load_model, model_sha256, shipped_models
 from medfusion.phantom import phantom_slice
 
 
-@pytest.mark.parametrize('name', [pytest.param('wavelet', marks=pytest.mark.long), 'resnet'])    # nbs/28_exporting exports the wavelet network
+@pytest.mark.parametrize('name', shipped_models())
 def test_files_from_outside_are_fused_alike(name, tmp_path):
     "16 bits, odd sizes, several at once: what `fuse` writes, to one of 65,535 levels."
     session = onnx_session(export_onnx(name, tmp_path / 'network.onnx'))

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import begin_child, in_child
+from conftest import begin_child, in_child, peak_memory, write_slices
 from PIL import Image, ImageCms
 from torch import nn
 
@@ -789,18 +791,43 @@ def at_once(*tasks):
     return results
 
 
-def test_shards_together_are_one_run(folders):
-    "Sixteen of them, side by side into one folder: each pair once, the same files, the same lines in the record."
+def told_in(out, without=()):
+    "What the record of a folder tells of its results, {file: what}, each of which it tells once."
+    lines = [line for line in map(json.loads, (out / 'fused.jsonl').read_text().splitlines()) if 'file' in line]
+    told = {line['file']: {name: value for name, value in line.items() if name not in without} for line in lines}
+    assert len(lines) == len(told)
+    return told
+
+
+@pytest.mark.parametrize('model, levels, without', [('maximum', 0, ()), ('wavelet-lite', 1, ('sha256',))])
+def test_shards_together_are_one_run(folders, model, levels, without):
+    "Sixteen of them, side by side into one folder: each pair once, the same names and record; of a network to one grey level, for batches are others."
+    for i in range(42):                                                      # of six kinds; by these names no shard stays empty
+        for side in ('CT', 'MRI'):
+            shutil.copy(folders / side / f'5{i % 6:03d}.png', folders / side / f'6{7 * i:03d}.png')
     (folders / 'MRI' / names_in(folders / 'MRI')[0]).unlink()                # one that fails fails in one shard only
-    reports = at_once(*(partial(run, folders, shard=f'{k}/16') for k in range(1, 17)))
-    shards = {path.name: path.read_bytes() for path in (folders / 'out').glob('*.png')}
-    lines = sorted((folders / 'out/fused.jsonl').read_text().splitlines()[1:])
-    shutil.rmtree(folders / 'out')
-    whole = run(folders)
-    assert sorted(name for report in reports for name in report.fused) == whole.fused and len(whole.fused) == 5
+    reports = at_once(*(partial(run, folders, model, shard=f'{k}/16') for k in range(1, 17)))
+    whole = run(folders, model, 'whole')
+    assert all(report.fused for report in reports)
+    assert sorted(name for report in reports for name in report.fused) == whole.fused == names_in(folders / 'out') and len(whole.fused) == 47
     assert sorted(name for report in reports for name in report.failed) == list(whole.failed)
-    assert {path.name: path.read_bytes() for path in (folders / 'out').glob('*.png')} == shards    # of a rule: no batch decides
-    assert [line for line in lines if '"file"' in line] == sorted((folders / 'out/fused.jsonl').read_text().splitlines()[1:])
+    assert told_in(folders / 'out', without) == told_in(folders / 'whole', without)
+    for name in whole.fused:
+        parts, one = (read_image(folders / out / name) for out in ('out', 'whole'))
+        assert parts.dtype == one.dtype and np.abs(parts.astype(int) - one).max() <= levels, name
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is looked up in /proc')
+def test_memory_of_ten_thousand_pairs(tmp_path):
+    "The command takes no more than for 500, but for 32 MiB: names, and what is known of each result. (The slices would be 320 MB.)"
+    memory = {}
+    for number in (500, 10_000):
+        root = write_slices(tmp_path / str(number), number, size=64)
+        process = subprocess.Popen([sys.executable, '-m', 'medfusion', 'fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum'], cwd=root, stdout=subprocess.DEVNULL)
+        memory[number] = peak_memory(process)
+        assert process.returncode == 0 and len(names_in(root / 'out')) == number
+    assert memory[10_000] - memory[500] < 32, memory
 
 
 @pytest.mark.parametrize('shard', ['0/4', '5/4', '3', 'a/b', '1/0', '-1/4'])

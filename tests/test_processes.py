@@ -1,6 +1,7 @@
 """Training on several processes: forked ones on this machine, joined by gloo; the command and torchrun in `make long`."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +17,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from typer.testing import CliRunner
 
-from medfusion import losses, resnet_fusion, wavelet_fusion
+from medfusion import losses, resnet_fusion, wavelet_fusion, wavelet_lite
 from medfusion.backbone import FeatureCache, load_backbone
 from medfusion.cli import app, say
 from medfusion.data import CTMRIDataset
 from medfusion.detectability import DetectionTerm
+from medfusion.inference import load_model, start_from
 from medfusion.phantom import write_phantom
 from medfusion.processes import Process, ProcessLost, check_processes, leave_to_first, mean_over_step, this_process
 from medfusion.runs import checkpoint_files, claim_folder, load_checkpoint, open_run, read_run, seed_everything
@@ -38,15 +40,15 @@ def quick():
     torch.set_num_threads(threads)
 
 
-def together(count, folder, function):
-    "How `count` processes end that each run `function`, as torchrun would have started them: their exit codes."
+def together(count, folder, function, seconds=600):
+    "How `count` processes end that each run `function`, as torchrun would have started them: their exit codes. None lives longer than so many seconds."
     store, children = folder / 'store', []
     for number in range(count):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                signal.alarm(600)    # nobody waits for ever for one that is gone
+                signal.alarm(seconds)    # nobody waits for ever for one that is gone
                 AcceleratorState._reset_state(reset_partial_state=True)    # torchrun's processes begin without one of an earlier training
                 if count > 1:
                     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
@@ -158,9 +160,9 @@ def test_several_processes_take_the_steps_of_one(tmp_path, count, length, capfd)
 
 
 def written(folder):
-    "The bytes of every file that a run left; not the record, which holds times."
+    "The bytes of every file that a run left; not the record and the executed notebook, which hold times."
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*'))
-            if path.is_file() and path.name not in ('.running.lock', 'run.json')}
+            if path.is_file() and path.name not in ('.running.lock', 'run.json', 'executed.ipynb')}
 
 
 @pytest.mark.fault('train', 'one of two processes killed')
@@ -175,7 +177,7 @@ def test_one_of_two_is_killed_and_the_run_goes_on_to_the_same_files(tmp_path, by
         except ProcessLost as error:
             sentence.write_text(str(error))
             raise SystemExit(1) from None
-    codes = together(2, tmp_path, lose_one)
+    codes = together(2, tmp_path, lose_one, seconds=60)    # within a minute, in which there is all the training before, too
     assert codes[by] == -signal.SIGKILL and codes[1 - by] == 1
     assert sentence.read_text() == 'Another of the 2 processes of this training has ended, so this one ends, too.'
     assert read_run(killed / 'a')['state'] == 'interrupted'
@@ -234,6 +236,27 @@ def train_wavelet(train, val, folder, epochs=1, terms=False):
                companion=detection)
 
 
+def train_dial(train, val, folder, epochs, start):
+    "What the wavelet notebook does to train the dial of a network that is there."
+    seed_everything(0)
+    model = wavelet_fusion.WaveletFusion(width=4, dial=True)
+    start_from(model, start)
+    model.network.requires_grad_(False)
+    detection, weights = DetectionTerm(train), {'mse': 1.0, 'ssim': 1.0, 'detection': 4.0, 'invented': 1.0}
+    step = partial(wavelet_fusion.dial_step, dial=4.0, weights=weights, detection=detection)
+    fit_method('trainable_wavelet_fusion', model, step, train, val, folder, epochs, torch.optim.Adam(model.dial.parameters(), lr=1e-3), clip=1.0,
+               companion=detection)
+
+
+def train_lite(train, val, folder, epochs, teacher):
+    "What the notebook of the small network does to train, with a term that draws for itself."
+    seed_everything(0)
+    model, detection = wavelet_lite.WaveletLite(width=4), DetectionTerm(train)
+    weights = {'imitation': 20.0, 'mse': 1.0, 'ssim': 1.0, 'detection': 1.0}
+    step = partial(wavelet_lite.training_step, teacher=load_model(teacher, device='cpu'), weights=weights, detection=detection)
+    fit_method('wavelet_lite', model, step, train, val, folder, epochs, torch.optim.Adam(model.parameters(), lr=1e-3), clip=1.0, companion=detection)
+
+
 def train_resnet(train, val, folder, epochs):
     "What the ResNet notebook does to train, with a cache of features and the perceptual term."
     cfg = resnet_fusion.Config(save_dir=str(folder), crop=96, backbone_weights='none', deepest='layer2', perceptual_stages='stem layer1', w_lesion=1.0)
@@ -265,6 +288,15 @@ def test_two_processes_train_with_terms_that_draw_as_one_does(tmp_path):
     check_method(partial(train_wavelet, terms=True), phantoms(tmp_path, 176, augment=True, crop=128), tmp_path, 3, weights=1e-5)
 
 
+@pytest.mark.parametrize('train', [train_dial, train_lite])
+def test_two_processes_train_on_a_network_that_is_there_as_one_does(tmp_path, train):
+    "The dial of one that was trained before, and a small one that imitates it."
+    sets = phantoms(tmp_path, 176, augment=True, crop=128)
+    assert together(1, tmp_path, partial(train_wavelet, *sets, tmp_path / 'before')) == [0]
+    there = tmp_path / 'before/a/checkpoints/intermediate/trainable_wavelet_fusion/epoch_1.pt'
+    check_method(lambda *given: train(*given, str(there)), sets, tmp_path, 2, weights=1e-5)
+
+
 @pytest.mark.long
 def test_two_processes_train_the_resnet_as_one_does(tmp_path):
     check_method(train_resnet, phantoms(tmp_path, 176), tmp_path, 3, weights=1e-4)
@@ -286,62 +318,127 @@ def test_features_are_computed_once_and_shared(tmp_path):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-def command(folder, *words, launcher=('-m', 'medfusion'), **parameters):
-    "`medfusion train wavelet` at smoke size, as a process."
+SMALL = {'wavelet': {'width': 4}, 'resnet': {'backbone_weights': 'medfusion', 'save_every': 1}}
+
+
+def command(folder, *words, launcher=('-m', 'medfusion'), method='wavelet', **parameters):
+    "`medfusion train` of a method at smoke size, as a process."
     data = folder.parent / 'Dataset' / 'train'
-    values = {'ct_dir': data / 'CT', 'mri_dir': data / 'MRI', 'save_dir': folder, 'width': 4, 'batch_size': 4, 'run': 'a', **parameters}
+    values = {'ct_dir': data / 'CT', 'mri_dir': data / 'MRI', 'save_dir': folder, 'batch_size': 4, 'run': 'a', **SMALL[method], **parameters}
     options = [word for name, value in values.items() for word in ('-p', f'{name}={value}')]
-    (folder.parent / 'temporary').mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, *launcher, 'train', 'wavelet', *words, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {'TMPDIR': str(folder.parent / 'temporary')})
+    scratch = folder.parent / 'temporary'
+    scratch.mkdir(exist_ok=True)
+    surroundings = {'TMPDIR': str(scratch), 'HF_HOME': str(scratch), 'CUDA_VISIBLE_DEVICES': ''}    # HF_HOME: where accelerate looks for settings
+    return subprocess.Popen([sys.executable, *launcher, 'train', method, *words, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | surroundings)
+
+
+def ended(process, seconds=600):
+    "(output, complaint) of a process that ends within so many seconds; else it is killed, with all that it began."
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        process.communicate()
+        raise
 
 
 def finished(process):
     "What a process printed that ended well."
-    said, complaint = process.communicate()
+    said, complaint = ended(process)
     assert process.returncode == 0, complaint[-3000:]
     return said
 
 
-def final(folder):
-    return load_checkpoint(folder / 'a/checkpoints/final/trainable_wavelet_fusion/wavelet_fusion_spatial_final.pt')['state_dict']
+def newest(folder, epoch):
+    "The checkpoint of a run after so many epochs."
+    return load_checkpoint(next(folder.glob(f'a/checkpoints/intermediate/*/*epoch_*{epoch}.pt')))
 
 
 @pytest.mark.long
 @pytest.mark.fault('train', 'one of two processes killed')
-def test_the_command_on_two_processes_killed_and_resumed(tmp_path):
-    "As one process to rounding; killed and resumed, as two that nothing disturbed, bit for bit."
+@pytest.mark.parametrize('method, victim, tolerance', [('wavelet', '1', 1e-5), ('resnet', '0', 1e-4)])
+def test_the_command_on_two_processes_killed_and_resumed(tmp_path, method, victim, tolerance):
+    "As one process to rounding; one killed, it ends within a minute; resumed, it is as two that nothing disturbed, bit for bit."
     write_phantom(tmp_path / 'Dataset', cases=4, slices=3, size=64)
     one, two, killed = (tmp_path / name for name in ('one', 'two', 'killed'))
-    finished(command(one, num_epochs=4))
-    said = finished(command(two, '--processes', '2', num_epochs=4))
+    start = partial(command, method=method, epochs=4)
+    finished(start(one))
+    said = finished(start(two, '--processes', '2'))
     assert said.count('epoch   4/4') == 1 and said.count('done: ') == 1
     assert written(one).keys() == written(two).keys() and not list((tmp_path / 'temporary').iterdir())
-    assert numbers(final(two)) == pytest.approx(numbers(final(one)), abs=1e-5)
+    assert numbers(newest(two, 4)['state_dict']) == pytest.approx(numbers(newest(one, 4)['state_dict']), abs=tolerance)
 
-    process = command(killed, '--processes', '2', num_epochs=4)
-    second = killed / 'a/checkpoints/intermediate/trainable_wavelet_fusion/wavelet_fusion_spatial_epoch_2.pt'
-    while not second.exists() and process.poll() is None:
+    process = start(killed, '--processes', '2')
+    while not list(killed.glob('a/checkpoints/intermediate/*/*epoch_*2.pt')) and process.poll() is None:
         time.sleep(0.01)
-    [victim] = [child for child in psutil.Process(process.pid).children() if child.environ()['RANK'] == '1']
-    victim.kill()
-    _, complaint = process.communicate(timeout=300)
-    assert process.returncode == 1 and 'process 1 was killed (SIGKILL), and the training ended with it.' in complaint
-    assert f'is kept in {killed}/a. To go on: medfusion train wavelet --processes 2 ' in complaint and '--run a -p resume=true' in complaint
+    [child] = [child for child in psutil.Process(process.pid).children() if child.environ()['RANK'] == victim]
+    child.kill()
+    _, complaint = ended(process, seconds=60)
+    assert process.returncode == 1 and f'process {victim} was killed (SIGKILL), and the training ended with it.' in complaint
+    if victim == '1':    # else the one who knows is gone
+        assert f'is kept in {killed}/a. To go on: medfusion train {method} --processes 2 ' in complaint and '--run a -p resume=true' in complaint
     assert read_run(killed / 'a')['state'] == 'interrupted'
-    finished(command(killed, '--processes', '2', num_epochs=4, resume='true'))
-    assert numbers(final(killed)) == numbers(final(two))
-    assert (killed / 'a/history.csv').read_bytes() == (two / 'a/history.csv').read_bytes()
+    finished(start(killed, '--processes', '2', resume='true'))
+    assert written(killed) == written(two)
+
+
+TORCHRUN, ACCELERATE, MODULE = ('-m', 'torch.distributed.run'), ('-m', 'accelerate.commands.launch'), ('-m', 'medfusion')
+
+
+@pytest.fixture(scope='module')
+def by_itself(tmp_path_factory):
+    "(a folder with a data set, the weights of `--processes 2` after an epoch)."
+    folder = tmp_path_factory.mktemp('processes')
+    write_phantom(folder / 'Dataset', cases=4, slices=3, size=64)
+    finished(command(folder / 'runs', '--processes', '2', epochs=1))
+    return folder, newest(folder / 'runs', 1)['state_dict']
+
+
+def check_launched(folder, weights):
+    "Whether a run of two processes ended with these weights, but for rounding: launchers may give their processes other numbers of threads."
+    record = read_run(folder / 'a')
+    assert record['state'] == 'finished' and record['device'].endswith(' 2 processes')
+    assert numbers(newest(folder, 1)['state_dict']) == pytest.approx(numbers(weights), abs=1e-6)
 
 
 @pytest.mark.long
-def test_torchrun_starts_the_command(tmp_path):
-    write_phantom(tmp_path / 'Dataset', cases=4, slices=3, size=64)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'medfusion')
-    said = finished(command(tmp_path / 'runs', launcher=torchrun, num_epochs=1))
-    assert said.count('done: ') == 1 and read_run(tmp_path / 'runs/a')['state'] == 'finished'
-    process = command(tmp_path / 'runs', launcher=torchrun, num_epoch=1)
-    assert 'num_epoch is not a parameter' in process.communicate()[1] and process.returncode == 1
+@pytest.mark.parametrize('name, launcher', [('torchrun', (*TORCHRUN, '--standalone', '--nproc-per-node', '2')),
+                                            ('accelerate', (*ACCELERATE, '--multi_gpu', '--num_processes', '2'))])
+def test_other_launchers_start_the_command(by_itself, name, launcher):
+    folder, weights = by_itself
+    assert finished(command(folder / name, launcher=(*launcher, *MODULE), epochs=1)).count('done: ') == 1
+    check_launched(folder / name, weights)
+    process = command(folder / name, launcher=(*launcher, *MODULE), num_epoch=1)
+    assert 'num_epoch is not a parameter' in ended(process)[1] and process.returncode == 1
+
+
+@pytest.mark.long
+def test_accelerate_starts_one_process_where_it_is_told_of_a_cpu(by_itself):
+    "As nbs/10_training says."
+    finished(command(by_itself[0] / 'one', launcher=(*ACCELERATE, '--cpu', '--num_processes', '2', *MODULE), epochs=1))
+    assert 'processes' not in read_run(by_itself[0] / 'one/a')['device']
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name, place', [('static', ('--master-addr', '127.0.0.1', '--master-port')), ('c10d', ('--rdzv-backend', 'c10d', '--rdzv-endpoint'))])
+def test_two_machines(by_itself, name, place):
+    "As it were: two of torch's launchers on loopback, each with a folder of its own, of which the second stays empty."
+    folder, weights = by_itself
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    place = (*place, f'127.0.0.1:{port}' if name == 'c10d' else str(port))
+    first, second = (folder / f'{name}{number}' for number in (0, 1))
+    nodes = [command(runs, launcher=(*TORCHRUN, '--nnodes', '2', '--node-rank', str(number), *place, '--nproc-per-node', '1', *MODULE), epochs=1)
+             for number, runs in enumerate((first, second))]
+    said = [finished(node) for node in nodes]
+    assert sum(text.count('done: ') for text in said) == 1
+    if not (first / 'a').exists():       # by c10d, whoever comes first is the first
+        first, second = second, first
+    check_launched(first, weights)
+    assert not second.exists()
 
 
 @pytest.mark.parametrize('number, needed, said', [('0', False, 'medfusion: a word'), ('1', False, ''), ('1', True, 'medfusion, process 1: a word')])
