@@ -31,7 +31,7 @@ def faint_before(ct, mri, even_ct, even_mri):
     """A `gate` for slices (B, 1, H, W) in [0, 1]: 0 where the brighter one is even, by 16 grey levels of 255 or more the brighter one, and the darker one
     has up to 24; 1 where it is not even, or saturated, or about as dark, or where the darker one has 40 or more. even_ct, even_mri: bool, of `constant_around`."""
     brighter, darker = torch.maximum(ct, mri), torch.minimum(ct, mri)
-    even = torch.where(ct > mri, even_ct, even_mri) & (brighter < 1)
+    even = ((even_ct & (ct > mri)) | (even_mri & (mri > ct))) & (brighter < 1)
     shown = torch.maximum(16 * darker - 16 * 24 / 255, 1 - 16 * (brighter - darker)).clamp(0, 1)
     return torch.where(even, shown, 1)
 
