@@ -225,9 +225,11 @@ def register():
     found = pd.read_csv(RECORDED / 'alignment_roc.csv')
     warned = found[found.threshold == THRESHOLD].pivot(index='shift', columns='part', values='found').mul(100).map('{:.0f} %'.format)
     cost = pd.read_csv(RECORDED / 'alignment_cost.csv').query("kind == 'shift'")
-    eta = pd.read_csv(RECORDED / 'alignment_lesions.csv').query("kind == 'shift'").groupby(['amount', 'method']).efficiency.mean()
+    lesions = pd.read_csv(RECORDED / 'alignment_lesions.csv').query("kind == 'shift'")
+    shown = lesions.assign(shown=lesions.lesion.map(lambda lesion: 'CT' if lesion in ('calcification', 'haemorrhage') else 'MRI'))
+    eta = shown.groupby(['shown', 'method', 'amount']).efficiency.mean()
     columns = {f'VIF {TITLES.get(name, name)}': rows.set_index('amount').VIF for name, rows in cost.groupby('method', sort=False)}
-    columns |= {f'η {TITLES.get(name, name)}': eta.xs(name, level='method') for name in cost.method.unique()}
+    columns |= {f'η {kind}, {TITLES.get(name, name)}': eta[kind, name] for kind in ('CT', 'MRI') for name in cost.method.unique()}
     table = pd.DataFrame(columns).map('{:.2f}'.format).join(warned.add_prefix('warned of, '), how='outer').fillna('–')
     return render(table.rename_axis('displaced by (pixels)').rename(index=str))
 

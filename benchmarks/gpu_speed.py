@@ -126,7 +126,7 @@ def main():
                       flush=True)
         print(f'{"":9} measured here: {peaks[0] / 1e12:.3g} · 10¹² products, {peaks[1] / 1e9:.3g} GB a second')
     for dtype, share in shares.items():
-        print(ratio(f'{given.model} in {str(dtype).removeprefix("torch.")}, of the roofline', share, percent=True))
+        print(ratio(f'{given.model} in {str(dtype).removeprefix("torch.")}, of the roofline' + ' of one thread' * (given.device == 'cpu'), share, percent=True))
 
 
 if __name__ == '__main__':

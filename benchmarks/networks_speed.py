@@ -171,12 +171,12 @@ def told(seconds, here):
 
 def report(best, settings, commits):
     "Prints the table, and the ratios at the first setting."
-    print(f'{"ms of a pair":<16}' + ''.join(f'{f"{size}×{size}, threads: {threads}":>37}' for size, threads in settings))
+    print(f'{"ms of a pair":<16}' + ''.join(f'{f"{size}×{size}, threads: {threads}":>39}' for size, threads in settings))
     for name, parts in NETWORKS.items():
         print(f'{name} = {" + ".join(parts)}' if parts else name)
         for (network, title), found in best.items():
             if network == name:
-                print(f'  {title:<14}' + ''.join(f'{told(found[setting][0], best[name, HERE][setting][0]) if setting in found else "":>37}' for setting in settings).rstrip())
+                print(f'  {title:<14}' + ''.join(f'{told(found[setting][0], best[name, HERE][setting][0]) if setting in found else "":>39}' for setting in settings).rstrip())
 
     def seconds(name, title=HERE):
         return best[name, title][settings[0]][0][0]

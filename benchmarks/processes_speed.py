@@ -114,7 +114,7 @@ def report(method, pairs, rows, size, exchange):
           f'{1000 * exchange:.2f} ms, {exchange / wall["two together"]:.1%} of a step')
     print(calculation(size))
     print(ratio(f'training {method}, two processes of twice one', wall['one'] / wall['two together'], percent=True))
-    print(ratio(f'training {method}, two processes that share a step of two that do not talk', wall['two apart'] / wall['two together'], percent=True), flush=True)
+    print(ratio(f'training {method}, two processes that average gradients of two that do not', wall['two apart'] / wall['two together'], percent=True), flush=True)
 
 
 def calculation(size, steps=(0.003, 0.01, 0.03)):
