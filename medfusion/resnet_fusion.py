@@ -72,6 +72,7 @@ class Config:
     w_ssim_min: float = 0.0
     w_lesion: float = 0.0
     w_detection: float = 0.0
+    synthetic_spots: float = 0.0
     w_invented: float = 0.0
 
 # %% ../nbs/resnet_based_fusion.ipynb #26ab89a6

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['number_text', 'with_spread', 'marks', 'Form', 'latex_text', 'latex_lines', 'markdown_lines', 'forms', 'render',
-           'titles', 'chosen', 'PaperTable', 'paper_table', 'split_values', 'replace_blocks', 'write_tables']
+           'titles', 'chosen', 'PaperTable', 'paper_table', 'split_values', 'replace_blocks', 'write_tables',
+           'write_record', 'read_record']
 
 # %% ../nbs/25_tables.ipynb #3a02e1a8
 import re
@@ -175,3 +176,20 @@ def write_tables(path, blocks) -> bool:
     if new != old:
         write_atomically(path, new.encode())
     return new != old
+
+# %% ../nbs/25_tables.ipynb #a11f3274
+def write_record(path, told: str, notebook: str, table, digits: int = 5) -> Path:
+    "The path, at which a table now stands as CSV, numbers to so many places, below a line that tells what it holds and which notebook of nbs/ made it."
+    text = table.round(digits).to_csv(index=False, lineterminator='\n')
+    return write_atomically(path, f'# {told}; made by nbs/{notebook}\n{text}'.encode())
+
+# %% ../nbs/25_tables.ipynb #282e60c8
+def read_record(path, stamp: str = '', dtype=None) -> pd.DataFrame | None:
+    "The table of a record, or None where there is none yet; prints so, and where its first line does not hold `stamp`. dtype: as of pandas' `read_csv`."
+    path = Path(path)
+    if not path.is_file():
+        print(f'{path.name}: no record yet; the parameter make makes it.')
+        return None
+    if stamp not in path.open(encoding='utf-8').readline():
+        print(f'{path.name} was made with other networks than those that are named here; make it anew.')
+    return pd.read_csv(path, comment='#', dtype=dtype)

@@ -90,6 +90,19 @@ def test_a_training_goes_on_with_the_running_covariances(data_set, tmp_path):
     assert all(torch.equal(term.state_dict()[index], other.state_dict()[index]) for index in term.state_dict())
 
 
+def test_a_share_of_the_spots_lies_in_synthetic_heads(data_set):
+    asked = {}
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        term, model = DetectionTerm(data_set, synthetic=share), Mixture().train()
+        for _ in range(12):
+            term(model)
+        asked[share] = {ground for ground, *_ in term.state_dict()}
+    assert asked == {0.0: {0}, 0.5: {0, 1}, 1.0: {1}}    # 0: the training slices, 1: synthetic heads, each with covariances of its own
+    with pytest.raises(ValueError, match='give 0 to 1'):
+        DetectionTerm(data_set, synthetic=1.5)
+
+
 def test_places_keep_their_distance_on_every_shape():
     allowed = torch.ones(3, 1, 61, 130, dtype=torch.bool)
     allowed[1] = False

@@ -17,6 +17,7 @@ from medfusion.detection import (PaintedLesion, PaintedSlice, brain_region, chec
                                  leave_one_head_out, outputs_of, paint_lesions, painted_lesions, painted_slices, phantom_heads, read_task, score_task,
                                  summarise_detection, with_controls, write_task)
 from medfusion.files import list_images, read_image, write_image
+from medfusion.detectability import synthetic_slices
 from medfusion.losses import LesionCrops, LesionTerm
 from medfusion.phantom import PhantomSlice, Spot, check_training_seed, phantom_seeds, phantom_slice, write_phantom
 
@@ -174,10 +175,10 @@ def test_few_heads_are_a_quick_look():
 def test_seeds_that_are_judged_on_are_never_trained_on(tmp_path):
     seeds = phantom_seeds()
     assert sum(map(len, seeds.values())) == len({seed for reserved in seeds.values() for seed in reserved})
-    used = [inspect.signature(maker).parameters['seed'].default for maker in (phantom_slice, write_phantom, LesionCrops, LesionTerm)]
+    used = [inspect.signature(maker).parameters['seed'].default for maker in (phantom_slice, write_phantom, LesionCrops, LesionTerm, synthetic_slices)]
     assert all(seed in seeds['training'] and seed + 1 in seeds['training'] for seed in used)     # LesionTerm validates on the next one
     for seed in (seeds['observer'][0], seeds['judged'][1]):
-        for refuse in (lambda: LesionCrops(seed=seed), lambda: write_phantom(tmp_path / 'Dataset', seed=seed), lambda: check_training_seed(seed)):
+        for refuse in (lambda: LesionCrops(seed=seed), lambda: write_phantom(tmp_path / 'Dataset', seed=seed), lambda: synthetic_slices(seed=seed), lambda: check_training_seed(seed)):
             with pytest.raises(ValueError, match='never trained on'):
                 refuse()
     assert not list(tmp_path.iterdir())
