@@ -6,7 +6,7 @@
 __all__ = ['brain_region', 'training_slices', 'synthetic_slices', 'BrainCrops', 'random_places', 'spot_sizes', 'spot',
            'paint_spots', 'channel_width', 'spot_channels', 'channel_values', 'source_covariances', 'draw_spot',
            'response_per_height', 'height_for', 'mean_covariance', 'fused_detectability', 'efficiency_loss', 'Spot',
-           'spot_to_find', 'answers_of', 'RunningCovariance', 'DetectionTerm']
+           'spot_to_find', 'answers_of', 'RunningCovariance', 'Ground', 'grounds_of', 'DetectionTerm']
 
 # %% ../nbs/13_detectability.ipynb #14872bcf
 import math
@@ -232,21 +232,37 @@ class RunningCovariance:
             running = self.matrices[kind] = torch.lerp(running, new, 1 - self.decay)
         return running
 
+# %% ../nbs/13_detectability.ipynb #2401b226
+class Ground:
+    "What spots are painted into: `BrainCrops`, and the covariances of the channels' answers there."
+
+    def __init__(self, crops):
+        self.crops, self.covariances = crops, source_covariances(crops)
+
+    def question(self, count, device='cpu', generator=None):
+        "A random `Spot`, `count` crops of CT and of MRI, (count, 1, size, size) each, and places in their brain."
+        spot = spot_to_find(self.covariances, generator)
+        ct, mri, brain = (part.to(device) for part in self.crops.draw(count, generator))
+        return spot, ct, mri, random_places(brain > 0, generator=generator)
+
+# %% ../nbs/13_detectability.ipynb #db722142
+def grounds_of(data_set, synthetic=0.0):
+    "The `Ground` of a `CTMRIDataset`, and that of synthetic heads where a share `synthetic` of the spots lies there. ValueError for no share."
+    if not 0 <= synthetic <= 1:
+        raise ValueError(f'A share of {synthetic} of the spots cannot be painted into synthetic heads; give 0 to 1.')
+    own = Ground(BrainCrops(training_slices(data_set), source=data_set.pairs[0].ct.parent))
+    return [own, Ground(BrainCrops(synthetic_slices()))] if synthetic else [own]
+
 # %% ../nbs/13_detectability.ipynb #b0f30d85
 class DetectionTerm:
     """The detectability term of a training loss: called with the model, it draws crops, paints, fuses and judges.
 
-    data_set: the pairs that are trained on, a `CTMRIDataset`; synthetic: the share of calls that ask about a synthetic
-    head instead, from 0 to 1; count: crops of a call. In training each call paints one kind of spot, and the running
-    covariances, which are the term's state, move; in validation crops and spots are always the same few."""
+    data_set, synthetic: as of `grounds_of`; count: crops of a call. In training a call paints one kind of spot, and the
+    running covariances, the term's state, move; in validation crops and spots are always the same few."""
 
     def __init__(self, data_set, synthetic=0.0, count=2):
-        if not 0 <= synthetic <= 1:
-            raise ValueError(f'A share of {synthetic} of the spots cannot be painted into synthetic heads; give 0 to 1.')
-        self.synthetic, self.count, self.running = synthetic, count, RunningCovariance()
-        crops = [BrainCrops(training_slices(data_set), source=data_set.pairs[0].ct.parent)]
-        crops += [BrainCrops(synthetic_slices())] if synthetic else []
-        self.grounds = [(one, source_covariances(one)) for one in crops]    # each with its own noise
+        self.synthetic, self.count = synthetic, count
+        self.grounds, self.running = grounds_of(data_set, synthetic), RunningCovariance()
 
     def state_dict(self):
         return dict(self.running.matrices)
@@ -263,9 +279,7 @@ class DetectionTerm:
 
     def of_one_spot(self, model, setting, generator=None):
         ground = int(self.synthetic > 0 and float(torch.rand((), generator=generator)) < self.synthetic)
-        crops, covariances = self.grounds[ground]
-        spot, device = spot_to_find(covariances, generator), next(model.parameters()).device
-        ct, mri, brain = (part.to(device) for part in crops.draw(self.count, generator))
-        absent, present = answers_of(model, ct, mri, random_places(brain > 0, generator=generator), spot)
+        spot, ct, mri, places = self.grounds[ground].question(self.count, next(model.parameters()).device, generator)
+        absent, present = answers_of(model, ct, mri, places, spot)
         running = self.running.follow((ground, setting, spot.index), absent, present, model.training)
         return efficiency_loss(fused_detectability(absent, present, running) / spot.detectability ** 2).float()

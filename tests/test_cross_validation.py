@@ -239,7 +239,7 @@ def test_which_kinds_of_lesion_are_found_less_well_than_in_the_maximums_slices(r
     found = pd.read_csv(detection_record(RECORDED / 'cross_validation', records), comment='#', dtype={'case': str})
     efficiency = summarise_detection(found)[column].unstack('method')
     assert len(efficiency) == 10 and [*efficiency.index[efficiency[recipe] < efficiency['maximum']]] == behind
-    assert (efficiency[recipe] > efficiency['maximum'] - 0.01).all()
+    assert (efficiency[recipe] > efficiency['maximum'] - 0.015).all()
 
 
 def test_each_network_ranks_before_the_maximum_among_published_methods():
