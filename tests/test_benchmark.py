@@ -177,6 +177,6 @@ def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, t
     with pytest.raises(ValueError, match='share a name .*as in mine=PATH'):
         execute(given | {'checkpoints': [mine, mine]}, until='kinds')
     turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', f'{mine}@0']}, until='kinds')['groups']['network']
-    assert {name: network.lesions for name, network in turned.items()} == {'wavelet': 0.35, 'wavelet@1': 1, 'mine.pt@0': 0}
+    assert {name: network.lesions for name, network in turned.items()} == {'wavelet': 0.5, 'wavelet@1': 1, 'mine.pt@0': 0}
     with pytest.raises(ValueError, match='theirs holds no slice that is named like .name._fused.png; it holds fused_'):
         execute(given | {'external_pattern': '{name}_fused.png'}, until='groups')
