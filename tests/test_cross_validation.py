@@ -232,14 +232,12 @@ def test_no_left_out_slice_has_many_invented_edges(recipe):
     assert len(networks) == 8 and max(n['invented_worst'] for n in networks) <= 5e-4 and max(n['invented_max'] for n in networks) <= 10
 
 
-@pytest.mark.parametrize('recipe, column, behind', [('wavelet_shipped', 'efficiency', []), ('wavelet_shipped', 'efficiency_search', []),
-                                                    ('wavelet-lite_shipped', 'efficiency', ['haemorrhage'])])    # as MODEL_CARD.md says
-def test_which_kinds_of_lesion_are_found_less_well_than_in_the_maximums_slices(recipe, column, behind):
+@pytest.mark.parametrize('recipe, column', [('wavelet_shipped', 'efficiency'), ('wavelet_shipped', 'efficiency_search'), ('wavelet-lite_shipped', 'efficiency')])
+def test_no_kind_of_lesion_is_found_less_well_than_in_the_maximums_slices(recipe, column):
     records, _ = read_folds(RECORDED / 'cross_validation', recipe)
     found = pd.read_csv(detection_record(RECORDED / 'cross_validation', records), comment='#', dtype={'case': str})
     efficiency = summarise_detection(found)[column].unstack('method')
-    assert len(efficiency) == 10 and [*efficiency.index[efficiency[recipe] < efficiency['maximum']]] == behind
-    assert (efficiency[recipe] > efficiency['maximum'] - 0.015).all()
+    assert len(efficiency) == 10 and (efficiency[recipe] > efficiency['maximum']).all()
 
 
 def test_each_network_ranks_before_the_maximum_among_published_methods():
