@@ -138,7 +138,7 @@ def folds_told(folds):
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
             f'34 and 41 the fourth of the wavelet network\'s five, 33 and 37 how much invented edges weigh in the last three; they are among the 8. All 8 chose how '
-            f'much lesions weigh in wavelet-lite, 34 and 41 its teacher\'s dial. In brackets: in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
+            f'much lesions weigh in wavelet-lite, and where its teacher\'s dial stands. In brackets: in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
 

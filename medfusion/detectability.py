@@ -38,7 +38,7 @@ def brain_region(ct, bone=0.9, gap=6, margin=6):
 def training_slices(data_set):
     "CT and MRI, float32 (H, W) in [0, 1], of each pair of a `CTMRIDataset`."
     for pair in data_set.pairs:
-        yield map(to_float, read_pair(pair, data_set.value_range, quiet=True))
+        yield tuple(map(to_float, read_pair(pair, data_set.value_range, quiet=True)))
 
 # %% ../nbs/13_detectability.ipynb #abd619de
 def synthetic_slices(cases=24, slices=6, seed=3):
