@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pool_slices', 'recipe_values', 'values_sha256', 'run_values', 'seen_before', 'fold_numbers', 'fold_record',
            'fold_name', 'needed_folds', 'read_folds', 'missing_folds', 'detection_record', 'keep_network',
-           'fold_networks', 'folds_table', 'half_widths', 'against_rival']
+           'fold_networks', 'untrained_folds', 'folds_table', 'half_widths', 'against_rival']
 
 # %% ../nbs/24_cross_validation.ipynb #a83a346b
 import hashlib
@@ -21,11 +21,12 @@ from .backbone import backbone_file
 from .baselines import baselines
 from .data import CTMRIDataset, dataset_parts, sort_cases
 from .evaluation import cases_trained_on, evaluate, reported_columns, summarise
-from .files import list_images, plain, read_json, sha256_of, to_depth, write_image
+from .files import list_images, plain, read_json, sha256_of, to_depth, write_image, write_json
 from .inference import find_model, in_place, load_model, methods
 from .metrics import lower_is_better
 from .phantom import phantom_slice
-from .runs import check_parameters, listed_cases, make_folder, read_run, resolve_path, resume_settings, run_checkpoint
+from .runs import check_parameters, listed_cases, make_folder, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
+from .wavelet_fusion import WaveletFusion
 
 # %% ../nbs/24_cross_validation.ipynb #e3456141
 def pool_slices(data, folder, phantom: bool = False) -> tuple[Path, Path]:
@@ -196,6 +197,18 @@ def fold_networks(folder, records: list[dict]) -> dict:
             raise ValueError(f'{found} is not the network that {place.name}.json tells of; make the fold again.')
         networks |= {case: load_model(str(found), device='cpu') for case in record['left_out'] if case not in networks}
     return {case: networks[case] for case in sort_cases(networks)}
+
+# %% ../nbs/24_cross_validation.ipynb #41460396
+def untrained_folds(folder, cases=('1', '2'), **config) -> Path:
+    "Writes records and networks of the recipe 'untrained': for each case a `WaveletFusion` of this config as it is made; the last one's path."
+    network = WaveletFusion(**config)
+    for case in cases:
+        place = make_folder(Path(folder) / fold_name('untrained', case))
+        path = save_checkpoint(place / 'wavelet_fusion_spatial_best.pt', method='trainable_wavelet_fusion', config=network.config,
+                               state_dict=network.state_dict(), epoch=0, metrics={})
+        write_json(place.with_name(f'{place.name}.json'), {'format': 'medfusion fold 2', 'recipe': 'untrained', 'recipe_sha256': '', 'left_out': [case],
+                                                           'trained_on': [other for other in cases if other != case], 'checkpoint_sha256': sha256_of(path)})
+    return path
 
 # %% ../nbs/24_cross_validation.ipynb #f0e35407
 def folds_table(folds: dict[str, list[dict]]) -> pd.DataFrame:

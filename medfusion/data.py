@@ -130,10 +130,10 @@ def vary_pair(ct, mri, size, rng):
     return [to_depth(image, np.uint8) for image in (ct, mri)]
 
 # %% ../nbs/02_data.ipynb #061087e8
-def check_vary(vary, possible, needs):
-    "Raises ValueError for a share of varied crops that is none, or that is above 0 where crops cannot be varied; `needs` tells what that takes."
+def check_vary(vary, possible, needs, of='vary'):
+    "Raises ValueError for a share `of` the crops that is none, or that is above 0 where it cannot be; `needs` tells what that takes."
     if not 0 <= vary <= 1 or vary and not possible:
-        raise ValueError(f'vary is {vary}; it must be a share from 0 to 1, and above 0 needs {needs}.')
+        raise ValueError(f'{of} is {vary}; it must be a share from 0 to 1, and above 0 needs {needs}.')
 
 # %% ../nbs/02_data.ipynb #228bcf52
 def pairs_of_cases(pairs, cases, case_of=case_of):
@@ -209,16 +209,18 @@ class CTMRIDataset(Dataset):
     """Registered slices of two folders: item i is {'ct', 'mri': (1, H, W) float32 in [0, 1], 'name', 'case'}.
 
     `cases` keeps only these. `augment` flips, turns and crops by (seed, epoch, index) alone; `crop` without it cuts out
-    the middle; a share `vary` of the crops is made by `vary_pair`. A batch has one size: where `sizes` has several, give
-    a `crop`. `value_range`: see `read_image`.
+    the middle; a share `vary` of the crops is made by `vary_pair`, and a share `share` shows one of `others`, slices
+    (ct, mri), nameless. A batch has one size: where `sizes` has several, give a `crop`. `value_range`: see `read_image`.
     """
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,
-                 vary=0.0):
+                 vary=0.0, others=(), share=0.0):
         check_vary(vary, augment and crop, 'augment and a crop')
+        check_vary(share, augment and crop and others and crop <= min(map(min, (ct.shape for ct, _ in others))),
+                   'augment, a crop and other slices of its size', of='share')
         self.pairs = pairs_of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
         self.augment, self.crop, self.seed, self.vary = augment, crop, seed, vary
-        self.case_of, self.value_range = case_of, value_range
+        self.others, self.share, self.case_of, self.value_range = others, share, case_of, value_range
         self.names = [pair.name for pair in self.pairs]
         self.cases = sort_cases(map(case_of, self.names))
         self.sizes, self._kept = read_pairs(self.pairs, crop, value_range)
@@ -231,12 +233,18 @@ class CTMRIDataset(Dataset):
     def __len__(self):
         return len(self.pairs)
 
+    def slices_of(self, index, rng=None):
+        "CT and MRI, (H, W) each, of a pair, or with a generator sometimes another's, and the pair's name, which another's lack."
+        if self.share and rng is not None and rng.random() < self.share:
+            return self.others[rng.integers(len(self.others))], ''
+        return self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True), self.names[index]
+
     def __getitem__(self, index):
         index = range(len(self))[index]  # -1 is the last slice, with the augmentation of the last slice
-        slices = self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True)  # (H, W) each
         rng = np.random.default_rng((self.seed, int(self.epoch), index)) if self.augment else None
+        slices, name = self.slices_of(index, rng)
         ct, mri = pair_tensors(*slices, self.crop, rng, self.vary)  # (1, H, W) each
-        return {'ct': ct, 'mri': mri, 'name': self.names[index], 'case': self.case_of(self.names[index])}
+        return {'ct': ct, 'mri': mri, 'name': name, 'case': name and self.case_of(name)}
 
     def __repr__(self):
         extras = ', augmented' * self.augment + f', cropped to {self.crop}' * (self.crop is not None)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['attenuation_measured', 'headrest', 'scan_ct', 'scan_mri', 'PhantomSlice', 'painted_plane', 'slice_level',
            'scan_plane', 'Spot', 'with_spots', 'phantom_slice', 'phantom_slices', 'phantom_seeds',
-           'check_training_seed', 'phantom_split', 'write_phantom']
+           'check_training_seed', 'synthetic_slices', 'phantom_split', 'write_phantom']
 
 # %% ../nbs/04_phantom.ipynb #74532929
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +170,13 @@ def check_training_seed(seed: int) -> None:
         if purpose != 'training' and seed in reserved:
             raise ValueError(f'The seed {seed} is reserved: heads of {reserved[0]} to {reserved[-1]} are for detection ({purpose}) '
                              'and never trained on; choose another.')
+
+# %% ../nbs/04_phantom.ipynb #b217fd31
+@lru_cache
+def synthetic_slices(cases=24, slices=6, seed=3):
+    "CT and MRI, float32 (H, W) in [0, 1], of each slice of synthetic heads to train on. Raises ValueError for a seed that is reserved."
+    check_training_seed(seed)
+    return [(cut.ct, cut.mri) for cut in phantom_slices(cases, slices, seed=seed)]
 
 # %% ../nbs/04_phantom.ipynb #360a4143
 def phantom_split(cases):

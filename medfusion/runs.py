@@ -50,8 +50,9 @@ import safetensors.torch
 import torch
 
 import medfusion
-from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
+from .data import CTMRIDataset, check_names, check_split, check_vary, sort_cases, split_by_case
 from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .phantom import synthetic_slices
 from .processes import connect, this_process
 
 # %% ../nbs/09_runs.ipynb #30a9135f
@@ -685,32 +686,32 @@ def divide(folders, seed: int, training: dict | None = None, value_range=None, c
                  if split[part] else None for part in ('train', 'val', 'test'))
 
 # %% ../nbs/09_runs.ipynb #1a2d0bbd
-def open_parts(parameters, augment: bool = False, crop: int | None = None, vary: float = 0.) -> tuple[CTMRIDataset, ...]:
+def open_parts(parameters, augment: bool = False, crop: int | None = None, vary: float = 0., synthetic: float = 0.) -> tuple[CTMRIDataset, ...]:
     """The data sets to train on, to validate on and to test on, with no case in two of them.
 
-    `parameters` has ct_dir, mri_dir, ct_val_dir, mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have
-    value_range, val_cases and test_cases. ValueError for a case in two parts; else that of what checks the folders.
+    A share `synthetic` of the crops to train on shows synthetic heads. `parameters` has ct_dir, mri_dir, ct_val_dir,
+    mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have value_range, val_cases and test_cases. ValueError for a
+    case in two parts; else that of what checks the folders.
     """
+    check_vary(synthetic, augment and crop, 'augment and a crop', of='synthetic_pairs')
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
-    drawn = range_of(getattr(parameters, 'value_range', ''))
-    training = dict(augment=augment, crop=crop, seed=parameters.seed, vary=vary)
+    root, drawn = train[0].parent.parent, range_of(getattr(parameters, 'value_range', ''))
+    training = dict(augment=augment, crop=crop, seed=parameters.seed, vary=vary, share=synthetic, others=synthetic_slices() if synthetic else ())
     if val is None and test is None:
         return divide(train, parameters.seed, training, drawn, named_cases(parameters))
     if named_cases(parameters):
         raise ValueError(f'val_cases and test_cases divide a flat folder, but {train[0].parent} has its parts beside it; '
                          'leave them empty, or name a folder with all slices in ct_dir and mri_dir.')
     for part in [part for part, place in (('val', val), ('test', test)) if place is None]:
-        raise ValueError(f'{train[0].parent.parent} has no folder {part}; give ct_{part}_dir and mri_{part}_dir.')
-    recorded = (train[0].parent.parent / 'split_info.json').is_file()
-    if recorded:
-        check_split(train[0].parent.parent)
+        raise ValueError(f'{root} has no folder {part}; give ct_{part}_dir and mri_{part}_dir.')
+    if recorded := (root / 'split_info.json').is_file():
+        check_split(root)
     parts = [CTMRIDataset(*place, value_range=drawn, **more) for place, more in ((train, training), (val, {}), (test, {}))]
     if not recorded:    # nobody else has looked at the names
-        check_names([name for part in parts for name in part.names], parts[0].case_of, train[0].parent.parent)
+        check_names([name for part in parts for name in part.names], parts[0].case_of, root)
     for one, other in itertools.combinations(parts, 2):
-        shared = sorted(set(one.cases) & set(other.cases))
-        if shared:
+        if shared := sorted(set(one.cases) & set(other.cases)):
             places = ' and in '.join(str(part.pairs[0].ct.parent) for part in (one, other))
             raise ValueError(f'Case {", ".join(shared)} is in {places}; split by case, or name one flat folder alone.')
     return tuple(parts)

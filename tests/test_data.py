@@ -196,6 +196,25 @@ def test_a_share_of_the_crops_comes_from_another_scanner(flat):
             CTMRIDataset(flat / 'CT', flat / 'MRI', **wrong)
 
 
+def test_a_share_of_the_crops_shows_slices_of_others(flat):
+    white = np.ones((20, 24), np.float32)
+
+    def names(share, others=[(white, white)]):
+        dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16, others=others, share=share)
+        for epoch in range(5):
+            dataset.set_epoch(epoch)
+            for item in dataset:
+                assert item['ct'].shape == item['mri'].shape == (1, 16, 16) and (item['ct'].min() == 1) == (item['name'] == '')
+                assert bool(item['case']) == bool(item['name'])
+                yield item['name']
+    never, often, always = (list(names(share)) for share in (0, 0.3, 1))
+    assert '' not in never and set(always) == {''} and 4 < often.count('') < 24 and often == list(names(0.3))  # 40 draws: 12, give or take 2.9
+    assert len(dict.fromkeys(often)) == 9  # each of the eight slices is still seen
+    for wrong in ({'share': 0.3}, {'share': 0.3, 'others': []}, {'share': -1}, {'share': 0.3, 'others': [(white[:12], white[:12])]}):
+        with pytest.raises(ValueError, match='share is .* other slices of its size'):
+            CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16, **wrong)
+
+
 def test_running_workers_learn_of_the_epoch(flat):
     dataset = CTMRIDataset(flat / 'CT', flat / 'MRI', augment=True, crop=16)
     loader = DataLoader(dataset, batch_size=8, num_workers=1, persistent_workers=True)

@@ -264,6 +264,16 @@ def test_no_patient_comes_into_two_parts_of_a_flat_folder(tmp_path, capsys):
     assert 'split with seed 0' in said and all(f'{part} {", ".join(cases)}' in said for part, cases in split.items())
 
 
+def test_synthetic_heads_are_shown_in_training_alone(tmp_path):
+    flat = slices(tmp_path / 'flat', '1001.png', '1002.png', '2001.png', '3001.png')
+    train, val, test = open_parts(places(flat), augment=True, crop=16, synthetic=1.0)
+    assert all(item['name'] == '' and item['ct'].shape == (1, 16, 16) for item in train)
+    assert all(item['name'] for part in (val, test) for item in part) and runs.split_of(train, val, test)['train'] == train.cases
+    for wrong in ({'synthetic': 1.5, 'augment': True, 'crop': 16}, {'synthetic': 0.2}, {'synthetic': 0.2, 'augment': True}):
+        with pytest.raises(ValueError, match='synthetic_pairs is .* needs augment and a crop'):
+            open_parts(places(flat), **wrong)
+
+
 def test_no_patient_comes_into_two_folders_without_a_record(tmp_path):
     for part, name in (('train', 'p1_0999.png'), ('val', 'p1_1000.png'), ('test', 'p3_0001.png')):
         slices(tmp_path / 'parts' / part, name)
