@@ -137,7 +137,7 @@ def folds_told(folds):
     told += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
-            f'34 and 41 the fourth of the wavelet network\'s five, 33 and 37 how much invented edges weigh in the last three; they are among the 8. All 8 chose how '
+            f'34 and 41 the fourth and fifth of the wavelet network\'s six, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
             f'much lesions weigh in wavelet-lite, and where its teacher\'s dial stands. In brackets: in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
