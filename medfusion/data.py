@@ -209,14 +209,14 @@ class CTMRIDataset(Dataset):
     """Registered slices of two folders: item i is {'ct', 'mri': (1, H, W) float32 in [0, 1], 'name', 'case'}.
 
     `cases` keeps only these. `augment` flips, turns and crops by (seed, epoch, index) alone; `crop` without it cuts out
-    the middle; a share `vary` of the crops is made by `vary_pair`, and a share `share` shows one of `others`, slices
-    (ct, mri), nameless. A batch has one size: where `sizes` has several, give a `crop`. `value_range`: see `read_image`.
+    the middle; a share `vary` of the crops is made by `vary_pair`, and a share `share` shows one of `others`, a list
+    of slices (ct, mri), by the name 'of others'. A batch has one size: where `sizes` has several, give a `crop`. `value_range`: see `read_image`.
     """
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,
                  vary=0.0, others=(), share=0.0):
         check_vary(vary, augment and crop, 'augment and a crop')
-        check_vary(share, augment and crop and others and crop <= min(map(min, (ct.shape for ct, _ in others))),
+        check_vary(share, augment and crop and others and all(np.less_equal(crop, ct.shape).all() for ct, _ in others),
                    'augment, a crop and other slices of its size', of='share')
         self.pairs = pairs_of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
         self.augment, self.crop, self.seed, self.vary = augment, crop, seed, vary
@@ -234,17 +234,18 @@ class CTMRIDataset(Dataset):
         return len(self.pairs)
 
     def slices_of(self, index, rng=None):
-        "CT and MRI, (H, W) each, of a pair, or with a generator sometimes another's, and the pair's name, which another's lack."
+        "CT and MRI, (H, W) each, their name and case: those of a pair, or with a generator sometimes another's."
         if self.share and rng is not None and rng.random() < self.share:
-            return self.others[rng.integers(len(self.others))], ''
-        return self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True), self.names[index]
+            return self.others[rng.integers(len(self.others))], 'of others', ''
+        name = self.names[index]
+        return self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True), name, self.case_of(name)
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # -1 is the last slice, with the augmentation of the last slice
         rng = np.random.default_rng((self.seed, int(self.epoch), index)) if self.augment else None
-        slices, name = self.slices_of(index, rng)
+        slices, name, case = self.slices_of(index, rng)
         ct, mri = pair_tensors(*slices, self.crop, rng, self.vary)  # (1, H, W) each
-        return {'ct': ct, 'mri': mri, 'name': name, 'case': name and self.case_of(name)}
+        return {'ct': ct, 'mri': mri, 'name': name, 'case': case}
 
     def __repr__(self):
         extras = ', augmented' * self.augment + f', cropped to {self.crop}' * (self.crop is not None)

@@ -6,7 +6,7 @@
 __all__ = ['brain_region', 'training_slices', 'BrainCrops', 'random_places', 'spot_sizes', 'spot', 'paint_spots', 'channel_width',
            'spot_channels', 'channel_values', 'source_covariances', 'draw_spot', 'response_per_height', 'height_for',
            'mean_covariance', 'fused_detectability', 'efficiency_loss', 'Spot', 'spot_to_find', 'answers_of',
-           'RunningCovariance', 'Ground', 'grounds_of', 'DetectionTerm']
+           'RunningCovariance', 'Ground', 'grounds_of', 'DetectionTerm', 'detection_term']
 
 # %% ../nbs/13_detectability.ipynb #14872bcf
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from .data import check_vary
 from .files import read_pair, to_float
 from .observer import laguerre_gauss
 from .phantom import synthetic_slices
@@ -241,9 +242,7 @@ class Ground:
 
 # %% ../nbs/13_detectability.ipynb #db722142
 def grounds_of(data_set, synthetic=0.0):
-    "The `Ground` of a `CTMRIDataset`, and that of synthetic heads where a share `synthetic` of the spots lies there. ValueError for no share."
-    if not 0 <= synthetic <= 1:
-        raise ValueError(f'A share of {synthetic} of the spots cannot be painted into synthetic heads; give 0 to 1.')
+    "The `Ground` of a `CTMRIDataset`, and that of synthetic heads where a share `synthetic` of the spots lies there."
     own = Ground(BrainCrops(training_slices(data_set), source=data_set.pairs[0].ct.parent))
     return [own, Ground(BrainCrops(synthetic_slices()))] if synthetic else [own]
 
@@ -277,3 +276,9 @@ class DetectionTerm:
         absent, present = answers_of(model, ct, mri, places, spot)
         running = self.running.follow((ground, setting, spot.index), absent, present, model.training)
         return efficiency_loss(fused_detectability(absent, present, running) / spot.detectability ** 2).float()
+
+# %% ../nbs/13_detectability.ipynb #46200cd6
+def detection_term(data_set, weight, synthetic_spots=0.0):
+    "The `DetectionTerm` of a loss in which it has this weight; None for 0. Raises ValueError for a share `synthetic_spots` that is none, or without weight."
+    check_vary(synthetic_spots, weight, 'w_detection', of='synthetic_spots')
+    return DetectionTerm(data_set, synthetic_spots) if weight else None

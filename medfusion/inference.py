@@ -217,7 +217,7 @@ def named_model(text: str) -> tuple[str, str]:
 def in_place(spec: str, place) -> str:
     "A model as `find_model` takes it, its path as the function `place` makes it; names of networks, rules and runs stay, and so does the dial."
     path, at, lesions = spec.rpartition('@') if at_sign(spec) else (spec, '', '')
-    named = not path.strip() or is_name(path) or path.startswith('run:')
+    named = not path.strip() or is_name(path.partition('@')[0]) or path.startswith('run:')
     return spec if named else f'{place(path)}{at}{lesions}'
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb

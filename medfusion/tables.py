@@ -10,6 +10,7 @@ __all__ = ['number_text', 'with_spread', 'marks', 'Form', 'latex_text', 'latex_l
 # %% ../nbs/25_tables.ipynb #3a02e1a8
 import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,15 +182,21 @@ def write_tables(path, blocks) -> bool:
 def write_record(path, told: str, notebook: str, table, digits: int = 5) -> Path:
     "The path, at which a table now stands as CSV, numbers to so many places, below a line that tells what it holds and which notebook of nbs/ made it."
     text = table.round(digits).to_csv(index=False, lineterminator='\n')
-    return write_atomically(path, f'# {told}; made by nbs/{notebook}\n{text}'.encode())
+    return write_atomically(path, f'# {" ".join(told.split())}; made by nbs/{notebook}\n{text}'.encode())
 
 # %% ../nbs/25_tables.ipynb #282e60c8
 def read_record(path, stamp: str = '', dtype=None) -> pd.DataFrame | None:
-    "The table of a record, or None where there is none yet; prints so, and where its first line does not hold `stamp`. dtype: as of pandas' `read_csv`."
+    """The table of a record, or None where there is none yet; prints so, and where its first line does not hold `stamp`.
+
+    dtype: as of pandas' `read_csv`. Raises ValueError for a file that `write_record` did not write."""
     path = Path(path)
     if not path.is_file():
         print(f'{path.name}: no record yet; the parameter make makes it.')
         return None
-    if stamp not in path.open(encoding='utf-8').readline():
-        print(f'{path.name} was made with other networks than those that are named here; make it anew.')
-    return pd.read_csv(path, comment='#', dtype=dtype)
+    try:
+        first, _, text = path.read_text(encoding='utf-8').partition('\n')
+        if stamp not in first:
+            print(f'{path.name} was made with other networks than those that are named here; make it anew.')
+        return pd.read_csv(StringIO(text if first.startswith('# ') else ''), dtype=dtype)
+    except ValueError as error:    # not UTF-8, or not a table
+        raise ValueError(f'{path} is no record of a table ({error}); remove it, and make it anew.') from None

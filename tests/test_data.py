@@ -204,11 +204,11 @@ def test_a_share_of_the_crops_shows_slices_of_others(flat):
         for epoch in range(5):
             dataset.set_epoch(epoch)
             for item in dataset:
-                assert item['ct'].shape == item['mri'].shape == (1, 16, 16) and (item['ct'].min() == 1) == (item['name'] == '')
-                assert bool(item['case']) == bool(item['name'])
+                assert item['ct'].shape == item['mri'].shape == (1, 16, 16) and (item['ct'].min() == 1) == (item['name'] == 'of others')
+                assert bool(item['case']) == (item['name'] in dataset.names)
                 yield item['name']
     never, often, always = (list(names(share)) for share in (0, 0.3, 1))
-    assert '' not in never and set(always) == {''} and 4 < often.count('') < 24 and often == list(names(0.3))  # 40 draws: 12, give or take 2.9
+    assert 'of others' not in never and set(always) == {'of others'} and 4 < often.count('of others') < 24 and often == list(names(0.3))  # 40 draws: 12, give or take 2.9
     assert len(dict.fromkeys(often)) == 9  # each of the eight slices is still seen
     for wrong in ({'share': 0.3}, {'share': 0.3, 'others': []}, {'share': -1}, {'share': 0.3, 'others': [(white[:12], white[:12])]}):
         with pytest.raises(ValueError, match='share is .* other slices of its size'):

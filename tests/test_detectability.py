@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from medfusion.data import CTMRIDataset
-from medfusion.detectability import DetectionTerm, brain_region, draw_spot, fused_detectability, mean_covariance, random_places, spot_sizes
+from medfusion.detectability import DetectionTerm, brain_region, detection_term, draw_spot, fused_detectability, mean_covariance, random_places, spot_sizes
 from medfusion.phantom import write_phantom
 from medfusion.runs import load_checkpoint
 from medfusion.training import Average, TrainingState, restore_state, save_state
@@ -99,8 +99,9 @@ def test_a_share_of_the_spots_lies_in_synthetic_heads(data_set):
             term(model)
         asked[share] = {ground for ground, *_ in term.state_dict()}
     assert asked == {0.0: {0}, 0.5: {0, 1}, 1.0: {1}}    # 0: the training slices, 1: synthetic heads, each with covariances of its own
-    with pytest.raises(ValueError, match='give 0 to 1'):
-        DetectionTerm(data_set, synthetic=1.5)
+    for weight, share in ((3.0, 1.5), (3.0, -0.1), (0.0, 0.5)):
+        with pytest.raises(ValueError, match=f'synthetic_spots is {share}; .* needs w_detection'):
+            detection_term(data_set, weight, share)
 
 
 def test_places_keep_their_distance_on_every_shape():

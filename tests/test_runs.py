@@ -267,10 +267,10 @@ def test_no_patient_comes_into_two_parts_of_a_flat_folder(tmp_path, capsys):
 def test_synthetic_heads_are_shown_in_training_alone(tmp_path):
     flat = slices(tmp_path / 'flat', '1001.png', '1002.png', '2001.png', '3001.png')
     train, val, test = open_parts(places(flat), augment=True, crop=16, synthetic=1.0)
-    assert all(item['name'] == '' and item['ct'].shape == (1, 16, 16) for item in train)
-    assert all(item['name'] for part in (val, test) for item in part) and runs.split_of(train, val, test)['train'] == train.cases
-    for wrong in ({'synthetic': 1.5, 'augment': True, 'crop': 16}, {'synthetic': 0.2}, {'synthetic': 0.2, 'augment': True}):
-        with pytest.raises(ValueError, match='synthetic_pairs is .* needs augment and a crop'):
+    assert all(item['name'] == 'of others' and item['ct'].shape == (1, 16, 16) for item in train)
+    assert all(item['case'] for part in (val, test) for item in part) and runs.split_of(train, val, test)['train'] == train.cases
+    for wrong in ({'synthetic': 1.5, 'augment': True, 'crop': 16}, {'synthetic': 0.2}, {'synthetic': 0.2, 'augment': True}, {'synthetic': 0.2, 'augment': True, 'crop': 300}):
+        with pytest.raises(ValueError, match='synthetic_pairs is .* needs augment and a crop of up to 256'):
             open_parts(places(flat), **wrong)
 
 

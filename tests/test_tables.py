@@ -96,3 +96,14 @@ def test_values_between_commas(text, values):
 def test_a_text_without_its_two_comments_is_refused(text):
     with pytest.raises(ValueError, match='<!-- end of a -->'):
         T.replace_blocks(text, {'a': 'new'})
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    table = pd.DataFrame({'case': ['01', '2'], 'kind': ['# 3, dark', 'bright'], 'VIF': [0.123456789, np.nan]})
+    path = T.write_record(tmp_path / 'record.csv', 'two\npatients', 'none.ipynb', table)
+    assert path.read_text(encoding='utf-8').splitlines()[:2] == ['# two patients; made by nbs/none.ipynb', 'case,kind,VIF']
+    pd.testing.assert_frame_equal(T.read_record(path, 'patients', dtype={'case': str}), table.round(5))
+    for content in (b'', b'# a line alone\n', b'VIF\n0.5\n', b'# \xff\xfe\nVIF\n0.5\n'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r'record\.csv is no record of a table .* make it anew'):
+            T.read_record(path)
