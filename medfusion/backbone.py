@@ -30,7 +30,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import medfusion
 from .certain_pixels import pad_to_multiple
-from .data import check_vary, vary_pair
+from .data import check_share, vary_pair
 from .files import read_json, sha256_of, to_float
 from .processes import connect, from_first_here, shared_out, this_process
 from .runs import nbs_dir, resolve_path
@@ -328,7 +328,7 @@ class TrainingPairs(Dataset):
         self.grid = max(16, backbone_stages()[cache.stages[-1]][1]) if cache else 16
         if crop % self.grid or crop < 0:
             raise ValueError(f'crop is {crop}; it must be a multiple of {self.grid}, or 0 for whole slices.')
-        check_vary(vary, crop and cache is None, 'a crop and no cache (cache_gb=0)')
+        check_share('vary', vary, crop and cache is None, 'a crop and no cache (cache_gb=0)')
         self.dataset, self.cache, self.crop, self.mirror, self.seed, self.vary = dataset, cache, crop or None, mirror, seed, vary
         self.pairs, self.names, self.cases, self.sizes = dataset.pairs, dataset.names, dataset.cases, dataset.sizes
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()           # workers see set_epoch too

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_pair', 'crop_pair', 'zoom_pair', 'vary_pair',
-           'check_vary', 'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html', 'describe_pairs',
-           'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files', 'data_root',
-           'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split', 'recorded_files',
-           'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files',
-           'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split', 'harvard_registry',
-           'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport', 'table_problems',
-           'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'names_in_part', 'SplitAudit',
-           'audit_split']
+           'check_share', 'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html',
+           'describe_pairs', 'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files',
+           'data_root', 'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split',
+           'recorded_files', 'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders',
+           'exchange_files', 'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split',
+           'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport',
+           'table_problems', 'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'names_in_part',
+           'SplitAudit', 'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
 import base64
@@ -130,10 +130,10 @@ def vary_pair(ct, mri, size, rng):
     return [to_depth(image, np.uint8) for image in (ct, mri)]
 
 # %% ../nbs/02_data.ipynb #061087e8
-def check_vary(vary, possible, needs, of='vary'):
-    "Raises ValueError for a share `of` the crops that is none, or that is above 0 where it cannot be; `needs` tells what that takes."
-    if not 0 <= vary <= 1 or vary and not possible:
-        raise ValueError(f'{of} is {vary}; it must be a share from 0 to 1, and above 0 needs {needs}.')
+def check_share(name, share, possible, needs):
+    "Raises ValueError for a parameter that is no share, or above 0 where it could do nothing; `needs` tells what that takes."
+    if not 0 <= share <= 1 or share and not possible:
+        raise ValueError(f'{name} is {share}; it must be a share from 0 to 1, and above 0 needs {needs}.')
 
 # %% ../nbs/02_data.ipynb #228bcf52
 def pairs_of_cases(pairs, cases, case_of=case_of):
@@ -215,9 +215,9 @@ class CTMRIDataset(Dataset):
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,
                  vary=0.0, others=(), share=0.0):
-        check_vary(vary, augment and crop, 'augment and a crop')
-        check_vary(share, augment and crop and others and all(np.less_equal(crop, ct.shape).all() for ct, _ in others),
-                   'augment, a crop and other slices of its size', of='share')
+        check_share('vary', vary, augment and crop, 'augment and a crop')
+        check_share('share', share, augment and crop and others and all(np.less_equal(crop, ct.shape).all() for ct, _ in others),
+                    'augment, a crop and other slices of its size')
         self.pairs = pairs_of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
         self.augment, self.crop, self.seed, self.vary = augment, crop, seed, vary
         self.others, self.share, self.case_of, self.value_range = others, share, case_of, value_range

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from .data import check_vary
+from .data import check_share
 from .files import read_pair, to_float
 from .observer import laguerre_gauss
 from .phantom import synthetic_slices
@@ -280,5 +280,5 @@ class DetectionTerm:
 # %% ../nbs/13_detectability.ipynb #46200cd6
 def detection_term(data_set, weight, synthetic_spots=0.0):
     "The `DetectionTerm` of a loss in which it has this weight; None for 0. Raises ValueError for a share `synthetic_spots` that is none, or without weight."
-    check_vary(synthetic_spots, weight, 'w_detection', of='synthetic_spots')
+    check_share('synthetic_spots', synthetic_spots, weight, 'w_detection')
     return DetectionTerm(data_set, synthetic_spots) if weight else None
