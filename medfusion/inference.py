@@ -248,13 +248,12 @@ def find_device(name='auto') -> torch.device:
     return device
 
 # %% ../nbs/20_inference.ipynb #2857ab53
-def at_lesions(model, lesions: float | None):
-    "The model with its dial at `lesions` (0 to 1), a shallow copy; the model itself for None. ValueError where it has no dial."
+def at_lesions(model, lesions: float | None, name: str = 'This model'):
+    "The model with its dial at `lesions` (0 to 1), a shallow copy; the model itself for None. ValueError, with its `name`, where it has no dial."
     if lesions is None:
         return model
     if getattr(model, 'dial', None) is None:
-        raise ValueError(f'{type(model).__name__ if isinstance(model, torch.nn.Module) else "A rule"} has no dial for lesions; the shipped network of '
-                         '-m wavelet has.')
+        raise ValueError(f'{name} has no dial for lesions; the shipped network of -m wavelet has.')
     turned = copy(model)
     turned.lesions = model.position(lesions)
     return turned
@@ -270,11 +269,11 @@ def load_model(spec='wavelet', device='auto'):
     """
     found, device = find_model(spec), find_device(device)
     if found.rule is not None:
-        return at_lesions(found.rule, found.lesions)
+        return at_lesions(found.rule, found.lesions, found.spec)
     checkpoint = load_checkpoint(found.path)
     network = build_model(method_of(checkpoint, found.path).network_class(), checkpoint, found.path)
     _warn_if_another(found.path)
-    return at_lesions(network.to(device), found.lesions)
+    return at_lesions(network.to(device), found.lesions, found.spec)
 
 
 def _warn_if_another(path):
