@@ -210,7 +210,8 @@ class CTMRIDataset(Dataset):
 
     `cases` keeps only these. `augment` flips, turns and crops by (seed, epoch, index) alone; `crop` without it cuts out
     the middle; a share `vary` of the crops is made by `vary_pair`, and a share `share` shows one of `others`, a list
-    of slices (ct, mri), by the name 'of others'. A batch has one size: where `sizes` has several, give a `crop`. `value_range`: see `read_image`.
+    of slices (ct, mri), by the name 'of others'. A batch has one size: where `sizes` has several, give a `crop`.
+    `value_range`: see `read_image`.
     """
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,

@@ -242,7 +242,8 @@ class Ground:
 
 # %% ../nbs/13_detectability.ipynb #db722142
 def grounds_of(data_set, synthetic=0.0):
-    "The `Ground` of a `CTMRIDataset`, and that of synthetic heads where a share `synthetic` of the spots lies there."
+    "The `Ground` of a `CTMRIDataset`, and that of synthetic heads where a share `synthetic` of the spots lies there. ValueError for no share."
+    check_share('synthetic_spots', synthetic, True, 'w_detection')
     own = Ground(BrainCrops(training_slices(data_set), source=data_set.pairs[0].ct.parent))
     return [own, Ground(BrainCrops(synthetic_slices()))] if synthetic else [own]
 

@@ -99,6 +99,8 @@ def test_a_share_of_the_spots_lies_in_synthetic_heads(data_set):
             term(model)
         asked[share] = {ground for ground, *_ in term.state_dict()}
     assert asked == {0.0: {0}, 0.5: {0, 1}, 1.0: {1}}    # 0: the training slices, 1: synthetic heads, each with covariances of its own
+    with pytest.raises(ValueError, match='synthetic_spots is 1.5; it must be a share from 0 to 1'):
+        DetectionTerm(data_set, synthetic=1.5)
     for weight, share in ((3.0, 1.5), (3.0, -0.1), (0.0, 0.5)):
         with pytest.raises(ValueError, match=f'synthetic_spots is {share}; .* needs w_detection'):
             detection_term(data_set, weight, share)
