@@ -38,7 +38,7 @@ import medfusion
 from .data import CTMRIDataset, case_of
 from .files import (add_whole, file_bytes, files_for, find_naming, format_of, list_images, luminance, match_images, read_image, read_json,
                              slice_name, source_folders, split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
-from .inference import HeldStops, ahead, check_output, fuse, read_slice, result_key, with_luminance
+from .inference import HeldStops, ahead, check_output, check_pair, fuse, read_slice, result_key, with_luminance
 from .metrics import (colour_columns, colour_kept, convention, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better, measure,
                                rows_as_table, wanted_columns, write_table)
 
@@ -66,6 +66,7 @@ def fused_image(method, item) -> torch.Tensor:
     Raises ValueError where a pair has no image, or one of another size than its sources.
     """
     if callable(method):
+        check_pair(item['ct'][None], item['mri'][None], item['name'])
         return fuse(item['ct'][None], item['mri'][None], method)
     if item['name'] not in method:
         raise ValueError(f'There is no fused image for {item["name"]}; fuse that pair too, or leave it out of the data set.')

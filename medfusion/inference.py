@@ -471,17 +471,18 @@ def read_slice(path, value_range=None, quiet=False, data=None) -> np.ndarray:
     return np.ascontiguousarray(array[..., 0]) if grey else array
 
 # %% ../nbs/20_inference.ipynb #cda7e7b6
-def check_pair(ct: torch.Tensor, mri: torch.Tensor) -> None:
-    "Raises ValueError unless both batches are of one size, at least 16 pixels a side, and colours will not be lost."
+def check_pair(ct: torch.Tensor, mri: torch.Tensor, name: str = '') -> None:
+    "Raises ValueError, which begins with the `name` of the pair, unless both batches are of one size, at least 16 pixels a side, and colours will not be lost."
+    named = f'{name}: ' if name else ''
     (b, _, h, w), (b2, _, h2, w2) = ct.shape, mri.shape
     if (h, w) != (h2, w2):
-        raise ValueError(f'The CT has {h}×{w} pixels and the MRI {h2}×{w2}; register both to one grid before fusing.')
+        raise ValueError(f'{named}The CT has {h}×{w} pixels and the MRI {h2}×{w2}; register both to one grid before fusing.')
     if b != b2:
-        raise ValueError(f'There are {b} CT slices and {b2} MRI slices; a batch must hold as many of each.')
+        raise ValueError(f'{named}There are {b} CT slices and {b2} MRI slices; a batch must hold as many of each.')
     if min(h, w) < 16:
-        raise ValueError(f'A slice of {h}×{w} pixels is too small to fuse; it takes at least 16 pixels a side.')
+        raise ValueError(f'{named}A slice of {h}×{w} pixels is too small to fuse; it takes at least 16 pixels a side.')
     if ct.shape[1] == 3 and mri.shape[1] == 1 and (ct - ct[:, :1]).abs().max() > 8 / 255:   # more than JPEG's traces
-        raise ValueError('The first image is in colour and the second is grey, and only the colours of the second are '
+        raise ValueError(f'{named}The first image is in colour and the second is grey, and only the colours of the second are '
                          'kept; give them in the other order (the MRI, then PET or SPECT), or make the first grey.')
 
 # %% ../nbs/20_inference.ipynb #c97b1676
@@ -529,8 +530,9 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, l
         raise ValueError(f'tile is {tile!r}; it must be a multiple of 64, for tiles begin on the grid of the network.')
     first, second = (read_slice(image, value_range) if isinstance(image, (str, Path)) else image for image in (ct, mri))
     x, y = (as_batch(image, None if image is not given else value_range) for image, given in ((first, ct), (second, mri)))
-    check_pair(x, y)
-    if displaced := displaced_in(x, y, Path(mri).name if isinstance(mri, (str, Path)) else 'MRI'):
+    name = Path(mri).name if isinstance(mri, (str, Path)) else ''
+    check_pair(x, y, name)
+    if displaced := displaced_in(x, y, name or 'MRI'):
         warnings.warn(register_sentence(displaced, len(x)), stacklevel=2)
     fused = fuse_batch(at_lesions(model_of(model, device), lesions), luminance(x), luminance(y), tile)
     return as_given(fused if y.shape[1] == 1 else with_luminance(y.cpu(), fused), first)

@@ -44,9 +44,13 @@ def check_images(*images, least=1):
     for image in images:
         if not isinstance(image, torch.Tensor):
             raise ValueError(f'An image must be a tensor, not {type(image).__name__}; torch.from_numpy makes one.')
-        if image.ndim != 4 or image.shape[1] != 1 or 0 in image.shape or min(image.shape[2:]) < least:
-            raise ValueError(f'An image must be a tensor (B, 1, H, W) with H and W from {least} up, not '
-                             f'{tuple(image.shape)}; a single slice becomes one by slice[None, None].')
+        if image.ndim != 4 or image.shape[1] != 1 or 0 in image.shape:
+            raise ValueError(f'An image must be a tensor (B, 1, H, W) with H and W from 1 up, not {tuple(image.shape)}; '
+                             'a single slice becomes one by slice[None, None].')
+        height, width = image.shape[2:]
+        if min(height, width) < least:
+            raise ValueError(f'A slice of {height}×{width} pixels is too small to be measured; '
+                             f'it takes at least {least} pixels a side.')
         if image.shape != images[0].shape:
             raise ValueError(f'Images that belong together must have one shape, not {tuple(images[0].shape)} and '
                              f'{tuple(image.shape)}; register, resample or crop them first.')

@@ -39,12 +39,12 @@ def folders(pairs):
     return pairs.pairs[0].ct.parent, pairs.pairs[0].mri.parent
 
 
-def slices(path, dtype, suffix='.png'):
+def slices(path, dtype, suffix='.png', size=(48, 40)):
     "CT and MRI folders with one random pair in them, and its data set."
     rng = np.random.default_rng(0)
     for kind in ('CT', 'MRI'):
         (path / kind).mkdir()
-        write_image(path / kind / f'7001{suffix}', rng.integers(0, np.iinfo(dtype).max, (48, 40)).astype(dtype))
+        write_image(path / kind / f'7001{suffix}', rng.integers(0, np.iinfo(dtype).max, size).astype(dtype))
     return CTMRIDataset(path / 'CT', path / 'MRI')
 
 
@@ -138,6 +138,12 @@ def test_a_folder_needs_both_sources_one_size_and_one_file_a_pair(tmp_path):
 def test_a_pair_without_a_fused_image_is_named(pairs):
     with pytest.raises(ValueError, match=f'no fused image for {pairs.names[1]}'):
         E.evaluate(pairs, {'x': {pairs.names[0]: torch.zeros(1, 1, 64, 64)}}, ['EN'])
+
+
+def test_a_pair_too_small_to_fuse_is_named(tmp_path):
+    data_set = slices(tmp_path, np.uint8, size=(15, 40))
+    with pytest.raises(ValueError, match=f'^{data_set.names[0]}: A slice of 15×40'):
+        E.fuse_pairs(data_set, {'x': maximum})
 
 
 def test_without_labels_there_are_no_lesions(tmp_path):

@@ -340,6 +340,12 @@ def test_what_cannot_be_fused_is_a_sentence(ct, mri, reason):
         fuse(ct, mri, maximum)
 
 
+def test_a_file_that_cannot_be_fused_is_named(tmp_path):
+    write_image(tmp_path / '34002.png', np.zeros((15, 15), np.uint8))
+    with pytest.raises(ValueError, match=r'^34002\.png: A slice of 15×15'):
+        fuse(tmp_path / '34002.png', tmp_path / '34002.png', maximum)
+
+
 def test_big_endian_arrays_and_pages(pair, tmp_path):
     ct, mri = (to_depth(image, np.uint16) for image in pair)
     fused = fuse(ct.astype('>u2'), mri.astype('>f4') / 65535, maximum)
