@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['on_grid', 'correlate', 'edge_field', 'level_shares', 'shared_information', 'likeness', 'Displacement', 'vertex',
-           'estimate_shift', 'out_of_register', 'register_sentence']
+           'estimate_shift', 'border_share', 'out_of_register', 'register_sentence']
 
 # %% ../nbs/22_alignment.ipynb #c3dbc5b6
 from typing import NamedTuple
@@ -98,10 +98,19 @@ def estimate_shift(ct, mri, reach=16):
     return Displacement(float((row + down - reach) * pixel), float((column + right - reach) * pixel), float(gain))
 
 # %% ../nbs/22_alignment.ipynb #d0e8589a
-def out_of_register(ct, mri, least=2.5 / 256, gain=.009):
-    "The `Displacement` of two slices (H, W) if it is long (share of the longer side) and plain enough to warn of; else None."
+def border_share(ct, mri, faint=.1):
+    "The share of the border's pixels in which one of two slices (H, W) is brighter than its darkest level, by more than `faint` of its range."
+    bright = [image - image.min() > faint * np.ptp(image) for image in (ct, mri)]
+    either = bright[0] | bright[1]
+    return float(np.concatenate([either[0], either[-1], either[1:-1, 0], either[1:-1, -1]]).mean())
+
+# %% ../nbs/22_alignment.ipynb #5c421062
+def out_of_register(ct, mri, least=2.5 / 256, gain=.009, gain_cut=.02):
+    "The `Displacement` of two slices (H, W) if it is long (share of the longer side) and plain enough to warn of, by `gain_cut` where the head is cut off; else None."
     found = estimate_shift(ct, mri)
-    return found if found and found.length >= least * max(ct.shape) and found.gain >= gain else None
+    if found is None or found.length < least * max(ct.shape):
+        return None
+    return found if found.gain >= (gain_cut if border_share(ct, mri) > .2 else gain) else None
 
 # %% ../nbs/22_alignment.ipynb #4b74dab7
 def register_sentence(displaced, of):

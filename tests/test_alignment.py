@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from medfusion import alignment
 from medfusion.alignment import Displacement, estimate_shift, out_of_register, register_sentence
 from medfusion.cli import app
 from medfusion.files import to_depth, write_image
@@ -46,6 +47,13 @@ def test_nothing_is_said_of_empty_and_small_slices(ct, mri):
 def test_noise_is_no_alarm():
     noise = np.random.default_rng(0).random((2, 256, 256), dtype=np.float32)
     assert out_of_register(*noise) is None
+
+
+@pytest.mark.parametrize('gain, told', [(.008, (False, False)), (.015, (True, False)), (.03, (True, True))])
+def test_where_the_head_is_cut_off_more_is_asked_for(head, monkeypatch, gain, told):
+    monkeypatch.setattr(alignment, 'estimate_shift', lambda ct, mri: Displacement(5., 0., gain))
+    part = np.s_[64:192, 64:192]
+    assert (bool(out_of_register(head.ct, head.mri)), bool(out_of_register(head.ct[part], head.mri[part]))) == told
 
 
 def test_sentences():
