@@ -18,6 +18,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Method
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
+import builtins
 import errno
 import json
 import logging
@@ -447,7 +448,7 @@ def evaluate(
     from medfusion.files import is_folder
     from medfusion.metrics import convention
     if csv is not None and is_folder(fused):
-        context.meta['kept'] = f'rows that were measured are kept in {csv}. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
+        context.meta['kept'] = f'rows that were measured by then, if any, are kept in {csv}. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
     table = measure_paths(ct, mri, fused, preset.value, read_range(values), csv, jobs, sys.stderr.isatty())
     pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
     typer.echo(f'{pairs}; {convention(preset.value)}')
@@ -642,7 +643,8 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
     except PapermillExecutionError as error:
         if error.ename == 'ProcessLost':
             raise ProcessLost(error.evalue) from None
-        reason = error.evalue if error.ename in ('ValueError', 'FileNotFoundError', 'FileExistsError') else f'{error.ename}: {error.evalue}'
+        known = issubclass(getattr(builtins, error.ename, KeyError), (ValueError, OSError))
+        reason = re.sub(r'^\[Errno \d+\] ', '', error.evalue) if known else f'{error.ename}: {error.evalue}'
         raise ValueError(f'{notebook} stopped {place_of_cell(executed.text, error.cell_index)}: {reason.rstrip(".")}{where()}') from error
     except DeadKernelError:
         raise ValueError(f'The kernel of {notebook} died without a word; the log of the system may say why{where()}') from None

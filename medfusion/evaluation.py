@@ -7,8 +7,8 @@ __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colou
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
            'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
            'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'table_of_files',
-           'evaluate_files', 'evaluate_folders', 'colour_table', 'read_published', 'holm', 'rank_biserial',
-           'paired_tests', 'compare', 'pairwise', 'reading_notes', 'run_numbers']
+           'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table', 'read_published', 'holm',
+           'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes', 'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import csv
@@ -65,6 +65,8 @@ def fused_image(method, item) -> torch.Tensor:
     method: a network or function `fuse(ct, mri)`; or finished images, {name of a pair: tensor or file}.
     Raises ValueError where a pair has no image, or one of another size than its sources.
     """
+    if isinstance(method, str):
+        raise ValueError(f'{method!r} is a name; a method is what load_model({method!r}) gives, or finished images.')
     if callable(method):
         check_pair(item['ct'][None], item['mri'][None], item['name'])
         return fuse(item['ct'][None], item['mri'][None], method)
@@ -141,6 +143,8 @@ def evaluate(data_set, methods, columns=None, preset='cvpr') -> pd.DataFrame:
     data_set: its items hold `ct`, `mri` (1, H, W), `name` and `case`. A method: see `fused_image`. columns: of
     `metrics.metric_names()`, by default those that are reported; parts such as VIF_ct come along. `attrs` holds the convention.
     """
+    if not methods:
+        raise ValueError('There is no method to measure; give {name: method}.')
     asked, tables = reported_columns() if columns is None else columns, []
     cases = [item['case'] for item in data_set]
     for name, method in methods.items():
@@ -379,6 +383,14 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
     numbers = whole.drop(columns='files')
     return rows_as_table(numbers.index, numbers, list(numbers), preset)
 
+# %% ../nbs/21_evaluation.ipynb #ab6c3c8a
+def check_table_place(path, inputs) -> None:
+    "Raises what `inference.check_output` does of a CSV to write, and FileExistsError where another file than such a table is there; nothing for no path."
+    if path is not None and check_output(path, inputs, ('.csv',)).is_file():
+        with open(path, 'rb') as file:
+            if (first := file.readline()) and not (first.startswith(b'# ') and file.readline().startswith(b'name,')):
+                raise FileExistsError(f'{path} is there already, and no table of measurements; name another file.')
+
 # %% ../nbs/21_evaluation.ipynb #e89a6d55
 def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None, path=None) -> pd.DataFrame:
     """The table of `metrics.rows_as_table` for three files: one row, index the CT's name.
@@ -386,8 +398,7 @@ def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None
     A second source in colour adds `metrics.colour_kept`. `value_range` is that of the two sources (see `files.read_image`). `path` gets
     the table, with its key. Raises ValueError for sizes that differ.
     """
-    if path is not None:
-        check_output(path, (ct, mri, fused), ('.csv',))
+    check_table_place(path, (ct, mri, fused))
     return table_of_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range, path)
 
 # %% ../nbs/21_evaluation.ipynb #ace32c41
@@ -399,8 +410,7 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     `jobs` processes measure. Raises ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
     measured, for files that cannot be.
     """
-    if path is not None:
-        check_output(path, (ct_dir, mri_dir, fused_dir), ('.csv',))
+    check_table_place(path, (ct_dir, mri_dir, fused_dir))
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f'jobs is {jobs!r}; it must be a whole number from 1 up.')
     ct_dir, mri_dir = source_folders(ct_dir, mri_dir)

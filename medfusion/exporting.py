@@ -125,6 +125,8 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
     source, lesions = checkpoint_of(model), find_model(model).lesions
     path = free_place(path, '.safetensors', replace, [source])
     beside, told = path.with_name('metadata.json'), source.with_name('metadata.json')
+    if beside != told and beside.is_file() and (other := path.with_name(str(read_json(beside).get('checkpoint', path.name)))) != path and other.is_file():
+        raise FileExistsError(f'{beside} tells of {other.name}, which lies there, too; export into another folder.')
     free_place(beside, '.json', replace, [told])
     load_model(model, device='cpu')                   # refuses what is no whole network
     checkpoint, facts = load_checkpoint(source), read_json(told) if told.is_file() else {}

@@ -551,6 +551,8 @@ def list_images(folder) -> list[Path]:
     paths = [place / name for name in sorted(filter(is_slice_name, os.listdir(place))) if not os.path.isdir(os.path.join(place, name))]
     if not paths:
         raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
+    if foreign := [ascii(path.name) for path in paths if re.search(r'[\udc80-\udcff]', path.name)]:
+        raise ValueError(f'The name of {foreign[0]} in {place} is not UTF-8; rename it.')
     named = [path for path in paths if slice_name(path, pattern) is not None]
     if not named:
         raise ValueError(f'{place} holds no slice that is named like {pattern}; it holds {some_names(paths)}.')
@@ -592,7 +594,7 @@ def kind_pattern(names) -> dict[str, str]:
 def source_folders(ct_dir, mri_dir) -> tuple:
     """The two folders, with patterns where no name is in both and both name their kind (see `kind_pattern`).
 
-    One folder may be given for both. ValueError where its names tell some kinds, but not which is which.
+    One folder may be given for both. ValueError where its names do not tell which is which.
     """
     if any(split_pattern(folder)[1] or not absolute_path(folder).is_dir() for folder in (ct_dir, mri_dir)):
         return ct_dir, mri_dir
@@ -603,9 +605,9 @@ def source_folders(ct_dir, mri_dir) -> tuple:
     here, there = kind_pattern(ct), {word: pattern for word, pattern in kind_pattern(mri).items() if word != 'ct'}
     if here.get('ct') and len(there) == 1 and '' not in there:
         return absolute_path(ct_dir) / here['ct'], absolute_path(mri_dir) / next(iter(there.values()))
-    if one and any(here):
+    if one:
         raise ValueError(f'{absolute_path(ct_dir)} is given for CT and MRI, and its names ({some_names(ct)}) do not tell which is which; '
-                         'say it by patterns, FOLDER/{name}_CT.png and FOLDER/{name}_MRI.png.')
+                         'give a folder for each, or say it by patterns, FOLDER/{name}_CT.png and FOLDER/{name}_MRI.png.')
     return ct_dir, mri_dir
 
 # %% ../nbs/00_files.ipynb #93fb1595

@@ -32,6 +32,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -381,7 +382,7 @@ def as_given(fused: torch.Tensor, first):
     if isinstance(first, np.ndarray):
         native = first.dtype.newbyteorder('=')
         array = to_depth(array, native) if native in (np.uint8, np.uint16) else array
-        return array if native.kind == 'i' else array.astype(first.dtype)
+        return array.astype(first.dtype) if native.kind == 'f' or native in (np.uint8, np.uint16) else array
     if first.mode == 'F' and array.ndim == 2:
         return Image.fromarray(array)
     if (first.mode == 'I' or first.mode.startswith('I;16')) and array.ndim == 2:   # PIL has no RGB image of 16 bits
@@ -526,7 +527,7 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, l
     the dial of a network is to stand, from 0 (as the usual metrics like it) to 1 (every lesion); its own default else.
     Warns of a grey pair that is out of register. Raises ValueError or FileNotFoundError with a sentence.
     """
-    if not isinstance(tile, int) or tile < 64 or tile % 64:
+    if not isinstance(tile, Integral) or tile < 64 or tile % 64:
         raise ValueError(f'tile is {tile!r}; it must be a multiple of 64, for tiles begin on the grid of the network.')
     first, second = (read_slice(image, value_range) if isinstance(image, (str, Path)) else image for image in (ct, mri))
     x, y = (as_batch(image, None if image is not given else value_range) for image, given in ((first, ct), (second, mri)))
@@ -850,6 +851,8 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
     out, kind = Path(out), 'file' if suffixes else 'folder'
     if suffixes and not out.name.lower().endswith(suffixes):
         raise ValueError(f'{out} does not end in {", ".join(suffixes)}; give it one of these endings.')
+    if not suffixes and split_pattern(out)[1]:
+        raise ValueError(f'{out} ends in a pattern of names; results are named like the CT slices, so name a folder alone.')
     if above := next((place for place in Path(out).parents if place.is_file()), None):
         raise FileExistsError(f'{above} is a file where a folder should be; name another place to write.')
     if os.path.lexists(out) and not (out.is_file() if suffixes else out.is_dir()):

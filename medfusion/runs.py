@@ -382,7 +382,10 @@ def read_safetensors(path: Path) -> dict:
         weights = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f'{path} is truncated, damaged or no safetensors file ({error}); copy or export it again.') from None
-    return {'format': 'medfusion checkpoint 1', **read_json(beside), 'state_dict': weights}
+    told = read_json(beside)
+    if told.get('checkpoint', path.name) != path.name:      # the same weights may be those of another position of a dial
+        raise ValueError(f'{beside} tells of {told["checkpoint"]}, not of {path.name}; give the file that name again, or put its own metadata.json beside it.')
+    return {'format': 'medfusion checkpoint 1', **told, 'state_dict': weights}
 
 # %% ../nbs/09_runs.ipynb #a18a601f
 def checkpoint_suffixes() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ __all__ = ['check_lesions', 'check_config', 'subband_names', 'in_single', 'haar'
 # %% ../nbs/trainable-wavelet-fusion.ipynb #37a6bb6a
 import math
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .metrics import check_images
 # %% ../nbs/trainable-wavelet-fusion.ipynb #c224dead
 def check_lesions(lesions):
     "Raises ValueError unless `lesions`, the position of a dial, is a number from 0 to 1."
-    if isinstance(lesions, bool) or not isinstance(lesions, (int, float)) or not 0 <= lesions <= 1:
+    if isinstance(lesions, bool) or not isinstance(lesions, Real) or not 0 <= lesions <= 1:
         raise ValueError(f'lesions is {lesions!r}; it must be a number from 0 (as the usual metrics like it) to 1 (every lesion).')
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #5697b999

@@ -305,12 +305,24 @@ def test_a_row_counts_if_it_is_of_these_files(triples, pairs):
     assert again == [] and list(left.index) == list(read_table(triples / 't.csv').index) == [names[0], *names[2:]]
 
 
-def test_any_other_table_is_replaced(triples, pairs):
-    for text in ('', 'holiday', '# x\nname,EN,SD,VIF,files\n"', '# x\nname,EN,SD,VIF,files\n' + pairs.names[0] + ',1,2,3\n', 'name,EN\n1001.png,3\n', 'a\0b\n\0\n'):
+def test_a_table_of_other_columns_or_a_torn_one_is_replaced(triples, pairs):
+    for text in ('', '# x\nname,EN,SD,VIF,files\n"', '# x\nname,EN,SD,VIF,files\n' + pairs.names[0] + ',1,2,3\n'):
         (triples / 't.csv').write_text(text)
         assert measured(triples)[1] == pairs.names
-    (triples / 't.csv').write_bytes(b'\xff\xfe\n')
-    assert measured(triples)[1] == pairs.names
+
+
+@pytest.mark.parametrize('content', [b'holiday', b'name,EN\n1001.png,3\n', b'# x\nprice,EN\n', b'a\0b\n\0\n', b'\xff\xfe\n'])
+def test_another_file_is_not_replaced_by_a_table(triples, content):
+    (triples / 't.csv').write_bytes(content)
+    with pytest.raises(FileExistsError, match='t.csv is there already, and no table of measurements; name another file'):
+        measured(triples)
+    assert (triples / 't.csv').read_bytes() == content
+
+
+@pytest.mark.parametrize('methods, reason', [({}, 'no method to measure'), ({'m': 'maximum'}, "'maximum' is a name; a method is what load_model")])
+def test_what_is_no_method_is_refused(pairs, methods, reason):
+    with pytest.raises(ValueError, match=reason):
+        E.evaluate(pairs, methods, ['EN'])
 
 
 def test_a_bad_file_does_not_cost_the_others_their_rows_in_one_process_or_two(triples, pairs):

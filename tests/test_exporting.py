@@ -80,7 +80,7 @@ def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
     assert all(np.array_equal(fuse(cut.ct, cut.mri, model=str(place)), fuse(cut.ct, cut.mri, model='resnet')) for place in (tmp_path, file))
     with pytest.raises(FileExistsError, match='is there already'):
         export_network('wavelet', file)
-    with pytest.raises(FileExistsError, match='metadata.json is there already'):
+    with pytest.raises(FileExistsError, match='tells of shared.safetensors, which lies there, too'):
         export_network('wavelet', tmp_path / 'other.safetensors')
     export_network('wavelet', file, replace=True)
     assert type(load_model(tmp_path, device='cpu')).__name__ == 'WaveletFusion'
@@ -93,6 +93,18 @@ def test_weights_alone_are_a_folder_that_load_model_reads(tmp_path):
     (tmp_path / 'metadata.json').unlink()
     with pytest.raises(ValueError, match='put the metadata.json beside it'):
         load_model(tmp_path)
+
+
+def test_a_folder_holds_what_is_known_of_one_network(tmp_path):
+    "A second network would change what the first one means."
+    file = export_network('wavelet', tmp_path / 'a.safetensors')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match='tells of a.safetensors, which lies there, too; export into another folder'):
+        export_network('wavelet@1', tmp_path / 'b.safetensors', replace=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    renamed = file.rename(tmp_path / 'b.safetensors')
+    with pytest.raises(ValueError, match='tells of a.safetensors, not of b.safetensors; give the file that name again'):
+        load_model(renamed)
 
 
 def test_a_dial_that_was_turned_stays_there(tmp_path):

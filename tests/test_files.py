@@ -522,7 +522,9 @@ def test_the_name_that_was_given_decides(tmp_path):
     (tmp_path / 'CT/34010.png').symlink_to('../blobs/aa11')
     (tmp_path / 'linked').symlink_to('CT')
     assert np.array_equal(read_image(tmp_path / 'CT/34010.png'), noise())
-    pair, = list_pairs(tmp_path / 'linked', tmp_path / 'CT')
+    (tmp_path / 'MRI').mkdir()
+    write_image(tmp_path / 'MRI/34010.png', noise())
+    pair, = list_pairs(tmp_path / 'linked', tmp_path / 'MRI')
     assert pair.ct == tmp_path / 'linked/34010.png' and pair.name == '34010.png'
     write_image(tmp_path / 'CT/34010.png', noise(1))  # replaces the link, not what others link to
     assert not (tmp_path / 'CT/34010.png').is_symlink() and (tmp_path / 'blobs/aa11').exists()
@@ -896,3 +898,12 @@ def test_no_locks_on_this_system(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'fcntl', None)  # as on Windows
     append_line(tmp_path / 'log', 'a')
     assert read_lines(tmp_path / 'log') == ['a'] and threading.active_count() >= 1
+
+
+def test_a_name_that_is_no_text_and_one_folder_for_both_are_told(tmp_path):
+    write_image(tmp_path / '7001.png', np.zeros((16, 16), np.uint8))
+    with pytest.raises(ValueError, match=f'{tmp_path} is given for CT and MRI, .* give a folder for each'):
+        list_pairs(tmp_path, tmp_path)
+    os.replace(tmp_path / '7001.png', os.fsencode(tmp_path / '7001.png').replace(b'7001', b'\xe9t\xe9001'))
+    with pytest.raises(ValueError, match=r"'\\udce9t\\udce9001.png' in .* is not UTF-8; rename it"):
+        list_images(tmp_path)

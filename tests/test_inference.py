@@ -340,6 +340,22 @@ def test_what_cannot_be_fused_is_a_sentence(ct, mri, reason):
         fuse(ct, mri, maximum)
 
 
+@pytest.mark.parametrize('kind', [np.int16, np.int32, np.uint32, np.uint64])
+def test_values_of_wide_types_come_back_as_floats(kind):
+    steps = (np.mgrid[:64, :64][0] * 60).astype(kind)
+    fused = fuse(steps, steps, maximum, value_range=(0, 4095))
+    assert fused.dtype == np.float32 and np.allclose(fused, steps / 4095, atol=1e-6)
+
+
+def test_numbers_of_numpy_are_numbers(pair):
+    assert np.array_equal(fuse(*pair, lesions=np.float32(1), tile=np.int64(64)), fuse(*pair, lesions=1, tile=64))
+
+
+def test_results_are_named_by_no_pattern(folders, tmp_path):
+    with pytest.raises(ValueError, match='ends in a pattern of names.* name a folder alone'):
+        fuse_folder(folders / 'CT', folders / 'MRI', tmp_path / '{name}_f.png', maximum)
+
+
 def test_a_file_that_cannot_be_fused_is_named(tmp_path):
     write_image(tmp_path / '34002.png', np.zeros((15, 15), np.uint8))
     with pytest.raises(ValueError, match=r'^34002\.png: A slice of 15×15'):
@@ -863,7 +879,8 @@ def test_two_runs_at_once_with_the_same_names_from_other_slices(folders, monkeyp
     names = names_in(folders / 'CT')
     slow = lambda *given, write=inference.write_atomically: (time.sleep(0.01), write(*given))
     monkeypatch.setattr(inference, 'write_atomically', slow)
-    one, other = at_once(lambda: run(folders, batch_size=1), lambda: run(folders, ct='MRI', mri='MRI', batch_size=1))
+    shutil.copytree(folders / 'MRI', folders / 'copy')
+    one, other = at_once(lambda: run(folders, batch_size=1), lambda: run(folders, ct='MRI', mri='copy', batch_size=1))
     for name in names:
         found = read_image(folders / 'out' / name).astype(int)
         for report, sides in ((one, {}), (other, {'ct': 'MRI'})):
