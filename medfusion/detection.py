@@ -7,12 +7,13 @@ __all__ = ['PaintedLesion', 'painted_lesions', 'chosen_lesions', 'lesion_region'
            'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for', 'fuse_pairs_rounded',
            'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge', 'leave_one_head_out',
            'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note', 'summarise_detection',
-           'efficiency_table', 'lesion_pictures', 'roc_curve', 'write_task', 'read_task', 'task_slices', 'check_fused',
-           'score_task', 'PhantomLesion', 'phantom_lesions', 'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask',
-           'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast', 'bootstrap_heads', 'phantom_numbers',
-           'phantom_table']
+           'efficiency_table', 'lesion_pictures', 'roc_curve', 'write_task', 'is_trial', 'task_fault', 'read_task',
+           'task_slices', 'check_fused', 'score_task', 'PhantomLesion', 'phantom_lesions', 'PhantomHead',
+           'phantom_heads', 'scan_head', 'PhantomTask', 'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast',
+           'bootstrap_heads', 'phantom_numbers', 'phantom_table']
 
 # %% ../nbs/23_detection.ipynb #7c995d93
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -262,12 +263,16 @@ def leave_one_head_out(outputs: dict) -> pd.DataFrame:
     """For each method and tested head: what `judge` finds, learnt on the other heads, and the efficiencies η.
 
     `outputs` are of `outputs_of`. `efficiency` is of the location known, `efficiency_search` of the location uncertain.
+    Raises ValueError where the other heads have too few lesions.
     """
     outputs = outputs if len(outputs['joint']) > 1 else in_two_halves(outputs)
     rows = []
     for method, cases in outputs.items():
         for head in cases:
             learnt = tuple(np.concatenate([cases[other][part] for other in cases if other != head]) for part in (0, 1))
+            if (count := len(learnt[0])) <= learnt[0].shape[-1]:
+                raise ValueError(f'These slices are too few: to be tested on head {head}, the observer has {count} painted '
+                                 f'lesion{"s" * (count != 1)} to learn from, and needs {learnt[0].shape[-1] + 1}; give more slices or more patients.')
             rows.append({'method': method, 'case': head, **judge(learnt, cases[head]).numbers()})
     table = pd.DataFrame(rows)
     joint = table[table.method == 'joint'].set_index('case')
@@ -394,6 +399,37 @@ def write_task(data_set, folder, kinds=None, area: float = 0.9, paintings: int =
         write_json(made / 'task.json', {'format': 'medfusion task 1', 'amplitudes': amplitudes, 'trials': trials})
     return folder
 
+# %% ../nbs/23_detection.ipynb #1e3acf08
+def is_trial(trial, kinds) -> bool:
+    "Whether an entry of task.json is a trial of one of these kinds: a case, a name more than paintings, and (row, column) of the places in each."
+    def are(kind, values):
+        return isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
+    trial = trial if isinstance(trial, dict) else {}
+    names, places = trial.get('names'), trial.get('places')
+    return (trial.get('lesion') in list(kinds) and isinstance(trial.get('case'), str) and are(str, names) and are(list, places)
+            and len(names) == len(places) + 1 and all(are(list, group) for group in places)
+            and all(are(int, place) and len(place) == 2 for group in places for place in group))
+
+# %% ../nbs/23_detection.ipynb #bdd05337
+def task_fault(task, record: dict, border: int = 28) -> str:
+    """What in the content of task.json is not as `write_task` writes it, or nothing ('').
+
+    Places nearer than `border` to the edge of the slice, which is read from the folder `task`, are none of `lesion_places`.
+    """
+    amplitudes, trials = record.get('amplitudes'), record.get('trials')
+    if (not isinstance(amplitudes, dict) or not amplitudes or not set(amplitudes) <= set(painted_lesions())
+            or not all(isinstance(value, (int, float)) for value in amplitudes.values())):
+        return 'amplitudes'
+    if not isinstance(trials, list):
+        return 'trials'
+    for number, trial in enumerate(trials, 1):
+        if not is_trial(trial, amplitudes):
+            return f'trial {number}'
+        places, shape = np.concatenate(trial['places']), read_image(Path(task) / 'CT' / f'{trial["names"][0]}.png', quiet=True).shape
+        if places.min() < border or (places >= np.subtract(shape, border)).any():
+            return f'the places of trial {number}'
+    return next((f'no trial of {kind}' for kind in amplitudes if kind not in {trial['lesion'] for trial in trials}), '')
+
 # %% ../nbs/23_detection.ipynb #1ac38ff8
 def read_task(task) -> tuple[dict, list]:
     "The amplitudes of a task {kind: grey levels}, and its trials as task.json has them. Raises FileNotFoundError or ValueError."
@@ -403,7 +439,8 @@ def read_task(task) -> tuple[dict, list]:
     record = read_json(file)
     if record.get('format') != 'medfusion task 1':
         raise ValueError(f'{file} is not of the format "medfusion task 1"; write the task anew.')
-    chosen_lesions(record['amplitudes'])
+    if fault := task_fault(task, record):
+        raise ValueError(f'{file} is damaged ({fault}); remove {task} and write it anew: medfusion evaluate CT MRI --task {shlex.quote(str(task))}')
     return record['amplitudes'], record['trials']
 
 # %% ../nbs/23_detection.ipynb #950ee296

@@ -2,6 +2,8 @@
 import ast
 import inspect
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,45 @@ def test_the_command_writes_and_scores(heads, task, tmp_path):
     assert refused.exit_code == 1 and 'room for a painted lesion' in refused.stderr and not (tmp_path / 'new').exists()
     assert CliRunner().invoke(app, ['evaluate', 'a', 'b', 'c', '--task', 'd']).exit_code == 2
     assert CliRunner().invoke(app, ['evaluate', str(task[1])]).exit_code == 2
+
+
+def test_too_few_slices_are_told(tmp_path):
+    y, x = np.mgrid[:128, :128] - 63.5
+    radius = np.hypot(x, y)
+    for folder in ('CT', 'MRI'):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / folder / '1000.png', np.select([radius < 50, radius < 60], [100, 255]).astype(np.uint8))
+    refused = CliRunner().invoke(app, ['evaluate', str(tmp_path / 'CT'), str(tmp_path / 'MRI'), '--task', str(tmp_path / 'new')])
+    assert refused.exit_code == 1 and not (tmp_path / 'new').exists()
+    assert re.search(r'slices are too few: to be tested on head 1, first half, .* needs 13; give more slices or more patients', refused.stderr)
+
+
+def without_a_name(record):
+    record['trials'][0]['names'].pop()
+
+
+def with_a_place(place):
+    def damage(record):
+        record['trials'][1]['places'][0][0] = place
+    return damage
+
+
+@pytest.mark.parametrize('fault, damage', [
+    ('amplitudes', lambda record: record.pop('amplitudes')), ('amplitudes', lambda record: record['amplitudes'].clear()),
+    ('amplitudes', lambda record: record['amplitudes'].update(cyst=3)), ('amplitudes', lambda record: record['amplitudes'].update(haemorrhage='3')),
+    ('trials', lambda record: record.pop('trials')), ('no trial of haemorrhage', lambda record: record['trials'].clear()),
+    ('trial 1', lambda record: record.update(trials=['1000'])), ('trial 1', lambda record: record['trials'][0].pop('names')),
+    ('trial 1', lambda record: record['trials'][0].update(names='1000')), ('trial 1', lambda record: record['trials'][0].update(lesion=['tumour'])),
+    ('trial 1', lambda record: record['trials'][0].update(case=1)), ('trial 1', without_a_name), ('trial 2', with_a_place([90])),
+    ('trial 2', with_a_place('90')), ('the places of trial 2', with_a_place([300, 90])), ('the places of trial 2', with_a_place([90, 250])),
+    ('the places of trial 2', with_a_place([0, 90])), ('the places of trial 2', with_a_place([-90, 90]))])
+def test_a_damaged_task_is_a_sentence(fault, damage, task, tmp_path):
+    record = json.loads((task[0] / 'task.json').read_text())
+    damage(record)
+    shutil.copytree(task[0] / 'CT', tmp_path / 'CT')
+    (tmp_path / 'task.json').write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf'task.json is damaged \({fault}\); .*write it anew: medfusion evaluate CT MRI --task {tmp_path}'):
+        score_task(tmp_path, task[1])
 
 
 @pytest.mark.fault('evaluate --task', 'disk full, or failing')
