@@ -50,6 +50,7 @@ def in_shell_words(text: str) -> str:
     "A sentence of the package as the shell's user would say it."
     text = re.sub(r'\b(replace|force|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
     text = re.sub(r'\bfill_gaps=True\b', '-p fill_gaps=true', text)
+    text = re.sub(r'\((crop|test_cases)=', r'(-p \1=', text).replace('(val=0, test=0)', '(--val 0, --test 0)')
     return re.sub(r'\bseries=(\d+)\b', r"-p ct_series=\1 (or -p 'mri_series=[\1]')", text)
 
 # %% ../nbs/50_cli.ipynb #ddeb1577
@@ -206,17 +207,25 @@ def phantom(
     typer.echo(str(inspect_dataset(root)))
 
 # %% ../nbs/50_cli.ipynb #1163805a
-def named_split(source: Path, val_cases: str, test_cases: str) -> dict | None:
-    "The cases of each part of a folder with CT/ and MRI/, where some are named, as the method notebooks take them; None where none is."
+def named_split(source: Path, val_cases: str, test_cases: str, counts: dict) -> dict | None:
+    """The cases of each part of a folder with CT/ and MRI/, where some are named, as the method notebooks take them; None where none is.
+
+    `counts` {part: number} are those that were typed beside the names; an error of the command line where they contradict them.
+    """
     from medfusion.data import case_of
     from medfusion.files import list_pairs
     from medfusion.runs import named_cases, sides
     chosen = named_cases(SimpleNamespace(val_cases=val_cases, test_cases=test_cases))
+    for part, count in counts.items() if chosen else ():
+        if count != len(chosen[part]):
+            raise typer.BadParameter(f'--{part} {count} does not go with --val-cases and --test-cases, which name {len(chosen[part])} '
+                                     f'for that part; leave --{part} out')
     return chosen and sides({case_of(pair.name) for pair in list_pairs(source / 'CT', source / 'MRI')}, chosen, source)
 
 # %% ../nbs/50_cli.ipynb #6d637050
 @data_app.command('import')
 def import_slices(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(parser=typed_path, metavar='SOURCE',
                                            help='a folder that holds CT/ and MRI/ with slices of equal names')],
     root: Root = Path('Dataset'),
@@ -232,7 +241,8 @@ def import_slices(
     from medfusion.data import inspect_dataset, prepare_dataset
     from medfusion.inference import check_output
     check_output(root, [source, source / 'CT', source / 'MRI'])
-    split = named_split(source, val_cases, test_cases)
+    counts = {part: count for part, count in (('val', val), ('test', test)) if context.get_parameter_source(part).name == 'COMMANDLINE'}
+    split = named_split(source, val_cases, test_cases, counts)
     prepare_dataset(source, root, split, val=val, test=test, seed=seed, replace=replace, value_range=read_range(values))
     typer.echo(str(inspect_dataset(root)))
 
@@ -255,7 +265,7 @@ def harvard(
 def flat_folder_sentence(root: Path, cases: list[str]) -> str:
     "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split its cases; or that it has too few."
     if len(cases) < 3:
-        return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on.'
+        return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on, or two and none to validate on (-p test_cases=CASE).'
     place, (val, test) = shlex.quote(str(root)), cases[-2:]
     return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
             f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}), and records the split; or make a data set with parts: '

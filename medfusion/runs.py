@@ -681,7 +681,9 @@ def divide(folders, seed: int, training: dict | None = None, value_range=None, c
     whole = CTMRIDataset(*folders, value_range=value_range)
     check_names(whole.names, whole.case_of, folders[0])
     cases = sorted(set(whole.cases))
-    split = split_by_case(cases, seed=seed) if chosen is None else sides(cases, chosen, folders[0].parent)
+    remedy = f'name one to test on and none to validate on (test_cases={cases[-1]}), or' if len(cases) == 2 else 'training takes two or more:'
+    split = (split_by_case(cases, seed=seed, where=folders[0].parent, remedy=f'{remedy} add patients') if chosen is None
+             else sides(cases, chosen, folders[0].parent))
     how = f'split with seed {seed}' if chosen is None else 'split as named'
     print(f'{folders[0].parent} has no parts; its cases are {how}: '
           + '; '.join(f'{part} {", ".join(cases) or "none"}' for part, cases in split.items()))

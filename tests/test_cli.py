@@ -192,6 +192,14 @@ def test_a_split_is_audited(tmp_path):
     assert medfusion(*audit[:4]).exit_code == 2
 
 
+def write_flat(folder, sizes):
+    "Grey slices of these names and sizes, in CT and in MRI."
+    for kind in ('CT', 'MRI'):
+        (folder / kind).mkdir(parents=True)
+        for name, size in sizes.items():
+            write_image(folder / kind / name, np.full((size, size), 90, np.uint8))
+
+
 def test_data_import(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ('CT', 'MRI'):
@@ -206,6 +214,29 @@ def test_data_import(tmp_path, monkeypatch):
     for root in ('source', 'source/CT', './source/../source'):
         assert_sentence(medfusion('data', 'import', 'source', root, '--replace'), 'is what is read')
     assert len(list(Path('source').glob('*/*.png'))) == 8
+    named = ('data', 'import', 'source', 'named', '--val-cases', '3', '--test-cases', '4')
+    for part, number in (('val', 7), ('test', 0), ('test', 2)):
+        refused = medfusion(*named, f'--{part}', number)
+        assert refused.exit_code == 2 and f'--{part} {number} does not go with --val-cases and --test-cases' in ' '.join(refused.stderr.split())
+    assert not Path('named').exists() and medfusion(*named, '--val', 1).exit_code == 0
+    for path in Path('source').glob('*/[34]001.png'):
+        path.unlink()
+    assert_sentence(medfusion('data', 'import', 'source', 'few'), '2 cases of', 'source cannot give', 'ask for fewer (--val 0, --test 0), or add patients')
+    assert medfusion('data', 'import', 'source', 'few', '--val', 0).exit_code == 0
+
+
+def test_what_cannot_be_trained_on_is_told_with_the_parameter_that_helps(tmp_path):
+    write_flat(tmp_path, {'1001.png': 128, '2001.png': 128, '3001.png': 48})
+    folders = ['-p', f'ct_dir={tmp_path}/CT', '-p', f'mri_dir={tmp_path}/MRI', '-p', f'save_dir={tmp_path}/runs', '-p', 'epochs=1', '-p', 'seed=1']
+    assert_sentence(medfusion('train', 'wavelet-lite', *folders, '-p', 'test_cases=1'), 'CT/3001.png of 48×48', '(-p crop=48)', 'or leave such slices out')
+    for kind in ('CT', 'MRI'):
+        (tmp_path / kind / '3001.png').unlink()
+    assert_sentence(medfusion('train', 'wavelet-lite', *folders), f'2 cases of {tmp_path} cannot give', '(-p test_cases=2), or add patients')
+
+
+def test_a_folder_without_a_record_is_told_the_command(tmp_path):
+    write_flat(tmp_path / 'train', {'1001.png': 64})
+    assert medfusion('data', 'check', tmp_path).stderr.count('medfusion data import') == 1
 
 
 # Fuse

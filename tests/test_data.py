@@ -160,7 +160,7 @@ def test_augmentation_keeps_the_pair_together(tmp_path, shape, crop, expected):
 def test_crop_without_augmentation_is_the_middle(tmp_path):
     dataset = CTMRIDataset(*coordinates(tmp_path, (31, 33)), crop=16)
     assert (dataset[0]['ct'] * 255).round()[0, 0, 0] == 6 and (dataset[0]['mri'] * 255).round()[0, 0, 0] == 8
-    with pytest.raises(ValueError, match='A window of 40×40 does not fit into a slice of 31×33'):
+    with pytest.raises(ValueError, match=r'A window of 40×40 does not fit into .*CT/.*\.png of 31×33; choose a smaller crop \(crop=31\)'):
         CTMRIDataset(*(tmp_path / modality for modality in ('CT', 'MRI')), crop=40)
     for crop in (0, 4.5, 'x', (8, 8, 8), (-8, 8), True + 0.5):
         with pytest.raises(ValueError, match='A crop is a whole number of pixels'):
@@ -268,8 +268,10 @@ def test_split_by_case():
     assert len({str(split_by_case(cases, seed=seed)) for seed in range(30)}) > 5
     assert split_by_case(cases, val=0, test=0) == {'train': ['1', '2', '16', '20'], 'val': [], 'test': []}
     for val, test in ((2, 2), (-1, 1), (5, 0)):
-        with pytest.raises(ValueError, match='4 cases cannot give'):
-            split_by_case(cases, val, test)
+        with pytest.raises(ValueError, match='4 cases of here cannot give'):
+            split_by_case(cases, val, test, where='here')
+    with pytest.raises(ValueError, match=r'^1 case cannot give .* \(val=0, test=0\), or add patients'):
+        split_by_case(['1', '1'])
     with pytest.raises(ValueError, match='A seed is 0 or more, not -1'):
         split_by_case(cases, seed=-1)
 
@@ -871,3 +873,18 @@ def test_names_of_a_part(flat, tmp_path):
         (tmp_path / file).write_text(text)
         with pytest.raises(ValueError, match=f'{file} lists no slices for test'):
             names_in_part(tmp_path / file, 'test')
+
+
+@pytest.mark.parametrize('file, content', [('a.json', b'["1000.png", '), ('a.json', b'[' * 100_000), ('a.csv', b''), ('a.csv', b'name\n1\n1,2,3\n'),
+                                           ('a.csv', b'name\n"1000.png'), ('a.csv', b'\x89PNG\r\n\x1a\n\0'), ('a.png', b'\x89PNG\r\n\x1a\n\0'),
+                                           ('a.txt', '1000.png'.encode('utf-16')), ('a.txt', '1000.png'.encode('utf-16-le'))])
+def test_a_list_that_cannot_be_read(file, content, tmp_path):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf'{file} lists no slices for test \([^)]+.*; give a folder of slices'):
+        names_in_part(tmp_path / file, 'test')
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+    for file, text in (('a.txt', '1000.png'), ('a.csv', 'name\n1000.png\n'), ('a.json', '["1000.png"]')):
+        (tmp_path / file).write_text(text, encoding='utf-8-sig')
+        assert names_in_part(tmp_path / file, 'test') == ['1000.png']

@@ -246,6 +246,16 @@ def test_missing_data_is_said_with_what_to_do(tmp_path, monkeypatch):
         assert all(word in str(complaint.value) for word in (words, 'medfusion data harvard', 'medfusion data phantom'))
 
 
+@pytest.mark.parametrize('names, words', [(['1001.png', '1002.png'], r'^1 case of .* cannot give .*; training takes two or more: add patients\.$'),
+                                          (['1001.png', '2001.png'], r'^2 cases of .*; name one to test on and none to validate on \(test_cases=2\), or add')])
+def test_too_few_patients_are_told_what_works(names, words, tmp_path):
+    flat = slices(tmp_path / 'flat', *names)
+    with pytest.raises(ValueError, match=words):
+        open_parts(places(flat))
+    if '2001.png' in names:
+        assert open_parts(places(flat, test_cases='2'))[1] is None
+
+
 def test_no_patient_comes_into_two_parts_of_a_flat_folder(tmp_path, capsys):
     flat = slices(tmp_path / 'flat', 'pA_s1.png', 'pA_s2.png', 'pB_s1.png', 'pB_s2.png')
     with pytest.raises(ValueError, match='The case of pA_s1.png'):
