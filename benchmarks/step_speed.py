@@ -3,7 +3,7 @@
     python benchmarks/step_speed.py --against b611665
 
 The step is one of the recipe params/wavelet_table.yaml on one thread: a batch of four crops of the phantom, and the lesions' term. First all of it, at each commit in
-turn, each in a process of its own that loads that commit's package; then, here, each part alone: the network, each term of the loss, forward and backward, the lesions'
+turn, each in a process of its own that loads that commit's package, and here in mixed precision, too (`-p precision=bf16`); then, here, each part alone: the network, each term of the loss, forward and backward, the lesions'
 term, the detectability term of the later recipes, the optimiser. Medians; the parts add up to less than the whole or more, for the whole shares work among them.
 """
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import convert_outputs_to_fp32
 
 
 def recipe():
@@ -84,9 +85,14 @@ def parts(model, optimizer, batch, lesions, data_set, repeats):
     return found | {'optimiser': median(optimizer.step, repeats)}
 
 
-def by_process(folder, repeats):
+def in_bfloat16(model):
+    "The model as accelerate prepares it for `precision=bf16`."
+    model.forward = convert_outputs_to_fp32(torch.autocast('cpu', torch.bfloat16)(model.forward))
+
+
+def by_process(folder, repeats, *more):
     "The milliseconds of a whole step by the package in a folder."
-    done = subprocess.run([sys.executable, __file__, '--worker', '--repeats', str(repeats)], env=os.environ | {'PYTHONPATH': str(folder)},
+    done = subprocess.run([sys.executable, __file__, '--worker', '--repeats', str(repeats), *more], env=os.environ | {'PYTHONPATH': str(folder)},
                           capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -97,26 +103,32 @@ def main():
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--against', metavar='COMMIT', help='an earlier commit, whose steps are taken, too')
     parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--bfloat16', action='store_true', help=argparse.SUPPRESS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.worker:
             *step, _ = prepared(scratch)
+            if given.bfloat16:
+                in_bfloat16(step[0])
             print(median(partial(whole_step, *step), given.repeats))
             return
         from machine import ROOT, heading, ratio
         from networks_speed import package_of
         print(heading())
-        folders = {'here': ROOT} | ({given.against: package_of(given.against, Path(scratch, 'before'))} if given.against else {})
-        took = {title: [] for title in folders}
+        ways = {'here': (ROOT,), 'here, in bfloat16': (ROOT, '--bfloat16')}
+        if given.against:
+            ways[given.against] = package_of(given.against, Path(scratch, 'before')),
+        took = {title: [] for title in ways}
         for _ in range(given.rounds):
-            for title, folder in folders.items():
-                took[title].append(by_process(folder, given.repeats))
+            for title, (folder, *more) in ways.items():
+                took[title].append(by_process(folder, given.repeats, *more))
         for title, spent in took.items():
             print(f'{"a step, " + title:<40}{min(spent):8.1f} ms')
         for name, spent in parts(*prepared(scratch), given.repeats).items():
             print(f'  {name:<38}{spent:8.1f} ms')
         if given.against:
-            print(ratio(f'a training step of the wavelet network, as fast as at {given.against}', min(took[given.against]) / min(took['here'])))
+            for way, title in (('', 'here'), (' in bfloat16', 'here, in bfloat16')):
+                print(ratio(f'a training step of the wavelet network{way}, as fast as at {given.against}', min(took[given.against]) / min(took[title])))
 
 
 if __name__ == '__main__':
