@@ -10,6 +10,7 @@ __all__ = ['checkpoint_of', 'onnx_facts', 'WithConstants', 'onnx_bytes', 'onnx_s
 import io
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
     source, lesions = checkpoint_of(model), find_model(model).lesions
     path = free_place(path, '.safetensors', replace, [source])
     beside, told = path.with_name('metadata.json'), source.with_name('metadata.json')
-    if beside != told and beside.is_file() and (other := path.with_name(str(read_json(beside).get('checkpoint', path.name)))) != path and other.is_file():
+    if beside != told and (other := _told_of(beside)) not in (None, path):
         raise FileExistsError(f'{beside} tells of {other.name}, which lies there, too; export into another folder.')
     free_place(beside, '.json', replace, [told])
     load_model(model, device='cpu')                   # refuses what is no whole network
@@ -138,6 +139,13 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
         write_atomically(path, safetensors.torch.save({name: weight.contiguous() for name, weight in checkpoint['state_dict'].items()}))
         write_metadata(path, checkpoint, **facts)
     return path
+
+
+def _told_of(metadata):
+    "The file of the network that a metadata.json tells of; None where there is no such file, or nothing that can be read."
+    with suppress(FileNotFoundError, ValueError):
+        found = metadata.with_name(str(read_json(metadata).get('checkpoint')))
+        return found if found.is_file() else None
 
 # %% ../nbs/28_exporting.ipynb #3280232f
 def export_network(model, path, replace: bool = False) -> Path:

@@ -49,8 +49,7 @@ def check_images(*images, least=1):
                              'a single slice becomes one by slice[None, None].')
         height, width = image.shape[2:]
         if min(height, width) < least:
-            raise ValueError(f'A slice of {height}×{width} pixels is too small to be measured; '
-                             f'it takes at least {least} pixels a side.')
+            raise ValueError(f'A slice of {height}×{width} pixels is too small; it takes at least {least} pixels a side.')
         if image.shape != images[0].shape:
             raise ValueError(f'Images that belong together must have one shape, not {tuple(images[0].shape)} and '
                              f'{tuple(image.shape)}; register, resample or crop them first.')

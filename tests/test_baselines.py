@@ -121,7 +121,7 @@ def test_bad_pairs_are_refused(rule):
         ((ct, mri[:1]), 'one shape'),
         ((ct[0], mri[0]), r'\(B, 1, H, W\)'),
         ((ct.expand(-1, 3, -1, -1), mri.expand(-1, 3, -1, -1)), r'\(B, 1, H, W\)'),
-        ((ct[..., :15], mri[..., :15]), 'from 16 up'),
+        ((ct[..., :15], mri[..., :15]), 'at least 16'),
         (((255 * ct).byte(), (255 * mri).byte()), 'floats'),
         ((ct[:0], mri[:0]), r'not \(0, 1, 40, 37\)'),
     ]:
