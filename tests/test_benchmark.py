@@ -131,7 +131,8 @@ def test_without_labels_and_externals_and_with_one_column(dataset, tmp_path, cap
 @pytest.mark.parametrize('given, until, words', [
     ({'rules': ['laplace']}, 'groups', "'laplace' is not a rule"),
     ({'checkpoints': ['nowhere.pt']}, 'groups', 'nowhere.pt'),
-    ({'columns': ['EN', 'FID'], 'rules': []}, 'convention', "'FID' is not a metric"),
+    ({'columns': ['EN', 'FID']}, 'data_set', "'FID' is not a metric"),
+    ({'columns': ['EN', 'hue_error'], 'rules': []}, 'convention', "'hue_error' is of pairs in colour, and there is none"),
     ({'colums': ['EN']}, 'p', 'did you mean columns'),
     ({'columns': 'EN'}, 'p', r'columns of 90_benchmark.ipynb must be'),
     ({'ct_dir': '/nowhere/CT'}, 'data_set', '/nowhere/CT'),
