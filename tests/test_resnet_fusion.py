@@ -88,9 +88,10 @@ def test_a_network_of_another_type_fuses(model, kind):
     assert (found - expected).abs().mean() < (0.02 if kind == torch.bfloat16 else 0.005)
 
 
-@pytest.mark.parametrize('shapes', [((1, 1, 15, 64),) * 2, ((1, 1, 32, 32), (1, 1, 32, 33)), ((1, 3, 32, 32),) * 2, ((32, 32),) * 2])
-def test_slices_that_do_not_fit(model, shapes):
-    with pytest.raises(ValueError, match='B, 1, H, W|one shape|at least 16'):
+@pytest.mark.parametrize('shapes, reason', [(((1, 1, 15, 64),) * 2, 'slice of 15×64 .* at least 16'), (((1, 1, 32, 32), (1, 1, 32, 33)), 'one shape'),
+                                            (((1, 3, 32, 32),) * 2, r'\(B, 1, H, W\)'), (((32, 32),) * 2, r'\(B, 1, H, W\)')])
+def test_slices_that_do_not_fit(model, shapes, reason):
+    with pytest.raises(ValueError, match=reason):
         model(*map(torch.rand, shapes))
 
 
