@@ -11,6 +11,7 @@ __all__ = ['pool_slices', 'recipe_values', 'values_sha256', 'run_values', 'seen_
 import hashlib
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from .files import list_images, plain, read_json, sha256_of, to_depth, write_ima
 from .inference import find_model, in_place, load_model, methods
 from .metrics import lower_is_better
 from .phantom import phantom_slice
-from .runs import check_parameters, listed_cases, make_folder, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
+from .runs import check_parameters, listed_cases, make_folder, range_of, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
 from .wavelet_fusion import WaveletFusion
 
 # %% ../nbs/24_cross_validation.ipynb #e3456141
@@ -71,9 +72,12 @@ def run_values(folder) -> dict:
     [method] = [method for method in methods().values() if method.directory == record['method']]
     values = recipe_values(method.notebook, record['parameters'])
 
+    def began(run):
+        return datetime.fromisoformat(run['started'] or '1970-01-02T00:00:00+00:00').astimezone()
+
     def hashed(path):
         before = resolve_path(path)
-        there = (before / 'run.json').is_file() and read_run(before)['started'] <= record['started']    # else it was made anew, and is another one
+        there = (before / 'run.json').is_file() and began(read_run(before)) <= began(record)    # else it was made anew, and is another one
         return values_sha256(run_values(before)) if there else path
     return values | {role: in_place(values[role], hashed) for role in values.keys() & {'start', 'teacher'}}
 
@@ -114,7 +118,8 @@ def fold_record(folder, recipe: str) -> dict:
     [method] = [method for method in methods().values() if method.directory == record['method']]
     given, network = record['parameters'], load_model(str(run_checkpoint(folder)), device='cpu')
     places = resolve_path(given['ct_dir']), resolve_path(given['mri_dir'])
-    unseen = {case: CTMRIDataset(*places, cases=[case]) for case in sort_cases(record['split']['test'])}
+    drawn = range_of(given.get('value_range', ''))
+    unseen = {case: CTMRIDataset(*places, cases=[case], value_range=drawn) for case in sort_cases(record['split']['test'])}
     return {'format': 'medfusion fold 2', 'method': method.name, 'recipe': recipe, 'recipe_sha256': values_sha256(run_values(folder)),
             'left_out': [*unseen], 'trained_on': sort_cases(record['split']['train']), 'epochs': given.get('num_epochs', given.get('epochs')),
             'seed': record['seed'], 'checkpoint_sha256': record['checkpoints'][method.best_name], 'versions': record['versions'], 'git': record['git'],

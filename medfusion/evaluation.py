@@ -6,9 +6,10 @@
 __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colours', 'write_fused', 'find_fused', 'find_external',
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
            'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
-           'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'table_of_files',
-           'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table', 'read_published', 'holm',
-           'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes', 'run_numbers']
+           'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'columns_there',
+           'table_of_files', 'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table',
+           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes',
+           'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import csv
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 import medfusion
 from .data import CTMRIDataset, case_of
-from .files import (add_whole, file_bytes, files_for, find_naming, format_of, list_images, luminance, match_images, read_image, read_json,
+from .files import (add_whole, file_bytes, files_for, find_naming, format_of, list_images, luminance, match_images, read_image, read_json, read_pixels,
                              slice_name, source_folders, split_pattern, stem_of, to_depth, to_float, unused_range, write_image)
 from .inference import HeldStops, ahead, check_output, check_pair, fuse, read_slice, result_key, with_luminance
 from .metrics import (colour_columns, colour_kept, convention, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better, measure,
@@ -44,10 +45,13 @@ from .metrics import (colour_columns, colour_kept, convention, evaluate_batches,
 
 # %% ../nbs/21_evaluation.ipynb #1ffb14a9
 class JoinedPairs(ConcatDataset):
-    "Several data sets as one, with their `pairs` and `names` in order."
+    "Several data sets of one `value_range` as one, with their `pairs` and `names` in order."
 
     def __init__(self, *data_sets):
         super().__init__(data_sets)
+        self.value_range = data_sets[0].value_range
+        if any(data_set.value_range != self.value_range for data_set in data_sets):
+            raise ValueError('The data sets were read with different ranges of values; give all of them one value_range.')
         self.pairs = [pair for data_set in data_sets for pair in data_set.pairs]
         self.names = [pair.name for pair in self.pairs]
 
@@ -86,9 +90,9 @@ def fuse_pairs(data_set, methods) -> dict:
     return {name: {item['name']: fused_image(method, item) for item in data_set} for name, method in methods.items()}
 
 # %% ../nbs/21_evaluation.ipynb #3301a881
-def in_colours(image, path) -> np.ndarray:
+def in_colours(image, path, value_range=None) -> np.ndarray:
     "A fused image (1, 1, H, W) as an array: (H, W, 3) in the colours of the second slice in the file `path`, (H, W) where that one is grey."
-    source = read_slice(path, quiet=True)
+    source = read_slice(path, value_range, quiet=True)
     if source.ndim == 2:
         return image[0, 0].numpy()
     rgb = torch.from_numpy(to_float(source)).permute(2, 0, 1)[None]
@@ -96,13 +100,13 @@ def in_colours(image, path) -> np.ndarray:
 
 # %% ../nbs/21_evaluation.ipynb #b1126a17
 def write_fused(folder, data_set, images) -> list[Path]:
-    "The PNG files of finished images {name: (1, 1, H, W)} in a folder, made if missing; as deep as the CT of each pair, in colour where its second slice is."
+    "The PNG files of finished images {name: (1, 1, H, W)} in a folder, made if missing; of 8 bits where the CT of a pair is, else of 16; in colour where its second slice is."
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = []
     for pair in data_set.pairs:
-        depth, image = read_image(pair.ct, quiet=True).dtype, in_colours(images[pair.name], pair.mri)
+        image = in_colours(images[pair.name], pair.mri, data_set.value_range)
         files.append(Path(folder) / f'{stem_of(pair.name)}.png')
-        write_image(files[-1], to_depth(image, np.uint16 if depth.kind == 'f' else depth))
+        write_image(files[-1], to_depth(image, np.uint8 if read_pixels(pair.ct).itemsize == 1 else np.uint16))
     return files
 
 # %% ../nbs/21_evaluation.ipynb #fac997ed
@@ -125,7 +129,7 @@ def find_external(folder, data_set, pattern='') -> dict[str, dict[str, Path]]:
     methods = {path.name: find_fused(path, data_set, pattern) for path in found}
     for files in methods.values():
         for pair in data_set.pairs:
-            sizes = [read_image(path, quiet=True).shape[:2] for path in (files[pair.name], pair.ct)]
+            sizes = [read_pixels(path).shape[:2] for path in (files[pair.name], pair.ct)]
             if sizes[0] != sizes[1]:
                 raise ValueError(f'The fused image of {pair.name} has {"{} x {}".format(*sizes[0])} pixels, its sources '
                                  f'{"{} x {}".format(*sizes[1])} ({files[pair.name]}); fuse it at the size of the sources.')
@@ -254,8 +258,8 @@ def measure_three(paths, preset='cvpr', columns=None, value_range=None) -> Measu
 def rows_there(path, columns) -> dict[str, tuple[list, str]]:
     "{name: (values of the columns, key)} of the whole rows of a table with keys; nothing of any other file. Colour is NaN where the table has none."
     try:
-        text = Path(path).read_bytes().decode()
-        lines = csv.DictReader(StringIO(text[:text.rfind('\n') + 1].partition('\n')[2]))        # the first line is the convention
+        data = Path(path).read_bytes()
+        lines = csv.DictReader(StringIO(data[:data.rfind(b'\n') + 1].decode().partition('\n')[2]))        # the first line is the convention
         if not {'name', 'files', *columns} - {*colour_columns()} <= set(lines.fieldnames or ()):
             return {}
         return {line['name']: ([float(line.get(column) or 'nan') for column in columns], line['files']) for line in lines}
@@ -358,10 +362,20 @@ def faults_sentence(faults: list[str], of: int, path=None) -> str:
     more = f'; and {len(faults) - 3} more' if len(faults) > 3 else ''
     return f'{len(faults)} of {of} rows could not be measured, {rest}: {"; ".join(fault.rstrip(".") for fault in faults[:3])}{more}.'
 
+# %% ../nbs/21_evaluation.ipynb #b4cfa0df
+def columns_there(path) -> list[str]:
+    "The measurements that a table with keys at `path` holds; none of any other file, or of no path."
+    if path is None or not Path(path).is_file():
+        return []
+    with open(path, 'rb') as file:
+        _, heads = file.readline(), file.readline().decode(errors='replace').strip().split(',')    # the convention comes first
+    return [name for name in wanted_columns(None) if name in heads and 'files' in heads]
+
 # %% ../nbs/21_evaluation.ipynb #f075f3c1
 def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False) -> pd.DataFrame:
     "The table of triples (CT, MRI, fused) of files; arguments as of `evaluate_folders`. Raises ValueError for faults, after all others were measured."
-    table, faults, largest = GrowingTable(wanted_columns(columns), preset, path if len(triples) > 1 else None), [], {}
+    asked, columns = wanted_columns(columns), wanted_columns([*wanted_columns(columns), *columns_there(path)])   # a table loses no column
+    table, faults, largest = GrowingTable(columns, preset, path if len(triples) > 1 else None), [], {}
     table.rows |= kept_rows(triples, path, table.columns, preset, value_range)
     left = [paths for paths in triples if paths[0].name not in table.rows]
     task = partial(measure_three, preset=preset, columns=columns, value_range=value_range)
@@ -380,7 +394,7 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
         raise ValueError(faults_sentence(faults, len(triples), path))
     for sentence in filter(None, (unused_range(folder, value, dtype) for (folder, dtype), value in largest.items())):
         warnings.warn(sentence, stacklevel=3)
-    numbers = whole.drop(columns='files')
+    numbers = whole[[name for name in whole if name in asked or name in colour_columns()]]
     return rows_as_table(numbers.index, numbers, list(numbers), preset)
 
 # %% ../nbs/21_evaluation.ipynb #ab6c3c8a
@@ -406,7 +420,7 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     """The table of `metrics.rows_as_table` for every fused image in a folder and the CT and MRI of the same name.
 
     Endings may differ (a fused PNG of two TIFF files), so may names by what is before and behind (`files.find_naming`), and sources
-    without a fused image are left aside. `path` is a CSV that grows with the rows; those in it that are of the same files are not measured again.
+    without a fused image are left aside. `path` is a CSV that grows with the rows and loses no column; rows in it that are of the same files are not measured again.
     `jobs` processes measure. Raises ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
     measured, for files that cannot be.
     """
@@ -426,13 +440,13 @@ def colour_table(data_set, methods) -> pd.DataFrame | None:
     "A row for each method and pair whose second slice is in colour: `method`, `name`, `hue_error`, `saturation_loss`; None without such a pair. A method: see `fused_image`."
     rows = []
     for item, pair in zip(data_set, data_set.pairs):
-        source = to_float(read_slice(pair.mri, quiet=True))
+        source = to_float(read_slice(pair.mri, data_set.value_range, quiet=True))
         for name, method in methods.items() if source.ndim == 3 else ():
             given = None if callable(method) else method[item['name']]
             if isinstance(given, (str, Path)):
                 fused = to_float(read_slice(given, quiet=True))
             else:
-                fused = in_colours(fused_image(method, item), pair.mri)
+                fused = in_colours(fused_image(method, item), pair.mri, data_set.value_range)
             rows.append({'method': name, 'name': item['name'], **colour_kept(fused, source)})
     return pd.DataFrame(rows) if rows else None
 
@@ -454,7 +468,7 @@ def read_published(path, names, columns=None) -> pd.DataFrame:
     complete = table.groupby('method').name.transform('nunique') == len(names)
     for method in table.method[~complete].unique():
         warnings.warn(f'{method} is left out: {path} has not all {len(names)} pairs of it.', stacklevel=2)
-    table = table[complete].set_index('name')
+    table = table[complete].set_index('name').drop(columns='case', errors='ignore')
     table.insert(1, 'case', [case_of(name) for name in table.index])
     return table
 
@@ -493,7 +507,7 @@ def paired_tests(table, questions) -> pd.DataFrame:
         rows.append((method, column, against, ahead.median(), (ahead > 0).sum(), len(ahead), rank_biserial(ahead), p))
     names = ['method', 'column', 'against', 'advantage', 'wins', 'pairs', 'effect', 'p']
     tests = pd.DataFrame(rows, columns=names).assign(p_holm=lambda tests: holm(tests.p))
-    tests['verdict'] = np.where(tests.p_holm >= 0.05, 'open', np.where(tests.advantage > 0, 'better', 'worse'))
+    tests['verdict'] = np.where(tests.p_holm >= 0.05, 'open', np.where(tests.effect > 0, 'better', 'worse'))
     slices = f'{table.index.nunique()} slices of {patients} patient{"s" * (patients > 1)}'
     return tests.assign(over=f'{patients} patients' if patients >= 6 else slices)
 
@@ -516,15 +530,15 @@ def pairwise(table, methods=None, columns=None) -> pd.DataFrame:
 
 # %% ../nbs/21_evaluation.ipynb #f158ef8c
 def reading_notes(tests) -> list[str]:
-    "Sentences on what a table of `paired_tests` cannot tell: equal values, one side ahead in every pair, too few pairs for a verdict."
+    "Sentences on what a table of `paired_tests` cannot tell: equal values, one side never behind, too few pairs for a verdict."
     notes = [f'The tests are over {tests.over.iloc[0]}, Holm-corrected over {len(tests)} tests.'] if len(tests) else []
     for column, own in tests.groupby('column', sort=False):
         if own.effect.isna().all():
             notes.append(f'{column}: no difference is possible to test, for the values are equal, or undefined, in every pair.')
         elif (own.effect.abs() == 1).all() and len(own):
             ahead = ', '.join(dict.fromkeys(np.where(own.effect > 0, own.method, own.against)))
-            notes.append(f'{column}: {ahead} ahead in all {own.pairs.iloc[0]} pairs of every comparison, so p is the least that so many '
-                         'pairs can give and says nothing of size; read the advantage.')
+            notes.append(f'{column}: {ahead} ahead wherever the two of a comparison differ, so p is the least that so many '
+                         'differences can give and says nothing of size; read the advantage.')
     least = 2 / 2 ** tests.pairs.iloc[0] * len(tests) if len(tests) else 0
     if least >= 0.05:
         notes.append(f'No verdict was possible: with {tests.pairs.iloc[0]} pairs and {len(tests)} tests the smallest corrected p is '

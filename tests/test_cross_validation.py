@@ -1,23 +1,27 @@
 """Cross-validation by patient: the folds, their records and tables, and the command that ships a network."""
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from medfusion.cross_validation import (detection_record, fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values,
                                         values_sha256)
 from medfusion.detection import summarise_detection
 from medfusion.evaluation import reported_columns
-from medfusion.files import read_json, sha256_of, write_json
+from medfusion.files import read_image, read_json, sha256_of, write_image, write_json
 from medfusion.inference import ShippedModel, methods
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, listed_cases, open_parts, save_checkpoint, split_of, write_metadata, write_run
 from medfusion.tables import replace_blocks
+from medfusion.wavelet_fusion import WaveletFusion
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / '.ci'))
@@ -94,6 +98,10 @@ def test_a_stage_that_was_made_anew_is_another_one(phantom, tmp_path):
     known = run_values(tmp_path / 'after')
     assert known['start'] == values_sha256(run_values(tmp_path / 'before'))
     record = read_json(tmp_path / 'before' / 'run.json')
+    write_json(tmp_path / 'after' / 'run.json', read_json(tmp_path / 'after' / 'run.json') | {'started': '2025-06-01T05:30:00-04:00'})
+    for started in ('2025-06-01T09:00:00+00:00', None):    # half an hour before, by another clock; the first release did not say
+        write_json(tmp_path / 'before' / 'run.json', record | {'started': started})
+        assert run_values(tmp_path / 'after') == known
     later = record | {'started': '2999-01-01T00:00:00+00:00'}
     write_json(tmp_path / 'before' / 'run.json', later)
     assert run_values(tmp_path / 'after') == known | {'start': str(tmp_path / 'before')}
@@ -139,6 +147,30 @@ def test_only_a_finished_run_is_recorded(phantom, tmp_path):
     made_run(tmp_path / 'results' / 'half', phantom, state='interrupted')
     with pytest.raises(ValueError, match='is interrupted, so there is nothing to record'):
         fold_record(tmp_path / 'results' / 'half', 'wavelet_shipped')
+
+
+def test_a_fold_is_judged_on_the_values_that_it_was_trained_on(phantom, tmp_path):
+    "The same slices, once as they are and once as 12 bits in 16: the same numbers."
+    for side in ('CT', 'MRI'):
+        (tmp_path / 'deep/train' / side).mkdir(parents=True)
+        for path in (phantom / 'train' / side).iterdir():
+            write_image(tmp_path / 'deep/train' / side / path.name, read_image(path).astype(np.uint16) * 16)
+    shutil.copytree(phantom / 'val', tmp_path / 'deep/val'), shutil.copytree(phantom / 'test', tmp_path / 'deep/test')
+    found = []
+    for name, data, drawn in (('plain', phantom, ''), ('deep', tmp_path / 'deep', '0,4080')):
+        checkpoint = made_run(tmp_path / name, data, value_range=drawn)
+        torch.manual_seed(0)
+        network = WaveletFusion(8)
+        save_checkpoint(checkpoint, method=WAVELET.directory, config=network.config, state_dict=network.state_dict(), epoch=2, metrics={},
+                        data_sha256='')
+        checkpoint.with_name('metadata.json').unlink()
+        record = read_json(tmp_path / name / 'run.json')
+        record['split'] = {'train': record['split']['test'], 'val': [], 'test': record['split']['train'][:1]}
+        record['checkpoints'] = {checkpoint.name: sha256_of(checkpoint)}
+        write_json(tmp_path / name / 'run.json', record)
+        [numbers] = fold_record(tmp_path / name, 'mine')['numbers'].values()
+        found.append(pd.DataFrame(numbers))
+    assert np.allclose(*found, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def write_folds(folder, recipe, folds, better=0.0, sha256='a'):

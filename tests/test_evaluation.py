@@ -24,7 +24,7 @@ from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
 from medfusion.files import read_image, to_float, write_image
 from medfusion.inference import fuse
-from medfusion.metrics import read_table
+from medfusion.metrics import read_table, write_table
 from medfusion.phantom import write_phantom
 
 
@@ -86,6 +86,18 @@ def test_twelve_bits_in_sixteen_have_a_range_and_one_warning_a_folder(tmp_path):
         without = E.evaluate_folders(*folders(data_set), tmp_path / 'fused', columns=['SSIM2'])
     assert len(said) == 2, 'one for the CT folder, one for that of the MRI'
     assert (given.SSIM2 != without.SSIM2).all()
+
+
+@pytest.mark.parametrize('dtype', [np.int16, np.float32, np.uint16])
+def test_fused_slices_of_values_with_a_range_are_written_and_compared(tmp_path, dtype):
+    for side in ('CT', 'MRI'):
+        (tmp_path / side).mkdir()
+        cv2.imwrite(str(tmp_path / side / '1001.tif'), np.random.default_rng(len(side)).integers(0, 4095, (32, 40)).astype(dtype))
+    slices = E.JoinedPairs(CTMRIDataset(tmp_path / 'CT', tmp_path / 'MRI', value_range=(0, 4095)))
+    [path] = E.write_fused(tmp_path / 'others' / 'mine', slices, E.fuse_pairs(slices, {'m': maximum})['m'])
+    assert read_image(path).dtype == np.uint16 and E.colour_table(slices, {'m': maximum}) is None
+    table = E.evaluate(slices, E.find_external(tmp_path / 'others', slices) | {'m': maximum}, columns=['SSIM255'])
+    assert table.SSIM255.iloc[0] == pytest.approx(table.SSIM255.iloc[1], abs=1e-6)
 
 
 def test_jpegs_of_another_method_are_said(tmp_path):
@@ -179,6 +191,13 @@ def test_fewer_faults_are_an_advantage():
     assert E.compare(paired([0.1] * 6, 'Nabf'), ['ours'], 'theirs', ['Nabf']).advantage[0] == pytest.approx(-0.1)
 
 
+def test_the_side_that_is_ahead_wherever_they_differ_is_the_better_one():
+    rows = [{'name': f'1{i:03d}.png', 'method': method, 'case': '1', 'invented': i / 999 * (method == 'theirs' and i < 9)}
+            for method in ('ours', 'theirs') for i in range(1, 21)]
+    tests = E.compare(pd.DataFrame(rows).set_index('name'), ['ours'], 'theirs', ['invented'])
+    assert tests.advantage[0] == 0 and tests.effect[0] == 1 and tests.wins[0] == 8 and tests.verdict[0] == 'better'
+
+
 def test_no_difference_and_no_value_are_open():
     equal, absent = (E.compare(paired([value] * 6), ['ours'], {'VIF': 'theirs'}, ['VIF']) for value in (0.0, np.nan))
     assert equal.p[0] == absent.p[0] == 1 and equal.verdict[0] == absent.verdict[0] == 'open'
@@ -189,7 +208,7 @@ def test_the_size_of_an_effect_and_what_cannot_be_read_from_a_test():
     assert few.effect[0] == pytest.approx(-(21 - 2 * 2) / 21) and few.wins[0] == 1 and few.pairs[0] == 6
     assert 'over 6 patients, Holm-corrected over 1 tests' in E.reading_notes(few)[0] and len(E.reading_notes(few)) == 1
     always = E.reading_notes(E.pairwise(paired([0.1] * 7)))
-    assert 'VIF: ours ahead in all 7 pairs' in always[1]
+    assert 'VIF: ours ahead wherever the two of a comparison differ' in always[1]
     never = E.reading_notes(E.pairwise(paired([0.0] * 7)))
     assert 'no difference is possible' in never[1]
     assert 'No verdict was possible: with 4 pairs' in E.reading_notes(E.pairwise(paired([0.1, -0.1])))[-1]
@@ -220,6 +239,12 @@ def test_published_numbers_are_checked(tmp_path, content, words):
     (tmp_path / 'published.csv').write_text(content)
     with pytest.raises(ValueError, match=words):
         E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD'])
+
+
+def test_a_table_of_a_benchmark_is_one_of_published_numbers(pairs, tmp_path):
+    table = E.evaluate(pairs, {'maximum': maximum}, columns=['EN', 'SD'])
+    write_table(table, tmp_path / 'metrics.csv')
+    assert E.read_published(tmp_path / 'metrics.csv', pairs.names, ['EN', 'SD']).case.tolist() == table.case.tolist()
 
 
 def test_files_in_colour_are_judged_in_luminance_and_by_their_colour(tmp_path):
@@ -299,10 +324,20 @@ def test_a_row_counts_if_it_is_of_these_files(triples, pairs):
     assert again == names[2:3] and changed.drop(index=again).equals(first.drop(index=again)) and changed.EN[names[2]] != first.EN[names[2]]
     assert measured(triples, preset='textbook')[1] == names and measured(triples, preset='textbook')[1] == []
     assert measured(triples, value_range=(0, 200))[1] == names
-    assert measured(triples, columns=['EN', 'AG'])[1] == names and measured(triples, columns=['AG'])[1] == []     # in the table already
+    assert measured(triples, columns=['EN', 'AG'])[1] == names
+    alone, again = measured(triples, columns=['AG'])     # in the table already, which keeps the others
+    assert again == [] and list(alone) == ['AG'] and list(read_table(triples / 't.csv'))[:4] == ['EN', 'SD', 'AG', 'VIF']
     (triples / 'F' / names[1]).unlink()
     left, again = measured(triples, columns=['AG'])
     assert again == [] and list(left.index) == list(read_table(triples / 't.csv').index) == [names[0], *names[2:]]
+
+
+def test_a_line_torn_within_a_letter_costs_one_row(triples, pairs):
+    whole = measured(triples)[0]
+    lines = (triples / 't.csv').read_bytes()
+    (triples / 't.csv').write_bytes(lines[:lines.rfind(b'\n', 0, -1) + 1] + 'M\u00fc'.encode()[:-1])
+    left, again = measured(triples)
+    assert again == pairs.names[3:] and left.equals(whole)
 
 
 def test_a_table_of_other_columns_or_a_torn_one_is_replaced(triples, pairs):
