@@ -6,11 +6,11 @@
 __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_pair', 'crop_sides', 'crop_pair', 'zoom_pair',
            'vary_pair', 'check_share', 'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html',
            'describe_pairs', 'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files',
-           'data_root', 'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split',
-           'recorded_files', 'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders',
-           'exchange_files', 'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split',
-           'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport',
-           'table_problems', 'folder_problems', 'images_in', 'inspect_dataset', 'place_in_case', 'listed_names',
+           'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split', 'recorded_files',
+           'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files',
+           'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split', 'harvard_registry',
+           'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport', 'table_problems',
+           'folder_problems', 'images_in', 'slices_in', 'inspect_dataset', 'place_in_case', 'listed_names',
            'names_in_part', 'SplitAudit', 'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
@@ -36,8 +36,8 @@ import pooch
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file, read_image,
-                             read_json, read_pair, sha256_of, stem_of, temporary_name, to_depth, to_float, unused_range,
+from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file, read_image, slice_name, source_folders, split_pattern,
+                             read_json, read_pair, sha256_of, stem_of, suffix_of, temporary_name, to_depth, to_float, unused_range,
                              write_atomically, write_json)
 
 # %% ../nbs/02_data.ipynb #01b4f892
@@ -226,7 +226,7 @@ class CTMRIDataset(Dataset):
 
     def __init__(self, ct_dir, mri_dir, cases=None, augment=False, crop=None, seed=0, case_of=case_of, value_range=None,
                  vary=0.0, others=(), share=0.0):
-        check_share('vary', vary, augment and crop, 'augment and a crop')
+        check_share('vary', vary, augment and crop and np.ndim(crop) == 0, 'augment and a crop, the side of a square')
         check_share('share', share, augment and crop and others and all(np.less_equal(crop, ct.shape).all() for ct, _ in others),
                     'augment, a crop and other slices of its size')
         self.pairs = pairs_of_cases(list_pairs(ct_dir, mri_dir), cases, case_of)
@@ -321,12 +321,6 @@ def split_files(root):
                       for name in sorted(names) if is_slice_name(name)}
     return {unicodedata.normalize('NFC', name): path for name, path in found.items()}
 
-# %% ../nbs/02_data.ipynb #daf4b9d4
-def data_root(folder):
-    "The folder ROOT of a folder ROOT/{train,val,test}/X, by the names that were given, links or not; else None."
-    parents = absolute_path(folder).parents
-    return parents[1] if len(parents) > 1 and parents[0].name in dataset_parts() else None
-
 # %% ../nbs/02_data.ipynb #6ca1850d
 def write_split_info(root, rule, seed=None, source='', held_out=(), case_of=case_of):
     """Writes `root/split_info.json` about the slices in root/{train,val,test}/{CT,MRI} and returns it as a dict.
@@ -335,15 +329,15 @@ def write_split_info(root, rule, seed=None, source='', held_out=(), case_of=case
     relative path -> case and sha256. Raises `ValueError` if the slices do not pair or a case is on two sides.
     """
     root = absolute_path(root)
-    names = {part: [pair.name for pair in list_pairs(root / part / 'CT', root / part / 'MRI')]
-             for part in dataset_parts() if (root / part).is_dir()}
-    if not names:
+    pairs = {part: list_pairs(root / part / 'CT', root / part / 'MRI') for part in dataset_parts() if (root / part).is_dir()}
+    if not pairs:
         raise ValueError(f'{root} holds no folder train, val or test; put the slices there first.')
-    cases = {part: sort_cases(map(case_of, members)) for part, members in names.items()}
+    cases = {part: sort_cases(case_of(pair.name) for pair in members) for part, members in pairs.items()}
+    names = {path: pair.name for members in pairs.values() for pair in members for path in (pair.ct, pair.mri)}    # 1001.png for 1001_CT.png
     check_sides({**cases, 'held_out': sort_cases(held_out)}, root)
     info = {'format': 'medfusion-split-1', 'rule': rule, 'seed': seed, 'source': str(source), 'cases': cases,
             'held_out': sort_cases(held_out),
-            'files': {name: {'case': case_of(path.name), 'sha256': sha256_of(path)}
+            'files': {name: {'case': case_of(names.get(path, path.name)), 'sha256': sha256_of(path)}
                       for name, path in split_files(root).items()}}
     write_json(root / 'split_info.json', info)
     return info
@@ -560,9 +554,12 @@ def plan_split(names, where, split=None, val=1, test=1, seed=0, case_of=case_of)
 
 # %% ../nbs/02_data.ipynb #65fa0be2
 def copy_split(pairs, split, folder, case_of=case_of, value_range=None):
-    "Copies each pair into the part of `folder` that the split gives its case; every slice is read and checked first."
+    "Copies each pair into the part of `folder` that the split gives its case; every slice is read and checked first. ValueError for a pair of two formats."
     parts = {case: part for part in dataset_parts() for case in split.get(part, ())}
     chosen = [pair for pair in pairs if case_of(pair.name) in parts]
+    for pair in chosen:
+        if suffix_of(pair.mri) != suffix_of(pair.name):
+            raise ValueError(f'{pair.ct} and {pair.mri} have two endings, and in a data set both slices of a pair have one name; convert one of them.')
     read_pairs(chosen, value_range=value_range, room=0)
     for pair in chosen:
         for modality, path in (('CT', pair.ct), ('MRI', pair.mri)):
@@ -640,11 +637,11 @@ def download_harvard(root, cache=None, base_url=None, replace=False, progress=Tr
                            origin=f'github.com/{registry["repository"]} at {registry["commit"]}')
 
 # %% ../nbs/02_data.ipynb #3f50647d
-def describe_slice(path, root, part, case, value_range=None):
-    "The row of a slice in `DatasetReport.files`; raises what `read_image` raises."
+def describe_slice(path, root, part, name, case, value_range=None):
+    "The row of a slice in `DatasetReport.files`, the `name` that of its pair; raises what `read_image` raises."
     pixels = read_image(path, color=True, value_range=value_range, quiet=True)
     kind = 'grey' if pixels.ndim == 2 else 'RGB'
-    return {'path': path.relative_to(root).as_posix(), 'part': part, 'modality': path.parent.name, 'name': path.name,
+    return {'path': path.relative_to(root).as_posix(), 'part': part, 'modality': path.parent.name, 'name': name,
             'case': case, 'size': f'{pixels.shape[0]}×{pixels.shape[1]}', 'black': not pixels.any(),
             'depth': f'{8 * pixels.itemsize} bit {kind}', 'type': pixels.dtype.name, 'largest': pixels.max(),
             'sha256': sha256_of(path)}
@@ -722,6 +719,14 @@ def images_in(folder):
     except (FileNotFoundError, ValueError):
         return []
 
+# %% ../nbs/02_data.ipynb #21d78869
+def slices_in(folder):
+    "{path: name of its pair} of the slices in folder/CT and folder/MRI: 34010.png for 34010_CT.png beside 34010_MRI.png."
+    places = folder / 'CT', folder / 'MRI'
+    if all(map(images_in, places)) and not os.path.samefile(*places):
+        places = source_folders(*places)
+    return {path: slice_name(path, split_pattern(place)[1]) for place in places for path in images_in(place)}
+
 # %% ../nbs/02_data.ipynb #a2f23b62
 def inspect_dataset(root, case_of=case_of, value_range=None):
     """A `DatasetReport` on root/{train,val,test}/{CT,MRI}, or on a flat root/{CT,MRI} (its one part is called 'all').
@@ -732,13 +737,12 @@ def inspect_dataset(root, case_of=case_of, value_range=None):
     parts = {part: root / part for part in dataset_parts() if (root / part).is_dir()} or {'all': root}
     rows, problems, names = [], [], []
     for part, folder in parts.items():
-        for modality in ('CT', 'MRI'):
-            for path in images_in(folder / modality):
-                names.append(path.name)
-                try:
-                    rows.append(describe_slice(path, root, part, case_of(path.name), value_range))
-                except (OSError, ValueError) as error:
-                    problems.append(str(error))
+        for path, name in slices_in(folder).items():
+            names.append(name)
+            try:
+                rows.append(describe_slice(path, root, part, name, case_of(name), value_range))
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
     if not names:
         raise FileNotFoundError(f'{root} holds no slices in {{train,val,test}}/{{CT,MRI}} nor in {{CT,MRI}}; '
                                 'check the path or fill the folder.')

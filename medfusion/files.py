@@ -7,7 +7,7 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
            'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch', 'new_parents',
            'whole_folder', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of',
-           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'read_lines',
+           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line',
            'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
            'sort_by_key', 'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming',
            'files_for', 'read_pair']
@@ -492,17 +492,6 @@ def append_line(path, text, sync=True):
         raise OSError(error.errno, f'{path} could not take one more line ({error.strerror}); its other lines are as they '
                                    'were. Free some space or choose another folder') from error
 
-# %% ../nbs/00_files.ipynb #7933e931
-def read_lines(path):
-    "The whole lines of a file that grows by `append_line`, without their ends; none if there is no file."
-    path = absolute_path(path)
-    if not path.exists():
-        return []
-    try:
-        return path.read_bytes().decode().split('\n')[:-1]
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged ({error}); restore it, or remove it and make it anew.') from error
-
 # %% ../nbs/00_files.ipynb #82f1972f
 def is_slice_name(name):
     "Whether a file name is one of a slice: a known ending, and not hidden."
@@ -587,7 +576,7 @@ def kind_pattern(names) -> dict[str, str]:
     for name in names:
         told = re.fullmatch(rf'(?i)((?P<first>{words})[-_. ]+)?(?P<name>.+?)([-_. ]+(?P<last>{words}))?', stem_of(name))
         word = (told['last'] or told['first'] or '').lower() if told and not (told['first'] and told['last']) else ''
-        found.setdefault(word, set()).add(stem_of(name).replace(told['name'], '{name}', 1) if word else '')
+        found.setdefault(word, set()).add('{name}'.join([stem_of(name)[:told.start('name')], stem_of(name)[told.end('name'):]]) if word else '')
     return {word: min(patterns) for word, patterns in found.items() if len(patterns) == 1}
 
 # %% ../nbs/00_files.ipynb #35c75ddf

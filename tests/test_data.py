@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 import medfusion.data as data
-from medfusion.data import (CTMRIDataset, audit_split, case_of, check_names, check_sides, check_split, crop_pair, data_root,
+from medfusion.data import (CTMRIDataset, audit_split, case_of, check_names, check_sides, check_split, crop_pair,
                             download_harvard, fill_dataset, harvard_split, inspect_dataset, names_in_part, prepare_dataset,
                             recorded_files, split_by_case, split_files, write_split_info)
 from medfusion.files import list_pairs, read_image, read_json, sha256_of, to_float, write_image
@@ -191,7 +191,7 @@ def test_a_share_of_the_crops_comes_from_another_scanner(flat):
     assert all(map(torch.equal, often, epochs(0.3)))  # by seed, epoch and index alone
     assert not torch.equal(never[0], always[0]) and all(one.shape == (8, 2, 16, 16) for one in always)
     assert all(0 <= one.min() and one.max() <= 1 for one in always)
-    for wrong in ({'vary': 0.3}, {'vary': 0.3, 'crop': 16}, {'vary': 1.5, 'augment': True, 'crop': 16}):
+    for wrong in ({'vary': 0.3}, {'vary': 0.3, 'crop': 16}, {'vary': 1.5, 'augment': True, 'crop': 16}, {'vary': 0.3, 'augment': True, 'crop': (16, 16)}):
         with pytest.raises(ValueError, match='vary is .* needs augment and a crop'):
             CTMRIDataset(flat / 'CT', flat / 'MRI', **wrong)
 
@@ -634,12 +634,27 @@ def test_a_data_set_of_links_is_the_data_set(dataset, tmp_path):
     assert check_split(again) and (dataset / 'train/CT').is_symlink()
 
 
-def test_the_folder_that_was_given_decides(tmp_path):
-    (tmp_path / 'elsewhere/CT').mkdir(parents=True)
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data/train').symlink_to(tmp_path / 'elsewhere')
-    assert data_root(tmp_path / 'data/train/CT') == tmp_path / 'data'
-    assert data_root(tmp_path / 'elsewhere/CT') is None and data_root('/CT') is None and data_root('/') is None
+def test_names_that_tell_their_kind_belong_to_the_case_of_their_pair(tmp_path):
+    for part, case in (('train', 1), ('val', 2), ('test', 3)):
+        for kind in ('CT', 'MRI'):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number in (0, 1):
+                write_image(tmp_path / part / kind / f'{case}00{number}_{kind}.png', noise(number))
+    assert set(inspect_dataset(tmp_path).files.case) == {'1', '2', '3'}
+    write_split_info(tmp_path, 'by hand')
+    assert check_split(tmp_path)['cases'] == {'train': ['1'], 'val': ['2'], 'test': ['3']}
+    os.rename(tmp_path / 'test/MRI/3001_MRI.png', tmp_path / 'test/MRI/1001_MRI.png'), os.rename(tmp_path / 'test/CT/3001_CT.png', tmp_path / 'test/CT/1001_CT.png')
+    assert any('Case 1 is on two sides: train and test' in problem for problem in inspect_dataset(tmp_path).problems)
+
+
+def test_a_pair_of_two_formats_is_not_copied_under_one_name(tmp_path):
+    for kind, ending in (('CT', 'png'), ('MRI', 'tif')):
+        (tmp_path / 'from' / kind).mkdir(parents=True)
+        for case in (1, 2, 3):
+            write_image(tmp_path / 'from' / kind / f'{case}001_{kind}.{ending}', noise(case))
+    with pytest.raises(ValueError, match='1001_CT.png and .*1001_MRI.tif have two endings, .* convert one of them'):
+        prepare_dataset(tmp_path / 'from', tmp_path / 'to')
+    assert not (tmp_path / 'to' / 'train').exists()
 
 
 def test_links_in_a_circle(dataset):

@@ -25,7 +25,7 @@ from PIL import Image
 import medfusion.files as files
 from medfusion.codecs import decode_jpeg, decode_png, decode_tiff, format_of, stem_of, suffix_of
 from medfusion.files import (absolute_path, append_line, clear_abandoned, list_images, list_pairs, luminance,
-                             match_images, plain, read_image, read_json, read_lines, read_pair, read_pixels, to_depth,
+                             match_images, plain, read_image, read_json, read_pair, read_pixels, to_depth,
                              to_float, whole_folder, window, write_atomically, write_image, write_json)
 
 tifffile = pytest.importorskip('tifffile')
@@ -743,6 +743,19 @@ def test_no_space_left(tmp_path):
     message = in_little_space(append_line, log, 'y' * 2000)
     assert message.startswith(f'[Errno 27] {log} could not take one more line')
     assert read_lines(log) == ['x' * 2000] and log.stat().st_size == 2001
+
+
+def read_lines(path):
+    "The whole lines of a file that grows by `append_line`; none if there is no file."
+    return path.read_text().split('\n')[:-1] if path.exists() else []
+
+
+def test_a_name_that_is_in_its_prefix_too(tmp_path):
+    for side, word in (('CT', 'CT'), ('MRI', 'T1')):
+        (tmp_path / side).mkdir()
+        for i in (1, 2, 3):
+            write_image(tmp_path / side / f'{word}_{i}.png', noise(i))
+    assert [pair.name for pair in list_pairs(tmp_path / 'CT', tmp_path / 'MRI')] == ['1.png', '2.png', '3.png']
 
 
 class Dead(BaseException):
