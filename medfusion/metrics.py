@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['quantise', 'check_images', 'safe_power', 'safe_ratio', 'joint_histogram', 'entropy', 'standard_deviation',
            'spatial_frequency', 'average_gradient', 'mutual_information', 'correlation', 'scd', 'psnr', 'window_matrix',
-           'window_blocks', 'WindowMeans', 'traced_window_mean', 'window_mean', 'local_moments', 'vif_information',
-           'vif_of_levels', 'vif_of_pair', 'vif', 'sobel', 'edges', 'edge_kept', 'qabf', 'petrovic_shares', 'petrovic',
-           'nabf', 'gradient_length', 'invented_edges', 'invented', 'similarity_maps', 'ssim_statistics',
-           'ssim_of_pair', 'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr', 'contrast_to_noise',
-           'lesion_contrast', 'lesions_kept', 'Convention', 'presets', 'Triple', 'joined', 'mi_columns', 'cc_columns',
-           'psnr_columns', 'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table', 'metric_names',
-           'colour_columns', 'lower_is_better', 'convention', 'wanted_columns', 'grey_levels', 'undefined_in',
-           'measure', 'colour_kept', 'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
+           'window_blocks', 'WindowMeans', 'traced_window_mean', 'multiplies_in_full', 'window_mean', 'local_moments',
+           'vif_information', 'vif_of_levels', 'vif_of_pair', 'vif', 'sobel', 'edges', 'edge_kept', 'qabf',
+           'petrovic_shares', 'petrovic', 'nabf', 'gradient_length', 'invented_edges', 'invented', 'similarity_maps',
+           'ssim_statistics', 'ssim_of_pair', 'ssim', 'ms_ssim_of_levels', 'ms_ssim', 'lesion_regions', 'cnr',
+           'contrast_to_noise', 'lesion_contrast', 'lesions_kept', 'Convention', 'presets', 'Triple', 'joined',
+           'mi_columns', 'cc_columns', 'psnr_columns', 'ssim_columns', 'petrovic_columns', 'Metric', 'metric_table',
+           'metric_names', 'colour_columns', 'lower_is_better', 'convention', 'wanted_columns', 'grey_levels',
+           'undefined_in', 'measure', 'colour_kept', 'rows_as_table', 'evaluate_batches', 'write_table', 'read_table']
 
 # %% ../nbs/05_metrics.ipynb #c0cca051
 import math
@@ -265,6 +265,14 @@ def traced_window_mean(x, size, sigma=None, stride=1):
     along = F.conv2d(x, row, stride=(1, stride), groups=len(row))
     return F.conv2d(along, row.transpose(2, 3), stride=(stride, 1), groups=len(row))
 
+# %% ../nbs/05_metrics.ipynb #75fb80e8
+def multiplies_in_full():
+    "Whether torch multiplies matrices of float32 in full precision; False, too, where the switches of its backends differ, so that it cannot tell."
+    try:
+        return torch.get_float32_matmul_precision() == 'highest'
+    except RuntimeError:    # one of them was set by a switch of its own, as torch.backends.cuda.matmul.fp32_precision
+        return False
+
 # %% ../nbs/05_metrics.ipynb #39789a3f
 def window_mean(x, size, sigma=None, stride=1):
     """Gaussian means of x (..., H, W) in windows of `size`, sums for sigma None, every `stride`-th pixel.
@@ -276,7 +284,7 @@ def window_mean(x, size, sigma=None, stride=1):
                          f'{x.shape[-1]}; take a larger slice.')
     if torch.jit.is_tracing():
         return traced_window_mean(x, size, sigma, stride)
-    if torch.get_float32_matmul_precision() != 'highest':
+    if not multiplies_in_full():
         return WindowMeans.apply(x.double(), size, sigma, stride).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return WindowMeans.apply(x, size, sigma, stride)
@@ -574,13 +582,14 @@ def contrast_to_noise(image, labels, lesion) -> float:
     """The `cnr` of one slice: |mean of the lesion - mean of the ring of brain around it| / standard deviation of the ring.
 
     `image` is an array or tensor of the size of `labels`, (H, W) uint8; `lesion` a name from `lesion_kinds`. NaN where
-    the lesion, or a ring around it, is absent. Raises `ValueError` for an unknown lesion.
+    the lesion, or a ring around it, is absent, or the ring is constant. Raises `ValueError` for an unknown lesion.
     """
     labels = np.asarray(labels)
     inside, ring = lesion_regions(labels, lesion)
-    if not inside.any() or not ring.any():
+    pixels = np.asarray(image, dtype=np.float64).reshape(labels.shape)
+    if not inside.any() or not ring.any() or not np.ptp(pixels[ring]):
         return float('nan')
-    parts = np.asarray(image, dtype=np.float64).reshape(labels.shape), inside, ring
+    parts = pixels, inside, ring
     return float(cnr(*(torch.from_numpy(part)[None, None].double() for part in parts)))
 
 # %% ../nbs/05_metrics.ipynb #a1634f1b
@@ -833,8 +842,8 @@ def grey_levels(**images):
 
 # %% ../nbs/05_metrics.ipynb #b2c65303
 def undefined_in(table):
-    "The rows of `metric_table` whose column is NaN somewhere in a table or in what `measure` returns."
-    return [row for name, row in metric_table().items() if name in table and bool((table[name] != table[name]).any())]
+    "The rows of `metric_table` of which a column is NaN somewhere in a table or in what `measure` returns."
+    return [row for row in metric_table().values() if any(name in table and bool((table[name] != table[name]).any()) for name in row.columns)]
 
 # %% ../nbs/05_metrics.ipynb #5e628c58
 def measure(fused, ct, mri, preset='cvpr', names=None):
@@ -853,7 +862,7 @@ def measure(fused, ct, mri, preset='cvpr', names=None):
         parts = [_measure(Triple(*chunk, choices), columns) for chunk in zip(*(image.split(at_once) for image in images))]
     result = {column: torch.cat([part[column] for part in parts]) for column in columns}
     for row in undefined_in(result):
-        absent = int(result[row.name].isnan().sum())
+        absent = int(torch.stack([result[name].isnan() for name in row.columns if name in result]).any(0).sum())
         warnings.warn(f'{row.name} is undefined (NaN) for {absent} of {len(fused)} pairs: {row.undefined}.', stacklevel=2)
     return result
 

@@ -18,7 +18,7 @@ def test_contrast_to_noise_by_hand():
     assert np.isclose(contrast_to_noise(torch.from_numpy(image)[None, None], torch.from_numpy(labels), 'tumour'), 5, rtol=1e-2)
     assert np.isnan(contrast_to_noise(image, labels, 'oedema'))
     assert np.isnan(contrast_to_noise(image, np.full_like(labels, 17), 'tumour'))
-    assert np.isnan(contrast_to_noise(np.zeros(labels.shape), labels, 'tumour'))
+    assert all(np.isnan(contrast_to_noise(np.full(labels.shape, level), labels, 'tumour')) for level in (0, 0.1, 0.3, 0.7))
     with pytest.raises(ValueError, match='not a kind of lesion'):
         contrast_to_noise(image, labels, 'cyst')
 

@@ -405,6 +405,12 @@ def test_training_after_inference_mode():
     assert close(expected, M.vif(fused.detach(), ct)) and fused.grad.isfinite().all()
 
 
+def test_a_part_that_is_undefined_alone_is_told():
+    fused, ct, _ = triple(20, 20)
+    with pytest.warns(UserWarning, match=r'VIF is undefined \(NaN\) for 2 of 2 pairs'):
+        assert M.measure(fused.expand(2, -1, -1, -1), *[ct.expand(2, -1, -1, -1)] * 2, names=['VIF_min'])['VIF_min'].isnan().all()
+
+
 def test_precision_settings_do_not_reach_the_windows():
     fused, ct, _ = triple(96, 96)
     expected = M.vif(fused, ct)
@@ -415,6 +421,13 @@ def test_precision_settings_do_not_reach_the_windows():
         assert close(M.vif(fused, ct), expected, 1e-5)
     finally:
         torch.set_float32_matmul_precision('highest')
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = 'tf32'      # torch's newer switch, after which the older one cannot be asked
+    try:
+        assert close(M.vif(fused, ct), expected, 1e-5)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert M.multiplies_in_full()
     assert M.vif(fused.bfloat16(), ct.bfloat16()).dtype == torch.float32
 
 
