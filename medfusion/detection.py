@@ -555,12 +555,12 @@ class PhantomTask:
 
     def images(self, name, method, purpose, present, lesion, contrast) -> dict:
         "{case: fused slices (slices, H, W)}; where `method` is None both sources, as `scans`."
-        if not present and (name, purpose) in self.kept:
-            return self.kept[name, purpose]
+        if not present and self.kept.get((name, purpose), ())[:1] == (method,):    # a name may mean another method the next time
+            return self.kept[name, purpose][1]
         scans = self.scans(purpose, present, lesion, contrast)
         images = {case: pairs if method is None else fuse_pairs_rounded(pairs, method) for case, pairs in scans.items()}
         if not present:
-            self.kept[name, purpose] = images
+            self.kept[name, purpose] = method, images
         return images
 
 # %% ../nbs/23_detection.ipynb #5130551a

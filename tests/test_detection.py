@@ -114,6 +114,13 @@ def task(heads, tmp_path_factory):
     return folder, fused
 
 
+def test_a_task_of_the_phantom_knows_methods_not_names():
+    task, kind = detection.PhantomTask(heads=2, slices=(4,)), ['haemorrhage, 12 mm']
+    detection.phantom_table({'network': copy_ct}, kind, task=task)
+    again, fresh = (detection.phantom_table({'network': average}, kind, task=one) for one in (task, detection.PhantomTask(heads=2, slices=(4,))))
+    assert again.equals(fresh)
+
+
 def test_a_scored_task_is_the_table(heads, task):
     amplitudes, _ = read_task(task[0])
     there = score_task(*task).set_index(['lesion', 'method', 'case'])
