@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_parameters', 'accepts', 'as_meant', 'wrong_type',
-           'check_parameters', 'check_run_name', 'check_weights', 'check_values', 'in_test', 'names_made_by',
-           'unknown_names', 'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack',
-           'read_safetensors', 'checkpoint_suffixes', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault',
-           'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
-           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
-           'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
+           'check_parameters', 'check_run_name', 'check_values', 'in_test', 'names_made_by', 'unknown_names',
+           'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack', 'read_safetensors',
+           'checkpoint_suffixes', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault', 'build_model',
+           'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs', 'run_folder',
+           'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases', 'named_cases',
+           'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
            'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
            'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
            'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
@@ -52,6 +52,7 @@ import torch
 import medfusion
 from .data import CTMRIDataset, check_names, check_share, check_split, sort_cases, split_by_case
 from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .losses import check_weights
 from .phantom import synthetic_slices
 from .processes import connect, this_process
 
@@ -215,17 +216,6 @@ def check_run_name(name: str) -> str:
         raise ValueError(f'The name of the run, {name[:20]}..., has {len(name.encode())} bytes; it may have 100.')
     return name
 
-# %% ../nbs/09_runs.ipynb #a9688271
-def check_weights(weights: dict) -> None:
-    "Raises ValueError where a weight of a loss term is negative, or all of them are 0."
-    for name, value in weights.items():
-        if value < 0:
-            raise ValueError(f'{name} must be 0 or more, not {value}: a negative weight would reward what its term '
-                             'punishes.')
-    if weights and not any(weights.values()):
-        raise ValueError(f'The weights {", ".join(weights)} are all 0, so nothing would be minimised; '
-                         'give one of them a value above 0.')
-
 # %% ../nbs/09_runs.ipynb #5803a867
 def check_values(parameters) -> None:
     """Raises ValueError for values of the shared parameters with which no run can be made.
@@ -249,7 +239,8 @@ def check_values(parameters) -> None:
         raise ValueError(f'ema must lie between 0 (no average) and 1, not {given["ema"]}.')
     if given.get('precision', 'no') not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"precision must be 'no', 'bf16' or, on a GPU, 'fp16', not {given['precision']!r}.")
-    check_weights({name: value for name, value in given.items() if name.startswith('w_')})
+    if weights := {name: value for name, value in given.items() if name.startswith('w_')}:
+        check_weights(weights, own=weights)
 
 # %% ../nbs/09_runs.ipynb #c290b9d7
 def in_test() -> bool:
@@ -501,8 +492,8 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 # %% ../nbs/09_runs.ipynb #aa836ced
-def try_lock(file, deadline: float) -> bool:
-    """Whether an open file could be locked before time.monotonic() reaches the deadline.
+def try_lock(file, deadline: float, shared: bool = False) -> bool:
+    """Whether an open file could be locked before time.monotonic() reaches the deadline; a `shared` lock keeps out others that are not.
 
     A system or a network disk without such locks counts as locked, with a warning: then nothing keeps two runs apart.
     """
@@ -510,7 +501,7 @@ def try_lock(file, deadline: float) -> bool:
         import fcntl
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -802,7 +793,7 @@ def is_claimed(folder: str | Path) -> bool:
     if not lock.is_file():
         return False
     with open(lock) as file:
-        return not try_lock(file, deadline=0)
+        return not try_lock(file, deadline=0, shared=True)    # so that two who look do not take each other for a run
 
 # %% ../nbs/09_runs.ipynb #9ede3a86
 def check_record(record: dict, path: str | Path) -> dict:

@@ -655,6 +655,14 @@ def test_a_run_that_waited_holds_the_folder_that_is_there(tmp_path):
         assert runs.is_claimed(tmp_path / 'latest') and not runs.is_claimed(tmp_path / 'kept')
 
 
+def test_two_who_look_do_not_take_each_other_for_a_run(tmp_path):
+    with claim_folder(tmp_path / 'run'):
+        pass
+    with open(tmp_path / 'run' / '.running.lock') as one, open(tmp_path / 'run' / '.running.lock') as run:
+        assert runs.try_lock(one, deadline=0, shared=True)      # somebody looks
+        assert not runs.is_claimed(tmp_path / 'run') and not runs.try_lock(run, deadline=0)
+
+
 def test_a_system_without_locks(tmp_path, monkeypatch):
     "Windows has no fcntl: a run works, and a warning says what is missing."
     monkeypatch.setitem(sys.modules, 'fcntl', None)
