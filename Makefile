@@ -76,7 +76,7 @@ ship: $(READY)   ## put the network of a finished run into the package: METHOD=w
 	$(BIN)/python .ci/ship.py "$(METHOD)" "$(RUN)"
 
 record: $(READY) ## make the records of results/recorded anew at this commit, and the tables; HARVARD=folder spares the download
-	.ci/record $(BIN)/python $(HARVARD)
+	.ci/record $(BIN)/python $(if $(HARVARD),"$(HARVARD)")
 
 benchmark: $(READY)  ## compare all methods on the phantom's test cases
 	$(BIN)/medfusion benchmark

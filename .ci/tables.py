@@ -276,7 +276,7 @@ def ratios(text):
 
 def speed_of_gpu(text):
     "The same of the record of a GPU: the highest share of the roofline, and that of the network's speed from files to files."
-    shares = re.findall(r'^(?:float32|bfloat16) .* (\d+)% ', text, re.MULTILINE), re.findall(r'^best: .* (\d+)%$', text, re.MULTILINE)
+    shares = re.findall(r'^(?:float32|bfloat16) .* (\d+)% ', text, re.MULTILINE), re.findall(r'^(?:best: .*,|ratio: .* of the network alone:) (\d+)%', text, re.MULTILINE)
     return {name: (float(max(found, key=int)), '%', '') for name, found in zip(WANTED_OF_GPU, shares)}
 
 

@@ -196,7 +196,7 @@ def read_record(path, stamp: str = '', dtype=None) -> pd.DataFrame | None:
     try:
         first, _, text = path.read_text(encoding='utf-8').partition('\n')
         if stamp not in first:
-            print(f'{path.name} was made with other networks than those that are named here; make it anew.')
+            print(f'{path.name} was made with other networks or cases than those that are named here; make it anew.')
         return pd.read_csv(StringIO(text if first.startswith('# ') else ''), dtype=dtype)
     except ValueError as error:    # not UTF-8, or not a table
         raise ValueError(f'{path} is no record of a table ({error}); remove it, and make it anew.') from None

@@ -49,13 +49,19 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = pd.read_csv(given['record'], keep_default_na=False)
     assert list(made.change) == ['', 'without_vif'] and (made.VIF.astype(float) > 0).all() and (made['η haemorrhage'].astype(float) >= 0).all()
-    runs = [tmp_path / f'runs/wavelet_two-{change}-1-seed0' for change in ('as_it_is', 'without_vif')]
+    runs = [tmp_path / f'runs/wavelet_two-{change}-1-seed0-without-3-5' for change in ('as_it_is', 'without_vif')]
     told = [read_json(run / 'run.json') for run in runs]
     assert all(one['parameters']['start'] == str(tmp_path / 'folds/wavelet_one-without-3-5') and set(one['split']['train']) == {'1', '2', '4'} for one in told)
     given['record'].unlink()
     assert papermill('91_ablation.ipynb', tmp_path, **given).returncode == 0
     assert [read_json(run / 'run.json')['started'] for run in runs] == [one['started'] for one in told]
     assert pd.read_csv(given['record'], keep_default_na=False).equals(made)
+    assert papermill('91_ablation.ipynb', tmp_path, **given | {'kinds': [], 'changes': [''], 'left_out': ['3']}).returncode != 0    # no such fold
+    (tmp_path / 'folds/wavelet_one-without-3-5').rename(tmp_path / 'folds/wavelet_one-without-3')
+    done = papermill('91_ablation.ipynb', tmp_path, **given | {'kinds': [], 'changes': [''], 'left_out': ['3']})
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown = pd.read_csv(given['record'], keep_default_na=False)
+    assert list(grown.left_out) == ['3 5', '3 5', '3'] and grown[:2].equals(made)      # other cases left out are another row, and no column is lost
 
 
 def test_two_splits_of_the_same_slices(dataset, tmp_path):
@@ -66,8 +72,9 @@ def test_two_splits_of_the_same_slices(dataset, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = pd.read_csv(given['record'], comment='#', dtype={'case': str}).set_index(['split', 'draw'])
     assert set(made.loc['by case'].seen) == {'nothing'} and set(made.loc['by slice'].seen) <= {'itself', 'others', 'nothing'} and set(made.case) == {'1', '3'}
-    trained_on = {run: {path.name for path in (tmp_path / f'runs/slices/{run}/CT').iterdir() if not path.name.startswith('phantom')}
-                  for run in ('by_case-1', 'by_case-2', 'by_slice-1', 'by_slice-2')}
+    trained_on = {folder.name.rpartition('-')[0]: {path.name for path in (folder / 'CT').iterdir() if not path.name.startswith('phantom')}
+                  for folder in (tmp_path / 'runs/slices').glob('by_*')}
+    assert set(trained_on) == {'by_case-1', 'by_case-2', 'by_slice-1', 'by_slice-2'}
     assert {len(names) for names in trained_on.values()} == {6} and trained_on['by_case-1'] == trained_on['by_case-2']
     for draw in (1, 2):
         own = made.loc[('by slice', draw)]
