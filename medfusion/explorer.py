@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from html import escape
 from io import BytesIO
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -666,8 +666,7 @@ def save_view(explorer, folder='explorer_views'):
     stem = Path(explorer.store.datasets[dataset].names[explorer.picker.index]).stem
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + sum(1 for _ in folder.glob(f'{stem}-{mode}-*.png'))
-    path = folder / f'{stem}-{mode}-{number}.png'
+    path = next(path for path in (folder / f'{stem}-{mode}-{number}.png' for number in count(1)) if not path.exists())
     text, file = PngInfo(), BytesIO()
     text.add_text('call', view_call(explorer))
     Image.open(BytesIO(explorer.picture.value)).save(file, 'png', pnginfo=text)

@@ -18,6 +18,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -446,9 +447,8 @@ def save_pose(viewer, folder) -> Path:
     "The path of a new .tfm file in a folder: the transform from CT points to MRI points that a viewer shows."
     label = viewer.scans.mri.series.label
     stem, folder = f'mri_to_ct{"_" if label else ""}{label}_nudged', absolute_path(folder)
-    taken = {path.name for path in folder.glob(f'{stem}*.tfm')}
-    name = next(name for name in (f'{stem}{number or ""}.tfm' for number in range(len(taken) + 1)) if name not in taken)
-    return write_transform(folder / name, rigid(viewer.scans.mri.pose))
+    path = next(path for path in (folder / f'{stem}{number or ""}.tfm' for number in count()) if not path.exists())
+    return write_transform(path, rigid(viewer.scans.mri.pose))
 
 # %% ../nbs/41_scan_viewer.ipynb #cdaf3887
 def fuse_command(path, ct=None, mri=None) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
 from medfusion.explorer import (Explorer, PairList, SliceStore, View, caption, contact_sheet, explore, legend, look_at,
-                                png_bytes, show_view, view_call, view_modes, view_tiles)
+                                png_bytes, save_view, show_view, view_call, view_modes, view_tiles)
 from medfusion.figures import largest_disagreement
 from medfusion.phantom import write_phantom
 from medfusion.wavelet_fusion import WaveletFusion
@@ -259,6 +259,14 @@ def test_a_saved_view_holds_the_call_that_makes_it_again(explorer, tmp_path, mon
     show_view(explorer, 'train', explorer.store.datasets['train'].names[0], ['mean'], View())
     exec(call)
     assert explorer.picture.value == picture
+
+
+def test_a_saved_view_stays_whatever_was_removed_before_it(tmp_path):
+    explorer = explore({'mine': PairList([tuple(random_slices((48, 48), 2))])}, {'larger': torch.maximum})
+    explorer.store.datasets['mine'].names[0] = 'a[1].png'
+    first, *later = [save_view(explorer, tmp_path) for _ in range(3)]
+    first.unlink()
+    assert save_view(explorer, tmp_path) == first and save_view(explorer, tmp_path) not in later and len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_cannot_be_shown_is_named(explorer):
