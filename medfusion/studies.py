@@ -533,6 +533,7 @@ def clear_beside(path: Path) -> None:
 def new_folder_at(path, replace: bool = False):
     "A hidden folder beside `path` that takes its place when all went well and vanishes otherwise. FileExistsError for what is there, unless it is a study to `replace`."
     path = absolute_path(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path      # a link stays one, and leads to the new study
     with new_parents(path) as parent:
         clear_beside(path)
         there = check_replaceable(path, replace)

@@ -280,6 +280,19 @@ def a_study(folder, told):
     (folder / 'run.json').write_text(json.dumps({'format': 'medfusion study 1', 'verdict': told, 'files_sha256': {}}))
 
 
+@pytest.mark.parametrize('full', [False, True])
+def test_a_linked_folder_stays_a_link(tmp_path, full):
+    "The study goes where the link leads."
+    (tmp_path / 'disk/mine').mkdir(parents=True)
+    (tmp_path / 'study').symlink_to('disk/mine')
+    if full:
+        a_study(tmp_path / 'disk/mine', 'old')
+    with new_folder_at(tmp_path / 'study', replace=True) as folder:
+        a_study(folder, 'new')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['disk', 'study'] and (tmp_path / 'study').is_symlink()
+    assert [path.name for path in (tmp_path / 'disk').iterdir()] == ['mine'] and 'new' in (tmp_path / 'disk/mine/run.json').read_text()
+
+
 @pytest.mark.fault('scan', 'killed between two writes')
 @pytest.mark.parametrize('place, moment', [('study', 1), ('study', 2), ('study', 3), ('new/study', 1), ('new/study', 2)])
 def test_a_killed_study_is_whole_or_absent_and_disturbs_nobody(tmp_path, place, moment):
