@@ -33,7 +33,7 @@ from .figures import checkerboard, coloured
 from .files import absolute_path
 from .registration import Registration, read_transform, register, resampled, rigid, write_transform
 from .scans import shape_text, sitk
-from .studies import FusedSeries, Study, Window, empty_volume, frame_of, opened, record_in, slices_along, windows
+from .studies import FusedSeries, Study, Window, empty_volume, frame_of, fused_files, opened, record_in, slices_along, windows
 
 # %% ../nbs/41_scan_viewer.ipynb #4cf9f2bd
 class FusedFiles(Mapping):
@@ -62,10 +62,9 @@ def shown_study(folder) -> Study:
     for label, told in record['mri'].items():
         end = f'_{label}' if label else ''
         mask = sitk.GetArrayFromImage(read(f'mask{end}.nii.gz'))
-        files = {one['name']: folder / f'fused{end}_{one["name"]}.nii.gz' for one in record['windows']}
         found = Registration(rigid(read_transform(folder / f'mri_to_ct{end}.tfm')), told['verdict'], told['reasons'], told['signs'])
         series.append(FusedSeries(label, told['description'], sitk.GetArrayFromImage(read(f'mri_on_ct{end}.nii.gz')), tuple(told['limits']), mask & 2, found,
-                                  FusedFiles({name: path for name, path in files.items() if path.is_file()})))
+                                  FusedFiles(fused_files(folder, label, record))))
     return Study(empty_volume(frame_of(ct)), sitk.GetArrayFromImage(ct), mask & 1, series, record['plane'], {}, record)
 
 # %% ../nbs/41_scan_viewer.ipynb #ee50bc39

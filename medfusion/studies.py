@@ -9,8 +9,8 @@ __all__ = ['between', 'Window', 'windows', 'windows_of', 'mri_limits', 'bias_cor
            'bone_contours', 'fused_planes', 'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given',
            'believed_frame', 'brought_together', 'onto_grid', 'fuse_series', 'study_record', 'fuse_study',
            'scan_fusion', 'target_errors', 'check_replaceable', 'clear_beside', 'new_folder_at', 'write_volume',
-           'fill_study', 'record_in', 'read_study', 'derived_header', 'source_item', 'other_uid', 'without_patient',
-           'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
+           'fill_study', 'record_in', 'fused_files', 'read_study', 'derived_header', 'source_item', 'nearest_header',
+           'other_uid', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -119,7 +119,7 @@ def empty_volume(frame: dict) -> sitk.Image:
     return image
 
 # %% ../nbs/33_studies.ipynb #b59862f6
-def check_asked(grid='ct', spacing=0., plane='', batch_size=2, device='auto') -> None:
+def check_asked(grid='ct', spacing=0., plane='', batch_size=2, device='auto', labels=()) -> None:
     "Raises ValueError, before minutes are spent, for what no study can be made with."
     if grid not in ('ct', 'mri'):
         raise ValueError(f"The grid is that of 'ct' or 'mri', not {grid!r}.")
@@ -129,6 +129,9 @@ def check_asked(grid='ct', spacing=0., plane='', batch_size=2, device='auto') ->
         raise ValueError(f'There is no plane {plane!r}; choose one of axial, coronal, sagittal.')
     if batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; it must be a whole number from 1 up.')
+    for label in labels:
+        if not isinstance(label, str) or re.search(r'[/\\\0]', label) or len(os.fsencode(label)) > 200:
+            raise ValueError(f'The label {str(label)[:40]!r} of an MRI is a part of file names; take a short text without a slash.')
     find_device(device)
 
 # %% ../nbs/33_studies.ipynb #814715d7
@@ -469,10 +472,10 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     """The fused `Study` of a CT and an MRI of one head, or of a dict {label: MRI} of several series. Scans are paths, `Scan`s or SimpleITK images.
 
     window, model: see `windows_of` and `inference.load_model`; grid, spacing: see `common_grid`; transform, registered: see `brought_together`;
-    plane: of the slices, by default that of the grid; `force` fuses after a failed registration too;
+    plane: of the slices, by default that of the grid; a label is a part of file names; `force` fuses after a failed registration too;
     `progress` wraps the steps of each stage, as tqdm does. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
-    check_asked(grid, spacing, plane, batch_size, device)
+    check_asked(grid, spacing, plane, batch_size, device, mri if isinstance(mri, dict) else ())
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
     notes = notes_on_scans(ct, scans, different_patients)
     if transform is not None and str(transform) and len({one.frame_of_reference or label for label, one in scans.items()}) > 1:
@@ -595,6 +598,12 @@ def record_in(folder) -> dict:
             raise ValueError(f'{folder / name} is not what the study was written with; make the study again.')
     return record
 
+# %% ../nbs/33_studies.ipynb #4b1ed7df
+def fused_files(folder, label: str, record: dict) -> dict[str, Path]:
+    "The files of what was fused of the series of a label, {window: path}, in the folder of a study, by its record; {} where nothing was."
+    files = {one['name']: Path(folder) / f'fused{"_" if label else ""}{label}_{one["name"]}.nii.gz' for one in record['windows']}
+    return {name: path for name, path in files.items() if path.is_file()}
+
 # %% ../nbs/33_studies.ipynb #12c22ebd
 def read_study(folder) -> Study:
     "The study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
@@ -605,7 +614,7 @@ def read_study(folder) -> Study:
     for label, told in record['mri'].items():
         end = f'_{label}' if label else ''
         pose = rigid(read_transform(folder / f'mri_to_ct{end}.tfm'))
-        fused = {path.name.removeprefix(f'fused{end}_').removesuffix('.nii.gz'): read(path.name) / np.float32(4095) for path in sorted(folder.glob(f'fused{end}_*.nii.gz'))}
+        fused = {name: read(path.name) / np.float32(4095) for name, path in fused_files(folder, label, record).items()}
         found = Registration(pose, told['verdict'], told['reasons'], told['signs'])
         series.append(FusedSeries(label, told['description'], read(f'mri_on_ct{end}.nii.gz'), tuple(told['limits']), field_weight(empty_volume(told['frame']), ct, pose),
                                   found, fused, told['voxels_sha256'], told['frame'], told['notes']))
@@ -637,6 +646,14 @@ def source_item(header) -> pydicom.Dataset:
     item = pydicom.Dataset()
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = str(header.SOPClassUID), str(header.SOPInstanceUID)
     return item
+
+# %% ../nbs/33_studies.ipynb #1ff4dc84
+def nearest_header(headers: list, place, normal) -> pydicom.Dataset:
+    "That of the headers of a series whose slice lies nearest to a place (x, y, z), along the normal of the slices; the first where headers tell no place, as of a file of many frames."
+    def away(header):
+        position = header.get('ImagePositionPatient')
+        return abs(np.dot(np.subtract(position, place), normal)) if position else np.inf
+    return min(headers, key=away)
 
 # %% ../nbs/33_studies.ipynb #16bc7c2a
 @lru_cache
@@ -678,7 +695,7 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
                     'ImagePositionPatient': [number(x) for x in place], 'ImageOrientationPatient': [number(x) for x in (*direction[:, 0], *direction[:, 1])],
                     'PixelSpacing': [number(step[1]), number(step[0])], 'SliceThickness': number(step[2]), 'SpacingBetweenSlices': number(step[2])})
         if not anonymous:
-            one.SourceImageSequence = [source_item(reference[min(index, len(reference) - 1)])]
+            one.SourceImageSequence = [source_item(nearest_header(reference, place, direction[:, 2]))]
         one.PixelData = pixels.tobytes()
         one.file_meta = pydicom.dataset.FileMetaDataset()
         one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian

@@ -165,7 +165,17 @@ def test_several_series_onto_one_ct(scans, drawn, tmp_path):
     assert 'taken for every MRI' in ' '.join(found.record['notes'])
 
 
+def test_a_label_that_begins_another_keeps_its_own_volumes(scans, drawn, tmp_path):
+    ct, mri = scans
+    found = scan_fusion(ct, {'t1': mri, 't1_gd': Scan(mri.image * 1.5, 'MR', 't1 with gadolinium')}, model='maximum', transform=drawn.truth, spacing=8.)
+    read = read_study(fill_study(tmp_path, found))
+    assert [[*one.fused] for one in read.series] == [['brain'], ['brain']]
+
+
 def test_what_is_refused_is_refused_in_a_sentence(scans):
+    for label in ('t1/gd', 't1\\gd', 'x' * 300, 1):
+        with pytest.raises(ValueError, match='part of file names'):
+            scan_fusion(*scans[:1], {'t2': 'nowhere', label: 'nowhere either'})
     ct, mri = scans
     for wrong, words in (({'window': 'lung'}, 'no window'), ({'grid': 'pet'}, "'ct' or 'mri'"), ({'model': 'none'}, 'no model'), ({'plane': 'tilted'}, 'no plane'),
                          ({'spacing': 90.}, 'spacing')):
@@ -209,6 +219,15 @@ def test_a_frame_of_reference_is_not_believed_unchecked(drawn):
     found = [studies.brought_together(Scan(ct, 'CT', is_hu=True, frame_of_reference='1.2'), Scan(mri, 'MR', frame_of_reference='1.2')) for mri in (there, aside)]
     assert [one.verdict for one in found] == ['given', 'doubtful'] and 'moves by' in found[1].sentence
     assert all(np.allclose(one.transform.TransformPoint((1., 2., 3.)), (1, 2, 3)) for one in found)
+
+
+def test_a_derived_slice_names_the_source_that_lies_where_it_does(drawn, patient, tmp_path):
+    "Where slices are missing and filled, there are fewer sources; a gap is filled from the side that is nearer."
+    reference = [header for number, header in enumerate(read_scan(patient / 'ct').reference) if number not in (2, 3)]
+    files = studies.write_derived(tmp_path, np.zeros((7, *drawn.ct.GetSize()[1::-1])), drawn.ct[:, :, :7], reference, 'Fused', 'fused')
+    places = {header.SOPInstanceUID: float(header.ImagePositionPatient[2]) for header in reference}
+    away = [places[one.SourceImageSequence[0].ReferencedSOPInstanceUID] - float(one.ImagePositionPatient[2]) for one in map(pydicom.dcmread, files)]
+    assert np.allclose(away, [0, 0, -6, 6, 0, 0, 0], atol=1e-3)
 
 
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
