@@ -1107,9 +1107,10 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
     check_model(asked['model'])
     with new_folder_at(out, replace) as folder:
-        executed = ExecutedNotebook(folder / 'nowhere')         # it is written once its paths are out of it
+        executed = ExecutedNotebook(folder / 'nowhere')         # it is written once they are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
-        texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and os.sep in text]
+        texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        texts = [text for text in texts if os.sep in text or re.fullmatch(r'\d+(\.\d+){3,}', text)]         # paths, and a UID, which is one patient's
         ours = [Path(package.__file__).parents[1], sys.prefix, Path.home()]         # a warning may name the place of a module
         typed = [*texts, *map(str, (out, out.absolute(), folder, *ours))]
         write_report(folder, json.loads(executed.text), typed)

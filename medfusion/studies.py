@@ -721,7 +721,7 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
 
 # %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:
-    "An executed notebook (its JSON) without papermill's metadata, bars of progress and the paths `secrets`, whole or in parts; a single word that the notebook itself holds stays."
+    "An executed notebook (its JSON) without papermill's metadata, bars of progress and the `secrets`, paths and UIDs, whole or in parts; a single word that the notebook itself holds stays."
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
     parts = {part for secret in secrets for part in Path(secret).parts if len(part) > 2 and part not in own}
     words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<!\w){re.escape(part)}(?!\w)' for part in parts]

@@ -65,7 +65,8 @@ def patient(drawn, tmp_path_factory):
 @pytest.fixture(scope='module')
 def written(patient, tmp_path_factory):
     out = tmp_path_factory.mktemp('out') / 'study'
-    words = ['scan', patient / 'ct', patient / 'mri', '-o', out, '-m', 'maximum', '--transform', patient / 'truth.tfm', '--dicom']
+    words = ['scan', patient / 'ct', patient / 'mri', '-o', out, '-m', 'maximum', '--transform', patient / 'truth.tfm', '--dicom',
+             '-p', 'ct_series=1.2.826.0.99.2', '-p', 'mri_series=[1.2.826.0.99.3]']
     result = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
     assert result.exit_code == 0, result.output
     return out
