@@ -8,13 +8,13 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Method
            'typed_place', 'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard',
            'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files', 'tell_report', 'fuse',
            'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value',
-           'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
+           'typed_model', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
            'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
            'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
            'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
-           'check_tables', 'write_texts', 'runs', 'check_external', 'typed_model', 'named_models', 'write_benchmark',
-           'benchmark', 'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view',
-           'models', 'export', 'run_as_module']
+           'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
+           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models',
+           'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -515,18 +515,26 @@ def read_value(text: str, kind):
         return ast.literal_eval(text)
     return text
 
+# %% ../nbs/50_cli.ipynb #a39134cd
+def typed_model(spec: str) -> str:
+    "A model that was typed, as it is called from any folder: a path that leads somewhere from here is made absolute."
+    from medfusion.files import absolute_path
+    from medfusion.inference import in_place
+    return in_place(spec, lambda path: absolute_path(path) if absolute_path(path).exists() else path)
+
 # %% ../nbs/50_cli.ipynb #ae7c999e
 def absolute_path(name: str, value):
-    "A typed value, made absolute where it is a path: the parameter's name ends in _dir, or the text names a file."
+    "A typed value, made absolute where the parameter is one of paths: its name ends in _dir, or is in the list here; or one of networks (see `typed_model`)."
     if isinstance(value, list):
         return [absolute_path(name, one) for one in value]
-    if not isinstance(value, str) or not value or name == 'run':
+    if not isinstance(value, str) or not value:
         return value
+    named = name == 'backbone_weights' and not re.search(r'[./]', value)       # by torchvision, or 'medfusion'
     with suppress(OSError, ValueError):         # a text that is too long, or holds what no path can
-        for text in (value, value.rpartition('@')[0]):      # without what turns a network's dial
-            path = os.path.expanduser(text)
-            if name.endswith('_dir') or os.path.isfile(path) or (os.sep in text and os.path.isdir(path)):
-                return os.path.abspath(path) + value[len(text):]
+        if name in ('model', 'start', 'teacher'):
+            return typed_model(value)
+        if name.endswith('_dir') or name in ('ct', 'mri', 'transform', 'truth', 'study', 'published', 'backbone_weights') and not named:
+            return os.path.abspath(os.path.expanduser(value))
     return value
 
 # %% ../nbs/50_cli.ipynb #6e1c214a
@@ -996,13 +1004,6 @@ def check_external(given: dict) -> None:
     folder = runs.resolve_path(p.external_dir)
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)
-
-# %% ../nbs/50_cli.ipynb #a39134cd
-def typed_model(spec: str) -> str:
-    "A model that was typed, as it is called from any folder: a path that leads somewhere from here is made absolute."
-    from medfusion.files import absolute_path
-    from medfusion.inference import in_place
-    return in_place(spec, lambda path: absolute_path(path) if absolute_path(path).exists() else path)
 
 # %% ../nbs/50_cli.ipynb #34c4057a
 def named_models(texts: list[str]) -> list[str]:

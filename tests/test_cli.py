@@ -402,6 +402,19 @@ def test_a_typed_network_is_found_from_the_notebooks_with_its_dial_turned(pairs)
     assert not Path('out').exists()
 
 
+def test_a_typed_value_is_a_path_by_its_parameter_and_not_by_what_lies_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('2', 'wavelet', 'axial', 'val', 'medfusion', 'IMAGENET1K_V2', 'w.pth', 'scan.nii'):
+        Path(name).write_bytes(b'')
+    words = ['ct_series=2', 'mri_series=[2]', 'model=wavelet', 'plane=axial', 'ct=nowhere', 'mri=[scan.nii, ~/mri]', 'transform=', 'study=2']
+    assert cli.given_parameters('scan_fusion.ipynb', [], words) == {
+        'ct_series': '2', 'mri_series': ['2'], 'model': 'wavelet', 'plane': 'axial', 'ct': str(tmp_path / 'nowhere'),
+        'mri': [str(tmp_path / 'scan.nii'), os.path.expanduser('~/mri')], 'transform': '', 'study': str(tmp_path / '2')}
+    assert cli.given_parameters('90_benchmark.ipynb', [], ['join=[val]', 'published=w.pth']) == {'join': ['val'], 'published': str(tmp_path / 'w.pth')}
+    weights = [cli.absolute_path('backbone_weights', text) for text in ('medfusion', 'IMAGENET1K_V2', 'w.pth', './2')]
+    assert weights == ['medfusion', 'IMAGENET1K_V2', str(tmp_path / 'w.pth'), str(tmp_path / '2')]
+
+
 # Evaluate
 
 def evaluated(pairs, *more):
