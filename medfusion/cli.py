@@ -373,9 +373,9 @@ def fuse(
     else:
         from medfusion.engines import fuse_on_ray
         fuse_all = partial(fuse_on_ray, address=address)
-    context.meta['kept'] = f'what was fused is kept in {out}. To go on: ' + shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
-    report = fuse_all(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard)
-    raise tell_report(report)
+    way = 'To go on' + ', which refuses files there that medfusion did not make (--replace fuses all again)' * replace
+    context.meta['kept'] = f'what was fused is kept in {out}. {way}: ' + shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
+    raise tell_report(fuse_all(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard))
 
 # %% ../nbs/50_cli.ipynb #d47f99a0
 class Preset(str, Enum):
