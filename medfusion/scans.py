@@ -691,13 +691,14 @@ def nifti_values(path, header: dict) -> np.ndarray:
     """The values of a NIfTI file, float32, in the order of SimpleITK (last axis first). Raises ValueError where they break off, or are no plain numbers.
 
     Read here, for the library in SimpleITK fills up what is missing with zeros, and makes zeros of what is no number, without a word."""
-    name, kinds = Path(path).name, {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4'}
+    name, kinds = Path(path).name, {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4', 1024: 'i8', 1280: 'u8'}
     kind, shape = kinds.get(int(header['datatype'][0])), header['dim'][1:1 + int(header['dim'][0])].astype(int)[::-1]
     if kind is None:
         raise ValueError(f'{name} holds colours or complex numbers (data type {header["datatype"][0]:g}); give a volume of one number a voxel.')
     try:
         with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as file:
-            file.seek(int(header['vox_offset'][0]))
+            place = int(header['vox_offset'][0])
+            file.seek(place if place >= 348 else 352)                            # 0 says nothing; before 348 is the header
             values = np.frombuffer(file.read(int(np.prod(shape)) * np.dtype(kind).itemsize), header['order'] + kind).reshape(shape)
             file.read()                                                      # to the end, where an archive says whether it is whole
     except (OSError, EOFError, ValueError, MemoryError, OverflowError, zlib.error):

@@ -647,18 +647,18 @@ def test_a_damaged_header_is_read_or_refused_in_a_sentence(tmp_path, frames):
 
 # NIfTI, NRRD, MetaImage
 
-def nifti(path, affine, values=None, sform=1, qform=1, other=None, unit=2):
+def nifti(path, affine, values=None, sform=1, qform=1, other=None, unit=2, kind=np.float32, offset=352):
     "Writes a NIfTI file by hand, so that sform and qform (`other`, if given) are what the test wants: RAS, as nibabel has it."
     if values is None:
         index = np.moveaxis(np.indices((16, 12, 6)), 0, -1)
         values = hounsfield((index @ affine[:3, :3].T + affine[:3, 3]) * (-1, -1, 1) * (1000 if unit == 1 else 1))
     header = nibabel.Nifti1Header()
     header.set_data_shape(values.shape)
-    header.set_data_dtype(np.float32)
+    header.set_data_dtype(kind)
     header.set_qform(affine if other is None else other, 1, strip_shears=True)
     header.set_sform(affine, 1)
-    header['qform_code'], header['sform_code'], header['xyzt_units'], header['vox_offset'], header['magic'] = qform, sform, unit, 352, b'n+1'
-    data = header.binaryblock + b'\0' * 4 + np.asarray(values, np.float32).tobytes('F')
+    header['qform_code'], header['sform_code'], header['xyzt_units'], header['vox_offset'], header['magic'] = qform, sform, unit, offset, b'n+1'
+    data = header.binaryblock + b'\0' * 4 + np.asarray(values, kind).tobytes('F')
     path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
     return path
 
@@ -723,6 +723,18 @@ def test_nifti_of_four_dimensions(tmp_path):
     assert_refused(nifti(tmp_path / 'a.nii', RAS, values), 'a.nii', '3 volumes', 'save the one')
     assert read_scan(nifti(tmp_path / 'b.nii', RAS, values[..., :1])).image.GetSize() == (8, 8, 8)
     assert_refused(nifti(tmp_path / 'c.nii', RAS, values[:, :, :1, 0]), 'one slice')
+
+
+@pytest.mark.parametrize('kind', [np.int64, np.uint64])
+def test_nifti_of_wide_integers(tmp_path, kind):
+    values = np.arange(512).reshape(8, 8, 8)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_scan(nifti(tmp_path / 'a.nii', RAS, values, kind=kind)).image).T, values)
+    assert_refused(nifti(tmp_path / 'b.nii', RAS, values, kind=np.complex64), 'b.nii', 'colours or complex numbers')
+
+
+@pytest.mark.parametrize('offset', [0, 352])
+def test_nifti_that_does_not_say_where_its_values_begin(tmp_path, offset):
+    assert_right(read_scan(nifti(tmp_path / 'a.nii', turned(), offset=offset)), tolerance=.01)
 
 
 def test_nifti_with_nan(tmp_path):
