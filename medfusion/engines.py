@@ -31,7 +31,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .files import Pair, absolute_path, check_range, is_abandoned, split_pattern, stem_of, temporary_name
-from .inference import (FolderJob, FolderReport, FusedRecord, check_counts, close_job, find_device, model_of, open_job, pairs_to_fuse,
+from .inference import (FolderJob, FolderReport, FusedRecord, check_counts, check_output, close_job, find_device, model_of, open_job, pairs_to_fuse,
                                  run_job)
 
 # %% ../nbs/29_engines.ipynb #1d7ff95c
@@ -290,10 +290,12 @@ def add_done(job: FolderJob, done: bytes) -> int:
 
 # %% ../nbs/29_engines.ipynb #b6bc0630
 def worker_shares(resources: dict, device: str = 'auto') -> tuple[int, int, int]:
-    "(workers, cores of each, GPUs of each) for what a cluster has, {'CPU', 'GPU': number}. ValueError for GPUs that are not there."
+    "(workers, cores of each, GPUs of each) for what a cluster has, {'CPU', 'GPU': number}. ValueError for GPUs that are not there, and for one alone."
     cores, gpus = (int(resources.get(kind, 0)) for kind in ('CPU', 'GPU'))
     if device.startswith('cuda') and not gpus:
         raise ValueError(f'The device {device!r} was asked for, but the cluster has no GPU; leave it out, or use cpu.')
+    if device.startswith('cuda:'):
+        raise ValueError(f'The device {device!r} is one GPU, and each worker of a cluster has one of its own; use cuda.')
     workers = gpus if gpus and device in ('auto', 'cuda') else max(1, cores)
     return workers, max(1, cores // workers), int(workers == gpus and device != 'cpu')
 
@@ -357,6 +359,8 @@ def fuse_on_ray(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
     start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
     check_counts(batch_size=batch_size)
     ct, mri, out = stores = [store_of(folder, filesystem) for folder in (ct_dir, mri_dir, out_dir)]
+    if out.pattern:         # refused as by fuse_folder, and before a cluster begins
+        check_output(Path(out.place) / out.pattern, ())
     network, (pairs, failed) = model_of(model, 'cpu'), pairs_in(ct, mri, shard)
     with ray_engine(address) as ray, Mirror(*stores) as mirror:
         shares, folders = worker_shares(ray.cluster_resources(), device), [mirror.folders[store.title] for store in stores]

@@ -26,7 +26,7 @@ from conftest import memory_of, write_slices
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.engines import block_size
+from medfusion.engines import block_size, fuse_on_ray, worker_shares
 from medfusion.files import read_image, sha256_of
 from medfusion.inference import fuse_folder
 
@@ -228,3 +228,11 @@ def test_without_an_engine_there_are_sentences():
     for words, part in ((['--address', 'a:1'], 'add --engine ray'), (['-m', 'maximum'], 's3://b/mri is on another filesystem; add --engine ray')):
         done = CliRunner().invoke(app, ['fuse', '.', 's3://b/mri', '-o', 'out', *words])
         assert done.exit_code == 2 and part in done.output
+
+
+def test_what_an_engine_cannot_do_is_told():
+    for out in ('x/{name}_fused.png', '{name}'):
+        with pytest.raises(ValueError, match='ends in a pattern of names'):
+            fuse_on_ray('CT', 'MRI', out, 'maximum')
+    with pytest.raises(ValueError, match="'cuda:1' is one GPU.*use cuda"):
+        worker_shares({'CPU': 16, 'GPU': 4}, 'cuda:1')
