@@ -6,8 +6,8 @@
 __all__ = ['check_size', 'upright', 'tiff_tags', 'exif_orientation', 'tiff_page', 'unpack_deflate', 'unpack_bits',
            'tiff_unpackers', 'lzw_strings', 'unpack_lzw', 'TiffLayout', 'tiff_layout', 'tiff_names', 'tiff_fault',
            'block_numbers', 'tiff_numbers', 'decode_tiff', 'png_chunks', 'unpacked_rows', 'decode_png', 'jpeg_segments',
-           'decode_by_pillow', 'check_jpeg_pixels', 'decode_jpeg', 'decode_bmp', 'ImageFormat', 'image_formats',
-           'image_suffixes', 'last_part', 'suffix_of', 'stem_of', 'format_of']
+           'decode_by_pillow', 'whole_blocks', 'check_jpeg_pixels', 'decode_jpeg', 'decode_bmp', 'ImageFormat',
+           'image_formats', 'image_suffixes', 'last_part', 'suffix_of', 'stem_of', 'format_of']
 
 # %% ../nbs/00_codecs.ipynb #0c83f9a8
 import os
@@ -330,12 +330,12 @@ def decode_png(data):
 
 # %% ../nbs/00_codecs.ipynb #e2204337
 def jpeg_segments(data):
-    "({marker: its first content}, place of the end mark) of a JPEG; `ValueError` where the chain is broken."
-    segments, place = {}, 2
+    "([(marker, place of its content, place after it)], place of the end mark) of a JPEG; `ValueError` where the chain is broken."
+    segments, place = [], 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         length, = struct.unpack_from('>H', data, place + 2)
-        segments.setdefault(marker, data[place + 4:place + 2 + length])
+        segments.append((marker, place + 4, place + 2 + length))
         place += 1 if marker == 0xFF else 2 + length
         while marker == 0xDA:  # compressed pixels: up to a marker that is neither a stuffed 0 nor a restart
             place = data.find(b'\xff', place)
@@ -364,8 +364,21 @@ def decode_by_pillow(data, kind):
     return pixels
 
 # %% ../nbs/00_codecs.ipynb #7588cdc0
-def check_jpeg_pixels(data, end, pixels):
-    "Raises `ValueError` unless the compressed pixels before the end mark, at `end`, are exactly as many as are needed."
+def whole_blocks(data, frame, scans):
+    "A JPEG of so many scans, with the size that its header at `frame` declares rounded up, so that decoders show all that is coded."
+    height, width, parts = struct.unpack_from('>HHB', data, frame + 1)
+    factors = data[frame + 7:frame + 6 + 3 * parts:3] if parts > 1 and scans == 1 else [0x11]   # blocks of several parts are interleaved
+    if data[frame - 3] == 0xC3:      # lossless: no blocks
+        return data
+    units = 8 * max(both & 15 for both in factors), 8 * max(both >> 4 for both in factors)
+    sides = [min(-(-side // unit) * unit, 65500) for side, unit in zip((height, width), units)]     # more is never decoded
+    return data[:frame + 1] + struct.pack('>HH', *sides) + data[frame + 5:]
+
+# %% ../nbs/00_codecs.ipynb #76f79f88
+def check_jpeg_pixels(data, end, start):
+    "Raises `ValueError` unless the pixels of the last scan, compressed from `start` to the end mark at `end`, are exactly as many as are needed."
+    pixels = decode_by_pillow(data, 'JPEG')
+
     def changes(altered):
         try:
             return not np.array_equal(pixels, decode_by_pillow(altered + data[end:], 'JPEG'))
@@ -373,21 +386,23 @@ def check_jpeg_pixels(data, end, pixels):
             return True
     if changes(data[:end] + b'\x55' * 64):
         raise ValueError('is damaged (its pixels end too early); copy or download it again.')
-    if not any(changes(data[:end - 3] + nonsense) for nonsense in (b'\x55\xaa\x55', b'\0\0\0', b'\x124V', b'\xaa\x55\xaa')):
+    nonsense = b'\x55\xaa\x55', b'\0\0\0', b'\x124V', b'\xaa\x55\xaa', b'\x92I$', b'\xdbm\xb6', b'8\xe3\x8e', b'\xe1\xc3\x87'
+    if not any(changes(data[:end - 3] + some) for some in nonsense) and any(changes(data[:start] + some + data[start + 3:end]) for some in nonsense):
         raise ValueError('is damaged (something is missing among its pixels); copy or download it again.')
 
 # %% ../nbs/00_codecs.ipynb #d23a6550
 def decode_jpeg(data):
     "The pixels of a JPEG, (H, W) or (H, W, 3) uint8, RGB, upright; `ValueError` for one that is not whole."
     segments, end = jpeg_segments(data)
-    frames = [content for marker, content in segments.items() if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)]
-    if not frames or len(frames[0]) < 6:
+    frames = [start for marker, start, stop in segments if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and stop - start >= 6]
+    if not frames:
         raise ValueError('is damaged (it declares no size); copy or download it again.')
-    check_size(*struct.unpack_from('>HH', frames[0], 1)[::-1])
+    check_size(*struct.unpack_from('>HH', data, frames[0] + 1)[::-1])
     pixels = decode_by_pillow(data, 'JPEG')
-    check_jpeg_pixels(data, end, pixels)
-    notes = segments.get(0xE1, b'')
-    return upright(pixels, exif_orientation(notes[6:]) if notes[:6] == b'Exif\0\0' else 1)
+    scans = [stop for marker, _, stop in segments if marker == 0xDA]
+    check_jpeg_pixels(whole_blocks(data, frames[0], len(scans)), end, scans[-1])
+    notes = (data[start + 6:stop] for marker, start, stop in segments if marker == 0xE1 and data[start:start + 6] == b'Exif\0\0')   # not XMP
+    return upright(pixels, exif_orientation(next(notes, b'')))
 
 # %% ../nbs/00_codecs.ipynb #d020b268
 def decode_bmp(data):

@@ -285,6 +285,21 @@ def test_a_jpeg_with_a_tail_of_zeros_or_without_a_tail_is_refused(quality, progr
     assert capfd.readouterr().err == ''
 
 
+@pytest.mark.parametrize('sides', [(200, 203), (206, 213), (214, 212), (215, 209)])
+def test_a_whole_jpeg_of_any_size_is_read(sides):
+    pet, flat = np.zeros((*sides, 3), np.uint8), np.full(sides, 128, np.uint8)
+    pet[40:160, 40:140] = 180, 90, 45
+    spot = flat.copy()
+    spot[64:128, 64:128] = 200      # whole blocks: the last scan of a progressive one has nothing to say
+    for image in (pet, flat, np.dstack([flat] * 3), spot):
+        for options in ({'quality': 95}, {'optimize': True}, {'progressive': True}):
+            data = encoded(image, 'JPEG', **options)
+            assert np.array_equal(decode_jpeg(data), np.asarray(Image.open(io.BytesIO(data)))), options
+    for fault in (lambda data: data[:-60] + data[-2:], lambda data: data[:-2] + bytes(40) + data[-2:]):
+        with pytest.raises(ValueError, match='is damaged'):
+            decode_jpeg(fault(encoded(pet, 'JPEG', quality=95)))
+
+
 def chunk(kind, content):
     return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
 
@@ -449,6 +464,14 @@ def test_orientation_is_obeyed_alike_in_all_formats(tmp_path, suffix):
         expected = np.asarray(ImageOps.exif_transpose(reference))
         found = read_image(tmp_path / f'a{suffix}')
         assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 5, orientation
+
+
+def test_orientation_is_found_behind_other_notes():
+    exif = Image.Exif()
+    exif[274] = 6
+    data, xmp = encoded(noise(), 'JPEG', exif=exif), b'http://ns.adobe.com/xap/1.0/\0<x/>'
+    noted = data[:2] + struct.pack('>HH', 0xFFE1, len(xmp) + 2) + xmp + data[2:]
+    assert np.array_equal(decode_jpeg(noted), decode_jpeg(data)) and decode_jpeg(data).shape == noise().T.shape
 
 
 def test_twelve_bits_in_sixteen(tmp_path):
