@@ -658,12 +658,13 @@ def find_naming(folder, names):
     return absolute_path(folder) / ways[0] if ways else folder
 
 # %% ../nbs/00_files.ipynb #4ab985b4
-def files_for(folder, names) -> dict[str, Path]:
+def files_for(folder, names, among=()) -> dict[str, Path]:
     """{name: the file in a folder that is for the slice of this name}; endings may differ, and the folder may have a pattern.
 
+    among: all names that there are, where `names` are some of them: of one name, 2, nobody knows whether 12_fused is it.
     Raises ValueError, with what is there beside what is wanted, where a slice has no file.
     """
-    named = find_naming(folder, names)
+    named = find_naming(folder, among or names)
     there, faults = sort_by_key(named, 'fused', by_stem=True)
     files = {name: there.get(name_key(name, by_stem=True)) for name in names}
     missing = [name for name, path in files.items() if path is None]

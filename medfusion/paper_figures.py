@@ -8,15 +8,13 @@ __all__ = ['named_method', 'finished_slices', 'slice_of', 'pairs_of', 'chosen_pa
            'figure_kinds', 'paper_figure']
 
 # %% ../nbs/27_paper_figures.ipynb #9345b1ac
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 
 from .cross_validation import folds_table, half_widths, read_folds
-from .evaluation import find_fused, ranks, reported_columns, summarise
+from .evaluation import ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
-from .files import Pair, absolute_path, list_pairs, name_key, read_image, stem_of, suffix_of
+from .files import Pair, absolute_path, files_for, list_images, list_pairs, name_key, read_image, stem_of, suffix_of
 from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
 from .runs import checkpoint_suffixes, read_run, resolve_path
@@ -40,13 +38,15 @@ def finished_slices(spec):
     return path if path.is_dir() and not models and any(suffix_of(file) for file in path.iterdir()) else None
 
 # %% ../nbs/27_paper_figures.ipynb #26c45a9a
-def slice_of(pair, spec, device='auto', value_range=None):
-    "What a method has made, or makes now, of a Pair: a picture. Raises ValueError or OSError where it has nothing for this pair."
+def slice_of(pair, spec, device='auto', value_range=None, among=()):
+    """What a method has made, or makes now, of a Pair: a picture. Raises ValueError or OSError where it has nothing for this pair.
+
+    among: the names of all pairs, which tell how the slices in a folder are named."""
     there = finished_slices(spec)
     if there is None:
         return as_picture(fuse(pair.ct, pair.mri, spec, device, value_range=value_range))
     file = there.with_name(there.name.replace('{name}', stem_of(pair.name)))
-    return as_picture(file if not file.is_dir() else find_fused(file, SimpleNamespace(names=[pair.name], pairs=[pair]))[pair.name])
+    return as_picture(file if not file.is_dir() else files_for(file, [pair.name], among)[pair.name])
 
 # %% ../nbs/27_paper_figures.ipynb #0c0c3bf2
 def pairs_of(sources):
@@ -77,8 +77,8 @@ def chosen_pairs(pairs, names=()):
     return [by_key[name] for name in names] or list(pairs)
 
 # %% ../nbs/27_paper_figures.ipynb #3e5e05a7
-def rows_of(pairs, models, titles=('CT', 'MRI'), device='auto', value_range=None):
-    "{name of a pair: {title: picture}}, both sources first, of some Pairs and methods, as `comparison` takes it."
+def rows_of(pairs, models, titles=('CT', 'MRI'), device='auto', value_range=None, among=()):
+    "{name of a pair: {title: picture}}, both sources first, of some Pairs and methods, as `comparison` takes it. among: as of `slice_of`."
     methods = [named_method(spec) for spec in models]
     columns = [*titles, *(title for title, _ in methods)]
     if repeated := [title for title in columns if columns.count(title) > 1]:
@@ -86,7 +86,7 @@ def rows_of(pairs, models, titles=('CT', 'MRI'), device='auto', value_range=None
     rows = {}
     for pair in pairs:
         sources = [as_picture(read_image(path, color=True, value_range=value_range, quiet=True)) for path in (pair.ct, pair.mri)]
-        rows[stem_of(pair.name)] = dict(zip(columns, sources + [slice_of(pair, spec, device, value_range) for _, spec in methods]))
+        rows[stem_of(pair.name)] = dict(zip(columns, sources + [slice_of(pair, spec, device, value_range, among) for _, spec in methods]))
     return rows
 
 # %% ../nbs/27_paper_figures.ipynb #e858dfdd
@@ -232,8 +232,10 @@ def paper_figure(sources, kind='slices', models=(), pairs=(), columns=(), titles
         if len(sources) > 1 or layout.keys() - {'width'}:
             raise ValueError(f'{kind} are drawn from the record of one benchmark, and take columns, methods and a width; name its folder alone.')
         return draw(sources[0], columns, models, **layout)
-    found = chosen_pairs(pairs_of(sources), pairs)
+    there = pairs_of(sources)
+    found, beside = chosen_pairs(there, pairs), there[0].ct.parent      # of two files, those beside them are the other pairs
+    among = [pair.name for pair in there] if absolute_path(sources[0]) != there[0].ct else [path.name for path in list_images(beside)]
     if len(sources) == 1:
         fused = absolute_path(sources[0]) / 'fused'
         models = [f'{name}={fused / name}' for name in models or sorted(path.name for path in fused.iterdir())]
-    return draw(rows_of(found, models, titles, device, value_range), **layout)
+    return draw(rows_of(found, models, titles, device, value_range, among), **layout)

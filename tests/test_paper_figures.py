@@ -80,6 +80,22 @@ def test_finished_slices_are_a_folder_a_file_or_a_pattern(folder):
     assert slice_of(first, 'maximum').shape == (40, 32, 3)      # in the colours of the second source
 
 
+def test_the_names_of_all_pairs_tell_how_finished_slices_are_named(tmp_path):
+    for number in range(1, 13):
+        for part, name in (('CT', '{}'), ('MRI', '{}'), ('plain', '{}'), ('theirs', '{}_fused')):
+            (tmp_path / part).mkdir(exist_ok=True)
+            write_image(tmp_path / part / f'{name.format(number)}.png', np.full((40, 32), 200 + number, np.uint8))
+    folders, theirs = [tmp_path / 'CT', tmp_path / 'MRI'], [f'theirs={tmp_path}/theirs']
+    files = [folder / '2.png' for folder in folders]
+    assert {'1', 'theirs'} <= set(words(paper_figure(folders, models=theirs, pairs=['1'])).split())
+    assert 'theirs' in words(paper_figure(files, models=theirs))
+    for file in ('theirs/2_fused.png', 'plain/2.png'):
+        (tmp_path / file).unlink()
+    for sources, pairs, models in ((folders, ['2'], theirs), (files, (), theirs), (folders, ['2'], [tmp_path / 'plain'])):
+        with pytest.raises(ValueError, match='has no fused image for 2.png'):       # 12 is another patient's
+            paper_figure(sources, models=models, pairs=pairs)
+
+
 def test_pairs_are_named_with_an_ending_or_without(folder):
     pairs = pairs_of([folder / 'CT', folder / 'MRI'])
     assert chosen_pairs(pairs, ['41004', '41003.png']) == pairs[::-1] and chosen_pairs(pairs) == pairs
