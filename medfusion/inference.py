@@ -431,13 +431,13 @@ def receptive_radius(model) -> int | None:
 
 # %% ../nbs/20_inference.ipynb #cf474d37
 def tile_margin(model) -> int:
-    "The margin that a tile needs: the receptive radius, rounded up to a multiple of 64; 256, with a warning, if it is endless."
+    "The margin that a tile needs: the receptive radius, rounded up to a multiple of 64, at least 64; 256, with a warning, if it is endless."
     radius = receptive_radius(model)
     if radius is None:
         warnings.warn('The network looks at the whole image at once, so tiles of a large image cannot equal the whole '
                       'exactly; a margin of 256 pixels is used.', stacklevel=4)
         return 256
-    return -(-radius // 64) * 64
+    return max(1, -(-radius // 64)) * 64      # also without a radius: the last tile may be one pixel high, which is too small for a slice
 
 # %% ../nbs/20_inference.ipynb #10bcaa84
 def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> torch.Tensor:

@@ -511,6 +511,12 @@ def test_tiles_equal_the_whole(network, size):
     assert (fuse(ct, mri, network, tile=64) - fuse(ct, mri, network)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize('model', [maximum, 'maximum', 'average'])
+def test_a_last_tile_of_a_few_pixels_is_fused(model):
+    ct, mri = torch.rand(2, 1, 65, 143)
+    assert torch.equal(fuse(ct, mri, model, tile=64), fuse(ct, mri, model))
+
+
 def test_tiles_of_the_wavelet_network():
     head = phantom_slice('2', 4, size=(333, 270))
     assert np.abs(fuse(head.ct, head.mri, tile=64) - fuse(head.ct, head.mri)).max() < 1 / 255
