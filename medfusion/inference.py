@@ -736,7 +736,6 @@ def is_there(pair: Pair, sources: tuple[str, str], job: FolderJob) -> bool:
     if not target.is_file() or target.name not in job.record.files:
         raise ValueError(f'{target} is there already, and {job.record.path.name} does not know it as a fused slice; move '
                          'it away, name another folder, or replace it (replace=True).')
-    job.report.replaced.append(pair.name)
     return False
 
 # %% ../nbs/20_inference.ipynb #05ff0153
@@ -770,6 +769,7 @@ def fuse_slices(group: list[Slices], network) -> list[tuple[Slices, torch.Tensor
 def write_fused(slices: Slices, fused: torch.Tensor, job: FolderJob) -> None:
     "Writes a fused (1, 1, H, W), in the MRI's colours if it has any; floats as 16 bits. First its line in the record."
     target, depth = job.target(slices.pair), slices.dtypes[0]
+    older = target.is_file() and target.name in job.record.files
     with job.cores:
         image = fused if slices.colour is None else with_luminance(slices.colour, fused)
         array = image[0].permute(1, 2, 0).squeeze(2).numpy()
@@ -782,6 +782,7 @@ def write_fused(slices: Slices, fused: torch.Tensor, job: FolderJob) -> None:
         raise ValueError(f'another run is putting a result from other slices at {target} at this moment; name another folder')
     write_atomically(target, data)
     job.made[slices.pair] = digest
+    job.report.replaced += [slices.pair.name] * older
 
 # %% ../nbs/20_inference.ipynb #3d305279
 def ahead(pool, task, items, depth: int):
@@ -918,6 +919,7 @@ def close_job(job: FolderJob, pairs: int, start: float) -> FolderReport:
         warnings.warn(sentence, stacklevel=3)
     for name in lost_results(job):
         report.fused.remove(name)
+        report.replaced = [other for other in report.replaced if other != name]
         report.failed[name] = 'its result was replaced or removed by something else meanwhile; fuse it again, into another folder'
     for names in (report.fused, report.skipped, report.replaced):
         names.sort()

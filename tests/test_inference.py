@@ -627,7 +627,18 @@ def test_what_is_there_is_not_fused_again_and_what_is_not_is(folders):
     assert report.fused == names[:4] and report.replaced == names[1:4] and report.skipped == names[4:] and report.ok
     assert '3 in place of an older result' in str(report)
     assert_right(folders, names)
-    assert run(folders, replace=True).fused == names
+    again = run(folders, replace=True)
+    assert again.fused == again.replaced == names
+
+
+def test_what_fails_has_replaced_nothing(folders):
+    names = names_in(folders / 'CT')
+    run(folders)
+    write_image(folders / 'MRI' / names[0], np.full((20, 20), 250, np.uint8))    # no longer of the CT's size
+    write_image(folders / 'MRI' / names[1], np.full((48, 64), 250, np.uint8))
+    (folders / 'out' / names[2]).unlink()
+    report = run(folders, replace=True)
+    assert list(report.failed) == names[:1] and report.fused == names[1:] and report.replaced == [names[1], *names[3:]]
 
 
 def test_another_patient_with_the_same_names(folders):
@@ -654,7 +665,7 @@ def test_what_is_somebody_elses_stays(folders):
     assert (folders / 'out' / names[0]).read_bytes() == b'holiday' and report.fused == names[2:]
     assert names[0] not in (folders / 'out' / 'fused.jsonl').read_text()
     report = run(folders, replace=True)
-    assert list(report.failed) == names[1:2] and names[0] in report.fused
+    assert list(report.failed) == names[1:2] and names[0] in report.fused and report.replaced == names[2:]      # a photograph is no result
 
 
 def test_a_folder_belongs_to_one_network(folders, network):
