@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.textpath import TextPath
 
+from .codecs import pil_pixels
 from .files import luminance, read_image, to_float, write_atomically
 
 # %% ../nbs/01_figures.ipynb #7b6f33d2
@@ -36,8 +37,9 @@ def _pixels(image):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return np.moveaxis(image, -3, -1) if image.shape[-3:-2] == (3,) else image
-    unresolved = getattr(image, 'mode', '') in ('P', 'PA', 'LA', 'RGBA')  # a PIL image that is not yet grey or RGB
-    return np.asarray(image.convert('RGB') if unresolved else image)
+    if hasattr(image, 'convert'):  # a PIL image
+        return pil_pixels(image.convert('RGB') if image.mode in ('P', 'PA', 'LA', 'RGBA') else image)  # grey or RGB
+    return np.asarray(image)
 
 
 def as_picture(image):

@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
+from .codecs import pil_pixels
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
 from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, resolve_path, run_checkpoint
@@ -309,18 +310,18 @@ def start_from(model, spec):
 
 # %% ../nbs/20_inference.ipynb #6bb295c4
 def array_of(image: Image.Image) -> np.ndarray:
-    "The array of a PIL image, (H, W) or (H, W, 3), of 8 or 16 bits or float; palettes and other colours become RGB."
+    "The array of a PIL image, (H, W) or (H, W, 3), of 8 or 16 bits or float, upright as `pil_pixels` makes it; palettes and other colours become RGB."
     if getattr(image, 'n_frames', 1) > 1:
         raise ValueError(f'The PIL image holds {image.n_frames} pages (a stack); give one page, a copy made after seek().')
     if image.mode in ('L', 'RGB', 'F') or image.mode.startswith('I;16'):
-        return np.asarray(image)
+        return pil_pixels(image)
     if image.mode == 'I':  # what Pillow makes of some 16-bit files: 32-bit integers
-        array = np.asarray(image)
+        array = pil_pixels(image)
         if array.size and (array.min() < 0 or array.max() > 65535):
             raise ValueError('A PIL image of mode I must hold values of 16 bits, 0 to 65535.')
         return array.astype(np.uint16)
     try:
-        return np.asarray(image.convert('L' if image.mode in ('1', 'LA') else 'RGB'))
+        return pil_pixels(image.convert('L' if image.mode in ('1', 'LA') else 'RGB'))
     except ValueError:      # Pillow does not know how
         raise ValueError(f'A PIL image of mode {image.mode} cannot be fused; give one of mode L, RGB, F or I;16.') from None
 

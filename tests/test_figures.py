@@ -35,6 +35,14 @@ def test_an_array_of_every_kind_is_scaled_by_its_type(kind):
     assert picture.dtype == np.float32 and picture.dtype.isnative and np.array_equal(picture, [[0, 1], [1, 0]])
 
 
+def test_an_image_of_pil_lies_as_its_file_does(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.arange(24 * 40, dtype=np.uint16).reshape(24, 40).astype(np.uint8)).save(tmp_path / 'a.jpg', exif=exif)
+    with Image.open(tmp_path / 'a.jpg') as image:
+        assert as_picture(image).shape == (40, 24) and np.array_equal(as_picture(image), as_picture(tmp_path / 'a.jpg'))
+
+
 @pytest.mark.parametrize('kind', [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_tensor_of_every_kind_is_scaled_by_its_type(kind):
     image = (torch.tensor([[0, 1], [1, 0]]) * (255 if kind == torch.uint8 else 1)).to(kind)[None, None]

@@ -411,6 +411,16 @@ def test_range(pair, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.tif'])
+def test_an_image_of_pil_lies_as_its_file_does(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[274] = 6
+    place, image = tmp_path / f'a{suffix}', Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40), np.uint8))
+    image.save(place, **({'tiffinfo': {274: 6}, 'compression': 'tiff_lzw'} if suffix == '.tif' else {'exif': exif}))
+    fused = fuse(Image.open(place), Image.open(place), maximum)
+    assert np.array_equal(np.asarray(fused), fuse(place, place, maximum)) and fused.size == (24, 40)
+
+
 def test_every_mode_of_pil(pair):
     "Fused, or refused by the name of the mode."
     for mode in ('1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F', 'LA', 'PA', 'RGBX', 'RGBa', 'La', 'I;16', 'I;16B'):
