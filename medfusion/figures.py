@@ -435,7 +435,7 @@ def difference_figure(rows, span=0.5, boxes=0, size=48, **layout):
         for source, slice_ in islice(row.items(), 2):
             name = f'{label} − {source}'.strip()
             differences[name] = {method: difference(image, slice_, span) for method, image in islice(row.items(), 2, None)}
-            places[name] = chosen_boxes(row, boxes, size)
+            places[name] = chosen_boxes(row, boxes[label] if isinstance(boxes, Mapping) else boxes, size)
     figure = comparison(differences, places, **layout)
     return colour_bar(figure, 'blue: darker than the source; red: brighter; white: equal', -span, span, 'RdBu_r')
 

@@ -333,6 +333,8 @@ def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:
     beside 12, keeps its own range. Raises ValueError for types without a range, and for floats outside [0, 1].
     """
     whole = not values.dtype.is_floating_point
+    if values.dtype == torch.bool or values.dtype.is_complex:
+        raise ValueError(f'Values of {values.dtype} are no grey values; give floats in [0, 1], such as mask * 1.0 or abs(values).')
     if value_range is not None:
         check_range(value_range)
     if value_range is not None and not (whole and max(value_range) > torch.iinfo(values.dtype).max):

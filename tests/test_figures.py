@@ -167,6 +167,15 @@ def test_boxes_are_found_where_the_methods_differ():
     assert chosen_boxes({'CT': ct, 'MRI': mri, 'a': fused}, 1, size=8) == [largest_disagreement([ct, mri], size=8)]
 
 
+@pytest.mark.parametrize('draw', [comparison, difference_figure])
+def test_boxes_are_given_for_each_row(draw):
+    rows = {label: dict(zip(('CT', 'MRI', 'net'), random_slices((64, 48), seed=seed))) for seed, label in enumerate('ab')}
+    given = {'a': [Box(3, 2, 8, 8)], 'b': [Box(40, 30, 8, 8)]}
+    parts = [image.get_array().shape[:2] for axis in draw(rows, boxes=given).axes for image in axis.images]
+    assert parts.count((8, 8)) == parts.count((64, 48)) == (6 if draw is comparison else 4)
+    assert len(draw(rows, boxes={'a': [], 'b': 1}).axes) < len(draw(rows, boxes=1).axes)
+
+
 def test_boxes_do_not_lie_over_each_other():
     images = dict(enumerate(random_slices((64, 64), 4)))
     boxes = chosen_boxes(images, 3, size=20)

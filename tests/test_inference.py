@@ -340,6 +340,14 @@ def test_what_cannot_be_fused_is_a_sentence(ct, mri, reason):
         fuse(ct, mri, maximum)
 
 
+@pytest.mark.parametrize('image', [np.ones((32, 32), bool), torch.ones(32, 32, dtype=torch.bool), torch.ones(32, 32, dtype=torch.complex64)])
+@pytest.mark.parametrize('value_range', [None, (0, 1)])
+def test_a_mask_is_made_grey_first(image, value_range):
+    with pytest.raises(ValueError, match=r'no grey values; give floats in \[0, 1\], such as mask \* 1.0'):
+        fuse(image, image, maximum, value_range=value_range)
+    assert abs(fuse(abs(image * 1.0), abs(image * 1.0), maximum)).min() == 1
+
+
 @pytest.mark.parametrize('kind', [np.int16, np.int32, np.uint32, np.uint64])
 def test_values_of_wide_types_come_back_as_floats(kind):
     steps = (np.mgrid[:64, :64][0] * 60).astype(kind)
