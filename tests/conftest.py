@@ -142,6 +142,21 @@ def notebook(folder, *cells, tags=('parameters',)):
     return path
 
 
+def run_cells(path, parameters, until=None):
+    "The namespace of a notebook's cells run here one after the other with these parameters, up to the first that defines `until`."
+    namespace = {'__name__': path.stem}
+    try:
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type'] == 'code' and until not in namespace:
+                exec(compile(''.join(cell['source']), str(path), 'exec'), namespace)
+                if 'parameters' in cell['metadata'].get('tags', []):
+                    namespace.update(parameters)
+    finally:
+        if namespace.get('scratch'):
+            namespace['scratch'].cleanup()
+    return namespace
+
+
 def write_slices(root, number, sides=('ct', 'mri'), size=48):
     "The folder `root`, in which there are now so many slices in CT, MRI and, if there is a third of these sides of a phantom slice, F: links to eight that differ."
     from medfusion.files import to_depth, write_image

@@ -2,12 +2,13 @@
 import contextlib
 import io
 import json
+from functools import partial
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import run_cells
 
 from medfusion.data import case_of
 from medfusion.files import read_image, write_image
@@ -51,19 +52,7 @@ def arguments(root, **more):
             'checkpoints': [], 'save_dir': str(root / 'results'), 'device': 'cpu', **more}
 
 
-def execute(parameters, until=None):
-    "The namespace of the notebook's cells run here one after the other, up to the first that defines `until`."
-    namespace = {'__name__': 'benchmark'}
-    try:
-        for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-            if cell.cell_type == 'code' and until not in namespace:
-                exec(compile(cell.source, str(NOTEBOOK), 'exec'), namespace)
-                if 'parameters' in cell.metadata.get('tags', []):
-                    namespace.update(parameters)
-    finally:
-        if 'scratch' in namespace:
-            namespace['scratch'].cleanup()
-    return namespace
+execute = partial(run_cells, NOTEBOOK)
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_child
+from conftest import in_child, run_cells
 
 pytest.importorskip('SimpleITK')
 from typer.testing import CliRunner
@@ -366,3 +367,9 @@ def test_a_short_name_of_a_folder_garbles_no_report():
     clean = scrubbed(notebook, ['plum', 'study', 'data', '/home/plum/scans'])
     assert clean['cells'][0]['source'] == 'display(study)' and clean['cells'][0]['id'] == 'data'
     assert clean['cells'][0]['outputs'][0]['output_type'] == 'display_data' and clean['cells'][0]['outputs'][0]['data']['text/plain'] == ['Patient … in …']
+
+
+def test_the_notebook_refuses_a_folder_with_a_study_before_it_works(written):
+    notebook = Path(__file__).parents[1] / 'nbs' / 'scan_fusion.ipynb'
+    with pytest.raises(FileExistsError, match='holds a study already'):
+        run_cells(notebook, {'out_dir': str(written), 'model': 'maximum'}, until='scans')
