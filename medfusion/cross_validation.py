@@ -89,7 +89,7 @@ def seen_before(values: dict) -> set[str]:
     """
     backbone, seen = values.get('backbone_weights', 'none'), set()
     for network in filter(None, (values.get('start'), values.get('teacher'))):
-        known = cases_trained_on(find_model(network).path)
+        known = cases_trained_on(find_model(in_place(network, resolve_path)).path)
         if known is None:
             raise ValueError(f'Nothing says on which cases {network} was trained; a metadata.json beside a checkpoint does.')
         seen |= known

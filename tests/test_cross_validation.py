@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from medfusion.cross_validation import (detection_record, fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values,
-                                        values_sha256)
+                                        seen_before, values_sha256)
 from medfusion.detection import summarise_detection
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_image, read_json, sha256_of, write_image, write_json
@@ -275,3 +275,11 @@ def test_no_kind_of_lesion_is_found_less_well_than_in_the_maximums_slices(recipe
 def test_each_network_ranks_before_the_maximum_among_published_methods():
     rank = pd.read_csv(RECORDED / 'cases_34_41/summary.csv', index_col='method').mean_rank
     assert len(rank) > 20 and (rank[['wavelet', 'wavelet-lite', 'resnet']] < rank['maximum']).all()
+
+
+def test_what_a_network_stands_on_is_found_from_nbs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = '../results/recorded/cross_validation/wavelet_shipped-without-34-41'
+    absolute = str(ROOT / 'nbs' / relative)
+    for role in ('start', 'teacher'):
+        assert seen_before({role: relative}) == seen_before({role: absolute}) and '34' not in seen_before({role: f'{relative}@0.3'})

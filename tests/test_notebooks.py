@@ -1,6 +1,7 @@
 """The house rules of notebooks: clean, in sync with the package, short exported cells with examples, and one parameters cell where papermill runs them."""
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,14 @@ def test_notebook_reads_well(path):
     assert source(content[0]).startswith('# ') and '\n> ' in source(content[0])
     assert path.stat().st_size < 1_500_000
     assert 'eval: false' not in path.read_text(), 'cells are not gated with directives but with parameters'
+
+
+@each_notebook
+def test_a_model_that_is_a_parameter_is_found_from_nbs(path):
+    "As every path among the parameters is: from where the kernel was started, `../checkpoints/mine.pt` is another file, or none."
+    code = '\n'.join(source(cell) for cell in cells(path) if cell['cell_type'] == 'code')
+    wrong = re.findall(r'(?:find_model|load_model|start_from|fuse_study|scan_fusion)\((?!in_place)(?:[^()\n]*[ ,])?(?:p|cfg|parameters)\.(?:start|teacher|model)\b.*', code)
+    assert not wrong, f'in_place(..., resolve_path) is missing: {wrong}'
 
 
 def test_every_figure_passes_one_door():
