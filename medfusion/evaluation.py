@@ -8,7 +8,7 @@ __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colou
            'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
            'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'columns_there',
            'table_of_files', 'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table',
-           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'pairwise', 'reading_notes',
+           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'best_in', 'pairwise', 'reading_notes',
            'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
@@ -517,6 +517,11 @@ def compare(table, contenders, against, columns=None) -> pd.DataFrame:
     columns = list(summarise(table).columns) if columns is None else list(columns)
     against = dict.fromkeys(columns, against) if isinstance(against, str) else against
     return paired_tests(table, [(contender, column, against[column]) for contender in contenders for column in columns])
+
+# %% ../nbs/21_evaluation.ipynb #d97a4235
+def best_in(means) -> dict[str, str]:
+    "{column: the method that is best in it} of a table of means such as `summarise` makes, without columns that are undefined throughout."
+    return {column: values.idxmin() if lower_is_better(column) else values.idxmax() for column, values in means.items() if values.notna().any()}
 
 # %% ../nbs/21_evaluation.ipynb #d7a1900c
 def pairwise(table, methods=None, columns=None) -> pd.DataFrame:

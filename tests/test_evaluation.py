@@ -548,3 +548,8 @@ def test_ten_thousand_triples(tmp_path):
 
 def die(item):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_best_in_a_column_of_artefacts_has_the_least():
+    means = pd.DataFrame({'VIF': [.4, .6], 'invented': [.001, .05], 'SCD': [np.nan, np.nan]}, index=['average', 'maximum'])
+    assert E.best_in(means) == {'VIF': 'maximum', 'invented': 'average'}
