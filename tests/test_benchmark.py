@@ -170,3 +170,14 @@ def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, t
     assert {name: network.lesions for name, network in turned.items()} == {'wavelet': 0.5, 'wavelet@1': 1, 'mine.pt@0': 0}
     with pytest.raises(ValueError, match='theirs holds no slice that is named like .name._fused.png; it holds fused_'):
         execute(given | {'external_pattern': '{name}_fused.png'}, until='groups')
+
+
+def test_nothing_of_an_earlier_run_is_left(dataset, tmp_path):
+    asked = arguments(dataset, save_dir=str(tmp_path / 'results'), rules=[], columns=['SD'])
+    execute({**asked, 'checkpoints': [f'first={dataset / "mine.pt"}']})
+    (tmp_path / 'results' / 'detection_summary.csv').write_text('of a run that asked for it')
+    (tmp_path / 'results' / 'notes.txt').write_text('of the user')
+    execute(asked)
+    left = {path.name for path in (tmp_path / 'results').iterdir()}
+    assert {path.name for path in (tmp_path / 'results' / 'fused').iterdir()} == CONTROLS
+    assert 'lesions.csv' in left and 'notes.txt' in left and 'detection_summary.csv' not in left
