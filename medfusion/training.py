@@ -558,7 +558,8 @@ def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: b
 def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict) -> dict:
     "What a run that goes on must share: its notebook's parameters, `settings`, arguments of `fit`, what is seen."
     parameters = {} if run is None else resume_settings(run.parameters)
-    seen = {name: getattr(train_set, name) for name in ('crop', 'augment', 'mirror', 'vary', 'share', 'value_range') if hasattr(train_set, name)}
+    names = 'crop', 'augment', 'vary', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
+    seen = {name: getattr(train_set, name) for name in names if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen
 
 # %% ../nbs/10_training.ipynb #b5dac6b7
