@@ -373,7 +373,7 @@ def fuse(
     else:
         from medfusion.engines import fuse_on_ray
         fuse_all = partial(fuse_on_ray, address=address)
-    way = 'To go on' + ', which refuses files there that medfusion did not make (--replace fuses all again)' * replace
+    way = 'To go on' + ' (files there that medfusion did not make are refused; --replace fuses all again)' * replace
     context.meta['kept'] = f'what was fused is kept in {out}. {way}: ' + shlex.join(['medfusion', *(word for word in context.meta['typed'] if word != '--replace')])
     raise tell_report(fuse_all(ct, mri, out, model, device, batch_size, replace=replace, progress=sys.stderr.isatty(), value_range=read_range(values), shard=shard))
 
@@ -445,7 +445,7 @@ def evaluate(
     preset: Annotated[Preset, typer.Option(help='which convention the numbers follow')] = Preset.cvpr,
     values: ValueRange = None,
     csv: Annotated[Path | None, typer.Option(parser=typed_path, metavar='PATH', help='write a row for each pair here; of folders, rows '
-                                      'that are there and of the same files are not measured again')] = None,
+                                      'that are there and of the same files are not measured again, if they have all columns; columns that are there stay')] = None,
     jobs: Annotated[int, typer.Option(min=1, help='of folders, processes that measure at the same time')] = 1,
     task: Task = None,
     pattern: Annotated[str, typer.Option(metavar='PATTERN', help='how the files of FUSED are named, as in {name}_fused.png')] = '',

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 # %% ../nbs/00_codecs.ipynb #8050fa80
 def check_size(width, height, most=2 ** 26):
@@ -76,9 +76,10 @@ def exif_orientation(data):
         return 1  # notes that cannot be read say nothing
 
 # %% ../nbs/00_codecs.ipynb #4517a0c0
-def pil_pixels(image):
-    "The array of a PIL image, upright if an EXIF block says how it lies."
-    return upright(np.asarray(image), exif_orientation(image.info.get('exif', b'').removeprefix(b'Exif\0\0')))
+def pil_pixels(image, mode=None):
+    "The array of a PIL image, converted to a mode if one is given; of one that is as `Image.open` gave it, upright if an EXIF block says how it lies."
+    pixels, as_opened = np.asarray(image.convert(mode) if mode else image), isinstance(image, ImageFile.ImageFile)
+    return upright(pixels, exif_orientation(image.info.get('exif', b'').removeprefix(b'Exif\0\0')) if as_opened else 1)    # else it may be turned already
 
 # %% ../nbs/00_codecs.ipynb #2408ceaf
 def tiff_page(data):

@@ -37,8 +37,8 @@ def _pixels(image):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return np.moveaxis(image, -3, -1) if image.shape[-3:-2] == (3,) else image
-    image = image.convert('RGB') if getattr(image, 'mode', '') in ('P', 'PA', 'LA', 'RGBA') else image  # a PIL image: grey or RGB
-    return pil_pixels(image) if hasattr(image, 'getexif') else np.asarray(image)
+    mode = 'RGB' if getattr(image, 'mode', '') in ('P', 'PA', 'LA', 'RGBA') else None  # a PIL image: grey or RGB
+    return pil_pixels(image, mode) if hasattr(image, 'getexif') else np.asarray(image)
 
 
 def as_picture(image):

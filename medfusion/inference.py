@@ -321,7 +321,7 @@ def array_of(image: Image.Image) -> np.ndarray:
             raise ValueError('A PIL image of mode I must hold values of 16 bits, 0 to 65535.')
         return array.astype(np.uint16)
     try:
-        return pil_pixels(image.convert('L' if image.mode in ('1', 'LA') else 'RGB'))
+        return pil_pixels(image, 'L' if image.mode in ('1', 'LA') else 'RGB')
     except ValueError:      # Pillow does not know how
         raise ValueError(f'A PIL image of mode {image.mode} cannot be fused; give one of mode L, RGB, F or I;16.') from None
 

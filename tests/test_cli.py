@@ -150,7 +150,7 @@ def test_stopped_while_fusing(pairs, stop, code):
     status, said = os.waitpid(child, 0)[1], Path('said').read_text()
     assert os.waitstatus_to_exitcode(status) == code and said.count('\n') == 1, said
     assert said.rstrip().endswith('medfusion fuse CT MRI -o out -m maximum') and 'kept in out' in said
-    assert 'refuses files there that medfusion did not make (--replace fuses all again)' in said     # for --replace was typed
+    assert '(files there that medfusion did not make are refused; --replace fuses all again)' in said     # for --replace was typed
     there = len(list(Path('out').glob('*.png')))
     result = medfusion(*said.rstrip().rpartition('medfusion ')[2].split())
     assert 0 < there < 12 and result.exit_code == 0 and f'{12 - there} fused, {there} already there' in result.stdout
