@@ -381,10 +381,8 @@ def whole_blocks(data, frame, scans):
     return data[:frame + 1] + struct.pack('>HH', *sides) + data[frame + 5:]
 
 # %% ../nbs/00_codecs.ipynb #76f79f88
-def check_jpeg_pixels(data, end, start):
-    "Raises `ValueError` unless the pixels of the last scan, compressed from `start` to the end mark at `end`, are exactly as many as are needed."
-    pixels = decode_by_pillow(data, 'JPEG')
-
+def check_jpeg_pixels(data, end, start, pixels):
+    "Raises `ValueError` unless the last scan of a JPEG, from `start` to the end mark at `end`, holds exactly as much as its decoded `pixels` need."
     def changes(altered):
         try:
             return not np.array_equal(pixels, decode_by_pillow(altered + data[end:], 'JPEG'))
@@ -406,7 +404,8 @@ def decode_jpeg(data):
     check_size(*struct.unpack_from('>HH', data, frames[0] + 1)[::-1])
     pixels = decode_by_pillow(data, 'JPEG')
     scans = [stop for marker, _, stop in segments if marker == 0xDA]
-    check_jpeg_pixels(whole_blocks(data, frames[0], len(scans)), end, scans[-1])
+    whole = whole_blocks(data, frames[0], len(scans))
+    check_jpeg_pixels(whole, end, scans[-1], pixels if whole == data else decode_by_pillow(whole, 'JPEG'))
     notes = (data[start + 6:stop] for marker, start, stop in segments if marker == 0xE1 and data[start:start + 6] == b'Exif\0\0')   # not XMP
     return upright(pixels, exif_orientation(next(notes, b'')))
 

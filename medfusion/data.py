@@ -36,8 +36,9 @@ import pooch
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file, read_image, slice_name, source_folders, split_pattern,
-                             read_json, read_pair, sha256_of, stem_of, suffix_of, temporary_name, to_depth, to_float, unused_range,
+from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file,
+                             read_image, read_json, read_pair, sha256_of, slice_name, source_folders,
+                             split_pattern, stem_of, suffix_of, temporary_name, to_depth, to_float, unused_range,
                              write_atomically, write_json)
 
 # %% ../nbs/02_data.ipynb #01b4f892
