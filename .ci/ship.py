@@ -18,7 +18,7 @@ from medfusion.cross_validation import folds_table, missing_folds, read_folds, r
 from medfusion.data import sort_cases
 from medfusion.evaluation import reported_columns, summarise
 from medfusion.files import sha256_of
-from medfusion.inference import find_model, in_place, methods
+from medfusion.inference import find_model, in_place, methods, network_roles
 from medfusion.runs import data_sha256, find_run, open_parts, read_run, run_checkpoint, split_of, write_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def check_recipe(record, method, recipe):
     "Raises ValueError where a run was not made with the values of a recipe; seed and the networks that it stands on are free, and told."
     had, wanted = (recipe_values(method.notebook, one) for one in (record['parameters'], yaml.safe_load(recipe.read_text(encoding='utf-8'))))
-    for name in sorted((had.keys() | wanted.keys()) - {'start', 'teacher'}):
+    for name in sorted((had.keys() | wanted.keys()) - {*network_roles()}):
         if had.get(name) != wanted.get(name):
             told = [f'{one[name]!r}' if name in one else 'the default' for one in (had, wanted)]
             raise ValueError(f'{name} of the run {record["run"]} is {told[0]}, and of {recipe.name} {told[1]}: a network that ships is made by '
@@ -38,7 +38,7 @@ def cases_seen(record):
     "The cases that a run's network was trained on, those of what it stands on among them."
     before = seen_before(record['parameters'])
     if judged := before & {*record['split']['val'], *record['split']['test']}:
-        raise ValueError(f'What the run {record["run"]} stands on (start, teacher, backbone_weights) was trained on case {sort_cases(judged)[0]}, by which '
+        raise ValueError(f'What the run {record["run"]} stands on ({", ".join(network_roles())}, backbone_weights) was trained on case {sort_cases(judged)[0]}, by which '
                          'the run is judged; take what never saw it.')
     return sort_cases({*record['split']['train']} | before)
 
@@ -73,7 +73,7 @@ def facts_of(folder, record, recipe, recorded):
              'cases': {name: sort_cases(part.cases) if part else [] for name, part in names.items()} | {'train': cases_seen(record)},
              'pairs': {name: len(part) if part else 0 for name, part in names.items()},
              'seed': record['seed'], 'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
-    for role in ('start', 'teacher'):
+    for role in network_roles():
         if network := record['parameters'].get(role):
             facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(network).path)}
     if everyone:

@@ -525,13 +525,14 @@ def typed_model(spec: str) -> str:
 # %% ../nbs/50_cli.ipynb #ae7c999e
 def absolute_path(name: str, value):
     "A typed value, made absolute where the parameter is one of paths: its name ends in _dir, or is in the list here; or one of networks (see `typed_model`)."
+    from medfusion.inference import network_roles
     if isinstance(value, list):
         return [absolute_path(name, one) for one in value]
     if not isinstance(value, str) or not value:
         return value
     named = name == 'backbone_weights' and not re.search(r'[./]', value)       # by torchvision, or 'medfusion'
     with suppress(OSError, ValueError):         # a text that is too long, or holds what no path can
-        if name in ('model', 'start', 'teacher'):
+        if name in ('model', *network_roles()):
             return typed_model(value)
         if name.endswith('_dir') or name in ('ct', 'mri', 'transform', 'truth', 'study', 'published', 'backbone_weights') and not named:
             return os.path.abspath(os.path.expanduser(value))

@@ -23,7 +23,7 @@ from .baselines import baselines
 from .data import CTMRIDataset, dataset_parts, sort_cases
 from .evaluation import cases_trained_on, evaluate, reported_columns, summarise
 from .files import list_images, plain, read_json, sha256_of, to_depth, write_image, write_json
-from .inference import find_model, in_place, load_model, methods
+from .inference import find_model, in_place, load_model, methods, network_roles
 from .metrics import lower_is_better
 from .phantom import phantom_slice
 from .runs import check_parameters, listed_cases, make_folder, range_of, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
@@ -77,18 +77,21 @@ def run_values(folder) -> dict:
 
     def hashed(path):
         before = resolve_path(path)
+        kept = before.with_name(f'{before.name}.json')          # the network beside the record of a fold
+        if kept.is_file():
+            return read_json(kept)['recipe_sha256']
         there = (before / 'run.json').is_file() and began(read_run(before)) <= began(record)    # else it was made anew, and is another one
         return values_sha256(run_values(before)) if there else path
-    return values | {role: in_place(values[role], hashed) for role in values.keys() & {'start', 'teacher'}}
+    return values | {role: in_place(values[role], hashed) for role in values.keys() & {*network_roles()}}
 
 # %% ../nbs/24_cross_validation.ipynb #45fda213
 def seen_before(values: dict) -> set[str]:
-    """The cases that the networks were trained on which a run with these parameters stands on: `start`, `teacher` and `backbone_weights`.
+    """The cases that the networks were trained on which a run with these parameters stands on: those of `network_roles`, and `backbone_weights`.
 
     Raises ValueError where nothing tells. ImageNet's photographs hold no case.
     """
     backbone, seen = values.get('backbone_weights', 'none'), set()
-    for network in filter(None, (values.get('start'), values.get('teacher'))):
+    for network in filter(None, map(values.get, network_roles())):
         known = cases_trained_on(find_model(in_place(network, resolve_path)).path)
         if known is None:
             raise ValueError(f'Nothing says on which cases {network} was trained; a metadata.json beside a checkpoint does.')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_lesions', 'check_config', 'subband_names', 'in_single', 'haar', 'inverse_haar', 'two_convolutions',
-           'MaskNetwork', 'mix_difference', 'mix_subbands', 'between_blocks', 'mix_on_four_grids', 'Dial',
-           'SubbandMasks', 'WaveletFusion', 'without_dial', 'training_step', 'weights_at', 'dial_step', 'warm_cosine']
+           'MaskNetwork', 'bounded', 'mix_difference', 'mix_subbands', 'between_blocks', 'mix_on_four_grids', 'Dial',
+           'WithDial', 'SubbandMasks', 'WaveletFusion', 'without_dial', 'training_step', 'weights_at', 'dial_step',
+           'warm_cosine']
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #37a6bb6a
 import math
@@ -76,8 +77,7 @@ def two_convolutions(channels_in, channels, stride=1):
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #a2e5fd99
 class MaskNetwork(nn.Module):
-    """From the subbands of both slices, (B, 8, h, w) with h and w multiples of 4, to unbounded maps (B, masks + 4, h, w):
-    of the masks, then of the four residuals."""
+    "From the subbands of both slices, (B, 8, h, w) with h and w multiples of 4, to unbounded maps of masks and of four residuals, (B, masks + 4, h, w)."
 
     def __init__(self, width=24, masks=4):
         super().__init__()
@@ -93,14 +93,24 @@ class MaskNetwork(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.to(memory_format=torch.channels_last)                        # as convolutions like it on CPUs
 
-    def forward(self, x):
-        double = partial(F.interpolate, scale_factor=2, mode='bilinear')  # linearly, so that no checkerboard can arise
+    def encode(self, x):
         x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h,   w)
         x2 = self.encode2(x1)                                             # (B, 2w, h/2, w/2)
-        x3 = self.encode3(x2)                                             # (B, 3w, h/4, w/4)
+        return x1, x2, self.encode3(x2)                                   # (B, 3w, h/4, w/4)
+
+    def decode(self, x1, x2, x3):
+        double = partial(F.interpolate, scale_factor=2, mode='bilinear')  # linearly, so that no checkerboard can arise
         y = self.decode2(x2 + double(self.up2(x3)))                       # (B, 2w, h/2, w/2)
-        y = self.decode1(x1 + double(self.up1(y)))                        # (B,  w, h,   w)
-        return self.head(y).contiguous()                                  # (B, masks + 4, h, w)
+        return self.decode1(x1 + double(self.up1(y)))                     # (B,  w, h,   w)
+
+    def forward(self, x):
+        return self.head(self.decode(*self.encode(x))).contiguous()       # (B, masks + 4, h, w)
+
+# %% ../nbs/trainable-wavelet-fusion.ipynb #b142d929
+def bounded(maps, residual):
+    "Four masks in [0, 1] and four residuals of at most `residual`, (B, 8, h, w), of what a `MaskNetwork` says, (B, masks + 4, h, w)."
+    masks = torch.sigmoid(maps[:, :-4]).expand(-1, 4, -1, -1)                            # (B, 4, h, w)
+    return torch.cat([masks, residual * torch.tanh(maps[:, -4:])], 1)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #53fe948c
 def mix_difference(difference, maps):
@@ -155,8 +165,20 @@ class Dial(nn.Module):
             turned[f'{name}.bias'] = convolution.bias * (1 + factor) + shift
         return turned
 
+# %% ../nbs/trainable-wavelet-fusion.ipynb #7d35bc55
+class WithDial:
+    "What networks with a dial share: `dial`, a module, or None for one without, and `lesions`, where it stands by default."
+
+    def position(self, lesions=None):
+        "Where the dial is to stand: at its default for None. ValueError for no number from 0 to 1, and for a network without a dial."
+        if lesions is not None:
+            check_lesions(lesions)
+            if self.dial is None:
+                raise ValueError('This network has no dial for lesions; those that ship as wavelet and resnet have, or train one (parameters dial, masks).')
+        return self.lesions if lesions is None else lesions
+
 # %% ../nbs/trainable-wavelet-fusion.ipynb #30412875
-class SubbandMasks(nn.Module):
+class SubbandMasks(WithDial, nn.Module):
     "What the trained half of the method decides: masks and residuals. The arguments are those of `WaveletFusion`."
 
     free_at_start = ('dial', 'lesions')
@@ -168,22 +190,13 @@ class SubbandMasks(nn.Module):
         self.network = MaskNetwork(width, masks=1 if shared_mask else 4)
         self.dial = Dial(self.network, ['encode1.2', 'encode2.2', 'encode3.2', 'decode2.0', 'decode1.0', 'head']) if dial else None
 
-    def position(self, lesions=None):
-        "Where the dial is to stand: at its default for None. ValueError for no number from 0 to 1, and for a network without a dial."
-        if lesions is not None:
-            check_lesions(lesions)
-            if not self.dial:
-                raise ValueError('This network has no dial for lesions; the shipped one has (-m wavelet), or train one with the parameter dial.')
-        return self.lesions if lesions is None else lesions
-
     def decide(self, ct, mri, lesions=None):
         "Four masks in [0, 1] and four bounded residuals, (B, 8, h, w), of slices padded to multiples of 8: h is H/2."
         lesions = self.position(lesions)
         network = partial(functional_call, self.network, self.dial.weights(self.network, lesions)) if self.dial else self.network
         bands = torch.cat([haar(pad_to_multiple(x, 8)) for x in (ct, mri)], 1)               # (B, 8, h, w)
         maps = network(bands.to(self.network.head.weight.dtype)).to(bands.dtype)             # (B, 8 or 5, h, w)
-        masks = torch.sigmoid(maps[:, :-4]).expand(-1, 4, -1, -1)                            # (B, 4, h, w)
-        return torch.cat([masks, self.residual * torch.tanh(maps[:, -4:])], 1)
+        return bounded(maps, self.residual)
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #5d3a612e
 class WaveletFusion(SubbandMasks):

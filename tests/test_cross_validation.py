@@ -17,7 +17,7 @@ from medfusion.cross_validation import (detection_record, fold_name, fold_record
 from medfusion.detection import summarise_detection
 from medfusion.evaluation import reported_columns
 from medfusion.files import read_image, read_json, sha256_of, write_image, write_json
-from medfusion.inference import ShippedModel, methods
+from medfusion.inference import ShippedModel, methods, network_roles
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, listed_cases, open_parts, save_checkpoint, split_of, write_metadata, write_run
 from medfusion.tables import replace_blocks
@@ -281,5 +281,5 @@ def test_what_a_network_stands_on_is_found_from_nbs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     relative = '../results/recorded/cross_validation/wavelet_shipped-without-34-41'
     absolute = str(ROOT / 'nbs' / relative)
-    for role in ('start', 'teacher'):
+    for role in network_roles():
         assert seen_before({role: relative}) == seen_before({role: absolute}) and '34' not in seen_before({role: f'{relative}@0.3'})

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from medfusion.inference import network_roles
 from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +150,8 @@ def test_notebook_reads_well(path):
 def test_a_model_that_is_a_parameter_is_found_from_nbs(path):
     "As every path among the parameters is: from where the kernel was started, `../checkpoints/mine.pt` is another file, or none."
     code = '\n'.join(source(cell) for cell in cells(path) if cell['cell_type'] == 'code')
-    wrong = re.findall(r'(?:find_model|load_model|start_from|fuse_study|scan_fusion)\((?!in_place)(?:[^()\n]*[ ,])?(?:p|cfg|parameters)\.(?:start|teacher|model)\b.*', code)
+    roles = '|'.join(('model', *network_roles()))
+    wrong = re.findall(rf'(?:find_model|load_model|start_from|fuse_study|scan_fusion)\((?!in_place)(?:[^()\n]*[ ,])?(?:p|cfg|parameters)\.(?:{roles})\b.*', code)
     assert not wrong, f'in_place(..., resolve_path) is missing: {wrong}'
 
 

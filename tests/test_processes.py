@@ -257,11 +257,13 @@ def train_lite(train, val, folder, epochs, teacher):
     fit_method('wavelet_lite', model, step, train, val, folder, epochs, torch.optim.Adam(model.parameters(), lr=1e-3), clip=1.0, companion=detection)
 
 
-def train_resnet(train, val, folder, epochs):
-    "What the ResNet notebook does to train, with a cache of features and the perceptual term."
+def train_resnet(train, val, folder, epochs, dial=False):
+    "What the ResNet notebook does to train, with a cache of features and the perceptual term; with `dial` the second decoder alone."
     cfg = resnet_fusion.Config(save_dir=str(folder), crop=96, backbone_weights='none', deepest='layer2', perceptual_stages='stem layer1', w_lesion=1.0)
     seed_everything(0)
-    model = resnet_fusion.ResNetFusion('none', deepest='layer2').eval()
+    model = resnet_fusion.ResNetFusion('none', deepest='layer2', dial=dial).eval()
+    if dial:
+        model.requires_grad_(False).dial.requires_grad_(True)
     step = partial(resnet_fusion.training_step, cfg=cfg, lesions=losses.LesionTerm(cases=4))
     train, val = resnet_fusion.training_sets(model, train, val, cfg)
     assert (train.cache.scratch is None) == (this_process().count == 1 or this_process().number > 0)    # several share a file
@@ -298,8 +300,9 @@ def test_two_processes_train_on_a_network_that_is_there_as_one_does(tmp_path, tr
 
 
 @pytest.mark.long
-def test_two_processes_train_the_resnet_as_one_does(tmp_path):
-    check_method(train_resnet, phantoms(tmp_path, 176), tmp_path, 3, weights=1e-4)
+@pytest.mark.parametrize('dial', [False, True])
+def test_two_processes_train_the_resnet_as_one_does(tmp_path, dial):
+    check_method(partial(train_resnet, dial=dial), phantoms(tmp_path, 176), tmp_path, 3, weights=1e-4)
 
 
 def test_features_are_computed_once_and_shared(tmp_path):

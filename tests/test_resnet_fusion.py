@@ -8,10 +8,12 @@ from torch.utils.data import DataLoader
 
 from medfusion.backbone import FeatureCache, TrainingPairs
 from medfusion.data import CTMRIDataset
+from medfusion.inference import at_lesions, load_model, start_from
 from medfusion.phantom import write_phantom
-from medfusion.resnet_fusion import (Config, ResNetFusion, check_config, parameter_groups, perceptual_loss, training_sets,
+from medfusion.resnet_fusion import (Config, ResNetFusion, begin_with, check_config, parameter_groups, perceptual_loss, training_sets,
                                      training_step)
 from medfusion.runs import notebook_parameters
+from medfusion.wavelet_fusion import WaveletFusion
 
 
 @pytest.fixture(scope='module')
@@ -117,6 +119,88 @@ def test_parameter_groups(model):
     assert sum(len(group['params']) for group in groups) == sum(p.requires_grad for p in model.parameters())
 
 
+# The dial between what metrics like and every lesion
+
+@pytest.fixture(scope='module')
+def dialled(model):
+    "The network of `model` with a second decoder whose masks depend on everything that it sees."
+    network = ResNetFusion(**model.config | {'dial': True, 'white_bone': True}).eval()
+    network.load_state_dict(network.state_dict() | model.state_dict())
+    for weights in (network.dial.network.head.weight, *(join.weight for join in network.dial.joins)):
+        torch.nn.init.normal_(weights, std=0.3, generator=torch.Generator().manual_seed(0))
+    return network
+
+
+@pytest.mark.parametrize('height, width', [(16, 16), (17, 33), (101, 83)])
+def test_at_0_a_dial_changes_nothing(model, dialled, height, width):
+    ct, mri = (image * 0.9 for image in pair(1, 1, height, width))
+    with torch.no_grad():
+        assert torch.equal(dialled(ct, mri, lesions=0), model(ct, mri)) and set(dialled.maps(ct, mri, lesions=0)) == set(model.maps(ct, mri))
+        low, middle, high = (dialled(ct, mri, lesions=lesions) for lesions in (0, 0.5, 1))
+        assert torch.allclose(middle, (low + high) / 2, atol=1e-6) and (high - low).abs().max() > 0.05
+        assert torch.equal(dialled(ct, mri), dialled(ct, mri, lesions=0.75)) and torch.equal(at_lesions(dialled, 1)(ct, mri), high)
+    for name, weights in dialled.maps(ct, mri).items():
+        assert weights.shape[:2] == (1, 1) and 0 <= weights.min() and weights.max() <= 1, name
+
+
+def test_what_is_certain_stays_so_with_the_dial_turned(dialled):
+    ct, mri = pair(1, 1, 64, 64)
+    ct[..., :20], mri[..., :20], ct[..., 40:] = 0, 0, 1
+    with torch.no_grad():
+        fused = dialled(ct, mri, lesions=1)
+    assert fused[..., :20].max() == 0 and fused[..., 40:].min() == 1
+
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dialled_network_of_another_type_fuses(dialled, kind):
+    ct, mri = pair(1, 1, 48, 48)
+    other = ResNetFusion(**dialled.config).eval()
+    other.load_state_dict(dialled.state_dict())
+    with torch.no_grad():
+        found, own = other.to(kind)(ct, mri), other(ct.to(kind), mri.to(kind))
+        assert (found - dialled(ct, mri)).abs().mean() < (0.03 if kind == torch.bfloat16 else 0.01)    # as without a dial, whose masks round too
+    assert found.dtype == ct.dtype and own.dtype == kind
+
+
+def test_the_second_decoder_sees_the_features(dialled):
+    ct, mri = pair(1, 1, 32, 32)
+    with torch.no_grad():
+        features = {stage: 2 * of_stage for stage, of_stage in dialled.features(ct, mri).items()}
+        assert not torch.allclose(dialled(ct, mri, features, lesions=1), dialled(ct, mri, lesions=1), atol=1e-3)
+
+
+def test_only_the_second_decoder_is_trained(dialled):
+    network = ResNetFusion(**dialled.config)
+    network.load_state_dict(dialled.state_dict())
+    network.requires_grad_(False).dial.requires_grad_(True)
+    [group] = parameter_groups(network, 1e-3, 0.5)
+    optimizer = torch.optim.Adam([group])
+    training_step(network, as_batch(*pair(2, 1, 48, 48)), Config(w_vif=1., precision='bf16'))['loss'].backward()
+    optimizer.step()
+    moved = {name for name, weights in network.state_dict().items() if not torch.equal(weights, dialled.state_dict()[name])}
+    assert moved == {name for name in network.state_dict() if name.startswith('dial.')}
+
+
+def test_a_network_with_a_dial_starts_from_one_without(tmp_path):
+    torch.manual_seed(1)
+    before = load_model('resnet', device='cpu')
+    model = start_from(ResNetFusion(**before.config | {'dial': True}), 'resnet').eval()
+    with torch.no_grad():
+        assert torch.equal(model(*pair(1, 1, 32, 32), lesions=0), before(*pair(1, 1, 32, 32), lesions=0 if before.dial else None))
+
+
+@pytest.mark.parametrize('network, said', [(WaveletFusion(width=8), 'width 8'), (WaveletFusion(width=32, shared_mask=True), 'of one mask'),
+                                           (ResNetFusion('none', deepest='stem', widths=(4,)), 'a ResNetFusion')])
+def test_masks_of_another_network_are_refused(dialled, network, said):
+    with pytest.raises(ValueError, match=said):
+        begin_with(dialled.dial, network, 'mine')
+
+
+def test_a_network_without_a_dial_says_so(model):
+    with pytest.raises(ValueError, match='no dial'):
+        model(*pair(1, 1, 32, 32), lesions=1)
+
+
 # A training step
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
@@ -196,7 +280,10 @@ def test_config_and_parameters_cell_agree():
 @pytest.mark.parametrize('change, word', [
     ({'crop': 40}, 'multiple of 16'), ({'crop': 32}, '48 or more'), ({'crop': 48, 'deepest': 'layer4'}, 'multiple of 32'),
     ({'deepest': 'layer5'}, 'layer5'), ({'perceptual_stages': 'layer9'}, 'layer9'), ({'perceptual_stages': ''}, 'name some'),
-    ({'perceptual_stages': 'layer3', 'deepest': 'layer1'}, 'stem layer1'), ({'schedule': 'cosinus'}, 'cosinus')])
+    ({'perceptual_stages': 'layer3', 'deepest': 'layer1'}, 'stem layer1'), ({'schedule': 'cosinus'}, 'cosinus'),
+    ({'masks': 'wavelet'}, 'give start'), ({'masks': 'wavelet', 'start': 'resnet', 'w_detection': 1., 'lesions': 0.}, 'above 0'),
+    ({'masks': 'wavelet', 'start': 'resnet', 'w_detection': 1., 'deepest': 'layer1', 'perceptual_stages': 'stem'}, 'layer2 or more'),
+    ({'lesions': 0.5}, 'no dial'), ({'lesions': 2.}, 'from 0')])
 def test_what_cannot_be_trained_is_refused(change, word):
     check_config(replace(Config(), crop=160))
     with pytest.raises(ValueError, match=word):
