@@ -63,7 +63,7 @@ class Config:
     white_bone: bool = False
     follow_edges: bool = False
     masks: str = ''
-    lesions: float = 0.75
+    lesions: float = 0.5
     perceptual_stages: str = 'stem layer1 layer2'
     w_ssim: float = 1.0
     w_gradient: float = 0.5
@@ -99,7 +99,7 @@ def check_config(cfg):
     if cfg.masks and not (cfg.start and cfg.w_detection and cfg.lesions and 'layer2' in used):
         raise ValueError('masks trains nothing but the dial of a network that is there, by w_detection: give start and w_detection, lesions above 0, '
                          'and layer2 or more as deepest.')
-    if not cfg.masks and cfg.lesions != 0.75:
+    if not cfg.masks and cfg.lesions != 0.5:
         raise ValueError(f'lesions is {cfg.lesions}, and without masks the network has no dial that could stand there; give masks, or leave lesions out.')
     if cfg.schedule not in ('constant', 'cosine'):
         raise ValueError(f"schedule is {cfg.schedule!r}; it must be 'constant' or 'cosine'.")
@@ -242,7 +242,7 @@ class DialledLayers(WithDial, DecodedLayers):
         (height, width), (mixed, masks) = fused.shape[-2:], self.dial(slices, seen.values())
         mixed, ct, mri = (x[..., :height, :width] for x in (mixed, *slices.split(1, 1)))
         certain = keep_certain(mixed, ct, mri, dark_gate(ct, mri), white_bone)
-        return torch.lerp(fused, certain, lesions), dict(zip(subband_names(), masks.split(1, 1)))
+        return torch.lerp(fused, certain, 1 - (1 - lesions) ** 2), dict(zip(subband_names(), masks.split(1, 1)))
 
 # %% ../nbs/resnet_based_fusion.ipynb #7b6d94e8
 class ResNetFusion(DialledLayers):
@@ -253,7 +253,7 @@ class ResNetFusion(DialledLayers):
     stands unless a call says otherwise, from 0 (as the usual metrics like it) to 1 (every lesion). `features` are those of the method of that
     name. Raises ValueError on slices that do not fit."""
     def __init__(self, backbone='medfusion', backbone_sha256=None, deepest='layer3', widths=(16, 32, 48, 64, 64),
-                 residual=0.2, white_bone=False, follow_edges=False, dial=False, lesions=0.75):
+                 residual=0.2, white_bone=False, follow_edges=False, dial=False, lesions=0.5):
         super().__init__(backbone, backbone_sha256, deepest, widths, dial, lesions)
         self.config = {'backbone': backbone, 'backbone_sha256': self.backbone_sha256, 'deepest': deepest, 'widths': list(widths[:len(self.fusions)]),
                        'residual': residual, 'white_bone': white_bone, 'follow_edges': follow_edges, 'dial': dial, 'lesions': lesions}

@@ -230,8 +230,8 @@ class WaveletFusion(SubbandMasks):
 
 # %% ../nbs/trainable-wavelet-fusion.ipynb #c371d12b
 def without_dial(model):
-    "A network without a dial that fuses as `model` does where its dial stands; a model that has none as it is."
-    if getattr(model, 'dial', None) is None:
+    "A network without a `Dial` that fuses as `model` does where that stands; a model that has none as it is."
+    if not isinstance(getattr(model, 'dial', None), Dial):
         return model
     plain = type(model)(**model.config | {'dial': False}).eval()
     plain.network.load_state_dict(model.network.state_dict() | model.dial.weights(model.network, model.lesions))
