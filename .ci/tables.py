@@ -24,9 +24,10 @@ from medfusion.tables import number_text, render, replace_blocks, titles, with_s
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / 'results' / 'recorded'
-NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'ResNet'}
+NETWORKS = {'wavelet': 'wavelet', 'wavelet-lite': 'wavelet-lite', 'resnet': 'ResNet', 'resnet@0': 'ResNet@0'}    # @0: the dial at 0
 # The networks that ship have seen every patient; where cases 34 and 41 judge, those of the fold stand that left these out.
-UNSEEN = ', '.join(f'{name}=results/recorded/cross_validation/{name}_shipped-without-34-41' for name in NETWORKS)
+UNSEEN = ', '.join(f'{name}=results/recorded/cross_validation/{"".join([method, "_shipped-without-34-41", *turned])}'
+                   for name in NETWORKS for method, *turned in [name.partition('@')])
 # The commands that make the records; each is printed above its table.
 COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
@@ -40,7 +41,7 @@ COMMANDS = {
 }
 TITLES = titles() | NETWORKS | {'defaults': 'wavelet, documented defaults'}
 # Cross-validation: the recipes, by their titles. Folds are no folder with a run.json, so `make record` leaves them.
-RECIPES = {f'{name}_shipped': title for name, title in NETWORKS.items()}
+RECIPES = {'resnet_edges' if name == 'resnet@0' else f'{name}_shipped': title for name, title in NETWORKS.items()}    # the dial is added to the network of resnet_edges
 BEFORE = {'wavelet_table': 'wavelet, its first recipe'}      # a recipe that another one is compared with
 THRESHOLD = inspect.signature(out_of_register).parameters['gain'].default    # of the warning
 # What was wanted of speed, by the names of the ratios that the benchmarks print; the two of a GPU are read from tables of its own.
