@@ -1,4 +1,5 @@
 """The notebooks that train many networks, by papermill at small size: the ablation, the folds, and the trial of a leaking split."""
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_folds_in_two_stages(dataset, tmp_path):
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())]
     assert papermill('92_cross_validation.ipynb', tmp_path, **given).returncode == 0
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / 'records').iterdir())] == before
+    # a fold that stands on a recorded one takes its network, where the run is gone
+    shutil.rmtree(tmp_path / 'results')
+    (tmp_path / 'records/wavelet_two-without-3.json').unlink()
+    assert papermill('92_cross_validation.ipynb', tmp_path, **given).returncode == 0
+    [run] = (tmp_path / 'results/trainable_wavelet_fusion').iterdir()
+    assert read_json(run / 'run.json')['parameters']['start'] == str(tmp_path / 'records/wavelet_one-without-3')
+    made = read_json(tmp_path / 'records/wavelet_two-without-3.json')
+    assert made['recipe_sha256'] == records['wavelet_two-without-3']['recipe_sha256'] and made['trained_on'] == ['1', '2', '4', '5']
