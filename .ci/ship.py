@@ -19,7 +19,7 @@ from medfusion.data import sort_cases
 from medfusion.evaluation import reported_columns, summarise
 from medfusion.files import sha256_of
 from medfusion.inference import find_model, in_place, methods, network_roles
-from medfusion.runs import data_sha256, find_run, open_parts, read_run, run_checkpoint, split_of, write_metadata
+from medfusion.runs import data_sha256, find_run, open_parts, read_run, resolve_path, run_checkpoint, split_of, write_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +75,7 @@ def facts_of(folder, record, recipe, recorded):
              'seed': record['seed'], 'numbers': numbers_of(next(iter(record['numbers']['means'].values())), test.cases, convention)}
     for role in network_roles():
         if network := record['parameters'].get(role):
-            facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(network).path)}
+            facts[role] = {'name': in_place(network, lambda path: f'run:{Path(path).name}'), 'sha256': sha256_of(find_model(in_place(network, resolve_path)).path)}
     if everyone:
         facts['cross_validated_numbers'] = cross_validated(folder, facts['cases']['train'], recipe, convention, recorded)
     if val:

@@ -1,5 +1,6 @@
 """Cross-validation by patient: the folds, their records and tables, and the command that ships a network."""
 import json
+import os
 import shutil
 import sys
 import time
@@ -85,9 +86,11 @@ def test_what_may_not_ship_says_why(phantom, tmp_path):
     assert not (tmp_path / 'shipped').exists()
 
 
-def test_what_a_network_stands_on_is_told_without_its_place(phantom, tmp_path):
+@pytest.mark.parametrize('place', [str, lambda path: os.path.relpath(path, ROOT / 'nbs')])    # what a notebook was given is relative to nbs/
+def test_what_a_network_stands_on_is_told_without_its_place(phantom, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(ROOT / 'medfusion/shipped')
     start = made_run(tmp_path / 'results' / WAVELET.directory / 'before', phantom)
-    made_run(tmp_path / 'results' / WAVELET.directory / 'after', phantom, start=str(tmp_path / 'results' / WAVELET.directory / 'before'))
+    made_run(tmp_path / 'results' / WAVELET.directory / 'after', phantom, start=place(tmp_path / 'results' / WAVELET.directory / 'before'))
     metadata = read_json(ship.ship('wavelet', 'after', tmp_path / 'results', tmp_path / 'shipped'))
     assert metadata['start'] == {'name': 'run:before', 'sha256': sha256_of(start)} and str(tmp_path) not in json.dumps(metadata)
 
