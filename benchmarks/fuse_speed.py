@@ -108,7 +108,7 @@ def rounds(root, network, given):
         print(ratio(f'{given.model}, from files to files, of the network alone, by processor time', least[2] / least[3] * best[4], percent=True))
 
 
-def stages(root, network, pairs=24):
+def stages(root, network):
     "Prints what each stage of a pair costs: CPU and wall, in ms, one after the other in one thread."
     from medfusion import inference as i
     names = {'file_bytes': 'read', 'read_slice': 'decode', 'displaced_in': 'out of register?', 'fuse_batch': 'network',
@@ -132,7 +132,8 @@ def stages(root, network, pairs=24):
     job = i.FolderJob(network, '', i.FusedRecord(folder), i.FolderReport(folder))
     i.claim_record(job.record, '', 'benchmark', False)
     reading, fusing, writing = (noted(*one) for one in (('hash, tensors', i.read_slices), ('network', i.fuse_slices), ('encode, hash', i.write_fused)))
-    for pair in i.pairs_to_fuse(root / 'CT', root / 'MRI')[0][:pairs]:
+    pairs = i.pairs_to_fuse(root / 'CT', root / 'MRI')[0][:24]
+    for pair in pairs:
         [(slices, fused)] = fusing([reading(pair, job)], network)
         writing(slices, fused, job)
     for name in names:
@@ -144,7 +145,7 @@ def stages(root, network, pairs=24):
     print('stage of a pair        CPU ms   wall ms')
     order = ('read', 'decode', 'hash, tensors', 'out of register?', 'network', 'encode, hash', 'line in the record', 'write and sync')
     for title in order:
-        print(f'{title:20} {1000 * spent["cpu"][title] / pairs:8.2f} {1000 * spent["wall"][title] / pairs:9.2f}')
+        print(f'{title:20} {1000 * spent["cpu"][title] / len(pairs):8.2f} {1000 * spent["wall"][title] / len(pairs):9.2f}')
 
 
 def png_choices(root, network):
