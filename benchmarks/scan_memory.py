@@ -51,6 +51,7 @@ def row(slices, side, tilt):
         receiver, sender = processes.Pipe(duplex=False)
         reader = processes.Process(target=measure, args=(folder, sender))
         reader.start()
+        sender.close()              # the reader's is open: where it ends without an answer, recv does not wait for ever
         voxels, before, peak, seconds = receiver.recv()
         reader.join()
     size = 4 * voxels
