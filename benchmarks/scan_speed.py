@@ -41,9 +41,9 @@ def drawn(folder):
     write_study(replace(coarse, ct=finer(coarse.ct, (512, 512, 150), 6), mri=finer(coarse.mri, (256, 256, 120), 15)), folder)
 
 
-def whole_command(folder):
-    "Runs the command and prints what it took."
-    words = [sys.executable, '-m', 'medfusion', 'scan', folder / 'ct', folder / 'mri', '-o', folder / 'study', '--truth', folder / 'truth.tfm', '--dicom']
+def whole_command(folder, scratch):
+    "Runs the command on the scans of a folder and prints what it took; the study goes to a folder that is empty."
+    words = [sys.executable, '-m', 'medfusion', 'scan', folder / 'ct', folder / 'mri', '-o', scratch / 'study', '--truth', folder / 'truth.tfm', '--dicom']
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -55,7 +55,9 @@ def whole_command(folder):
         time.sleep(.2)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(process.stdout.read())
-    told = json.loads((folder / 'study/run.json').read_text())['mri']['']
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    told = json.loads((scratch / 'study/run.json').read_text())['mri']['']
     print(f'whole command: {time.perf_counter() - began:.0f} s wall, {used.ru_utime + used.ru_stime:.0f} s CPU, {peak / 1e9:.2f} GB at its peak; '
           f'registered in {told["seconds"]:.0f} s wall')
 
@@ -68,8 +70,8 @@ def timed(name):
     print(f'{name:<12} {time.process_time() - began:>6.1f} s CPU {time.perf_counter() - wall:>6.1f} s wall, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB', flush=True)
 
 
-def stages(folder):
-    "Runs the stages and prints what each took."
+def stages(folder, scratch):
+    "Runs the stages on the scans of a folder and prints what each took; what they write goes to a folder that is empty."
     from medfusion import studies
     with timed('read'):
         ct, mri = (studies.read_scan(folder / name) for name in ('ct', 'mri'))
@@ -83,11 +85,11 @@ def stages(folder):
     with timed('pictures'):
         for picture in (studies.checkerboards, studies.bone_contours, studies.fused_planes):
             picture(study)
-    (folder / 'again').mkdir()
+    (scratch / 'again').mkdir()
     with timed('write'):
-        studies.fill_study(folder / 'again', study)
+        studies.fill_study(scratch / 'again', study)
     with timed('write DICOM'):
-        studies.write_dicom(folder / 'again', study, ct.reference)
+        studies.write_dicom(scratch / 'again', study, ct.reference)
 
 
 if __name__ == '__main__':
@@ -101,4 +103,4 @@ if __name__ == '__main__':
         if not (folder / 'brain.json').is_file():
             subprocess.run([sys.executable, '-c', 'import sys; sys.path.insert(0, sys.argv[1]); import scan_speed; scan_speed.drawn(sys.argv[2])',
                             Path(__file__).parent, folder], check=True)      # by a process of its own, whose memory does not count
-        (stages if options.stages else whole_command)(folder)
+        (stages if options.stages else whole_command)(folder, Path(scratch))
