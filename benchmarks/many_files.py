@@ -88,7 +88,8 @@ def evaluate_many(root, jobs):
     def noted(*given):
         real(*given)
         moments.append(time.perf_counter())
-        peaks[:] = [peak_mebibytes(process.pid) for process in multiprocessing.active_children()] if len(moments) % 100 == 0 else peaks
+        if len(moments) % 100 in (0, 1):
+            peaks[:] = [peak_mebibytes(process.pid) for process in multiprocessing.active_children()] or [peak_mebibytes()]     # one process is this one
     evaluation.GrowingTable.add = noted
     before, start = peak_mebibytes(), time.perf_counter()
     evaluation.evaluate_folders(root / 'CT', root / 'MRI', root / 'F', path=root / 'table.csv', columns=['SD'], jobs=jobs)
