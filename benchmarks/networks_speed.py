@@ -35,11 +35,12 @@ HERE = 'here'
 
 
 def parts_of(network):
-    "The two functions (owner, name) of a network whose time is told; a rule has none."
+    "The functions (owner, name) of each of the two parts of a network whose time is told; a rule has none."
     module = sys.modules[type(network).__module__]
     if hasattr(network, 'backbone'):
-        return [(network, 'features'), (network, 'decide')]
-    return [(network.network, 'forward'), (module, 'keep_certain')] if hasattr(network, 'network') else []
+        trained = [(network, name) for name in ('fuse_features', 'decide') if hasattr(network, name)]    # of earlier commits `decide` did both
+        return [[(network, 'features')], trained + [(one, 'forward') for one in [getattr(network, 'dial', None)] if one]]
+    return [[(network.network, 'forward')], [(module, 'keep_certain')]] if hasattr(network, 'network') else []
 
 
 def in_parts(network, pair):
@@ -52,9 +53,10 @@ def in_parts(network, pair):
         spent[place] += time.perf_counter() - start
         return result
     with ExitStack() as stack:
-        for place, (owner, name) in enumerate(parts_of(network)):
+        for place, functions in enumerate(parts_of(network)):
             spent.append(0.)
-            stack.enter_context(patch.object(owner, name, partial(noted, place, getattr(owner, name))))
+            for owner, name in functions:
+                stack.enter_context(patch.object(owner, name, partial(noted, place, getattr(owner, name))))
         start = time.perf_counter()
         fused = network(*pair)
         whole = time.perf_counter() - start
