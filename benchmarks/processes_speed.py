@@ -35,6 +35,7 @@ def method_parts(method, folder):
     if method == 'wavelet':
         step = partial(wavelet_fusion.training_step, weights={'mse': 1.0, 'ssim': 1.0, 'gradient': 1.0})
         return model, step, train, torch.optim.Adam(model.parameters(), lr=1e-4)
+    model.requires_grad_(False).dial.requires_grad_(True)    # as the last recipe trains it
     cfg = resnet_fusion.Config(save_dir=str(folder), augment=False)
     train, _ = resnet_fusion.training_sets(model, train, None, cfg)
     return model, partial(resnet_fusion.training_step, cfg=cfg), train, torch.optim.Adam(resnet_fusion.parameter_groups(model, 1e-4, 0.8))

@@ -252,6 +252,13 @@ def test_what_lesions_cost_is_told_within_each_patient(tmp_path, monkeypatch):
 RECORDED = ROOT / 'results/recorded'
 
 
+def test_each_record_of_painted_lesions_is_of_folds_that_are_recorded():
+    records = {path.name.partition('-detection-')[0]: path for path in (RECORDED / 'cross_validation').glob('*-detection-*.csv')}
+    assert len(records) >= 4
+    for recipe, path in records.items():
+        assert path == detection_record(RECORDED / 'cross_validation', read_folds(RECORDED / 'cross_validation', recipe)[0])
+
+
 def test_records_of_the_dial_are_of_the_networks_of_the_folds():
     records, _ = read_folds(RECORDED / 'cross_validation', 'wavelet_shipped')
     stamp = f'networks {detection_record(RECORDED / "cross_validation", records).stem[-12:]}'

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from medfusion.cross_validation import fold_networks
-from medfusion.files import read_json
+from medfusion.files import read_json, write_json
 from medfusion.inference import load_model
 from medfusion.phantom import write_phantom
 from medfusion.runs import make_folder, run_checkpoint, save_checkpoint
@@ -41,6 +41,8 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(tmp_path):
     network = WaveletFusion(width=8)
     save_checkpoint(make_folder(tmp_path / 'folds/wavelet_one-without-3-5') / 'wavelet_fusion_spatial_best.pt', method='trainable_wavelet_fusion',
                     config=network.config, state_dict=network.state_dict(), epoch=1, metrics={})
+    write_json(tmp_path / 'folds/wavelet_one-without-3-5/metadata.json', {'cases': {'train': ['1', '2', '4']}})
+    write_json(tmp_path / 'folds/wavelet_one-without-3-5.json', {'format': 'medfusion fold 2', 'recipe_sha256': 'that of wavelet_one'})
     (tmp_path / 'ablation/wavelet_two').mkdir(parents=True)
     recipe(tmp_path / 'ablation/wavelet_two', 'without_vif', w_vif=0.0)
     given = {'recipes': [recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)], 'epochs': 1, 'make': 'missing', 'left_out': ['3', '5'],
@@ -58,6 +60,9 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(tmp_path):
     assert [read_json(run / 'run.json')['started'] for run in runs] == [one['started'] for one in told]
     assert pd.read_csv(given['record'], keep_default_na=False).equals(made)
     (tmp_path / 'folds/wavelet_one-without-3-5').rename(tmp_path / 'folds/wavelet_one-without-1-5')
+    done = papermill('91_ablation.ipynb', tmp_path, **given | {'changes': [''], 'left_out': ['1', '5']})
+    assert done.returncode and 'was trained on case 1, which is left out' in done.stderr
+    write_json(tmp_path / 'folds/wavelet_one-without-1-5/metadata.json', {'cases': {'train': ['2', '3', '4']}})
     done = papermill('91_ablation.ipynb', tmp_path, **given | {'kinds': ['tumour'], 'changes': [''], 'left_out': ['1', '5']})
     assert done.returncode == 0, done.stderr[-2000:]
     grown = pd.read_csv(given['record'], keep_default_na=False)     # other cases left out are a row of their own, and no column is lost
