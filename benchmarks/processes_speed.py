@@ -30,12 +30,12 @@ def method_parts(method, folder):
     "What trains the network that ships, by the loss of its notebook's defaults: network, step, data set and optimiser."
     from medfusion import resnet_fusion, wavelet_fusion
     from medfusion.data import CTMRIDataset
-    from medfusion.inference import load_model
+    from medfusion.inference import load_model, start_from
     train, model = CTMRIDataset(folder / 'train/CT', folder / 'train/MRI'), load_model(method, device='cpu')
     if method == 'wavelet':
         step = partial(wavelet_fusion.training_step, weights={'mse': 1.0, 'ssim': 1.0, 'gradient': 1.0})
         return model, step, train, torch.optim.Adam(model.parameters(), lr=1e-4)
-    model.requires_grad_(False).dial.requires_grad_(True)    # as the last recipe trains it
+    model = start_from(resnet_fusion.ResNetFusion(**model.config | {'dial': False}), method).eval()    # as the first recipe trains it, all of it
     cfg = resnet_fusion.Config(save_dir=str(folder), augment=False)
     train, _ = resnet_fusion.training_sets(model, train, None, cfg)
     return model, partial(resnet_fusion.training_step, cfg=cfg), train, torch.optim.Adam(resnet_fusion.parameter_groups(model, 1e-4, 0.8))

@@ -236,7 +236,7 @@ class DialledLayers(WithDial, DecodedLayers):
         self.dial, self.lesions = MaskDecoder(widths) if dial else None, lesions
 
     def turn(self, fused, slices, seen, white_bone, lesions):
-        "Equation 5: the slices (B, 1, H, W) with the dial at `lesions`, of those of the first decoder, and the second one's masks {subband: (B, 1, h, w)}."
+        "Equation 3: the slices (B, 1, H, W) with the dial at `lesions`, of those of the first decoder, and the second one's masks {subband: (B, 1, h, w)}."
         if not self.dial or not lesions:
             return fused, {}
         (height, width), (mixed, masks) = fused.shape[-2:], self.dial(slices, seen.values())
@@ -249,7 +249,7 @@ class ResNetFusion(DialledLayers):
     """Fuses CT and MRI (B, 1, H, W) in [0, 1], H and W from 16 up, to one image of that shape and range.
 
     backbone: see `load_backbone`; backbone_sha256: what its SHA-256 has to be (None: whatever it is). widths: channels of fusion modules and
-    decoder, from the stem down to `deepest`; what is left over is not used. dial: with a second decoder (equation 5); lesions: where the dial
+    decoder, from the stem down to `deepest`; what is left over is not used. dial: with a second decoder (equation 3); lesions: where the dial
     stands unless a call says otherwise, from 0 (as the usual metrics like it) to 1 (every lesion). `features` are those of the method of that
     name. Raises ValueError on slices that do not fit."""
     def __init__(self, backbone='medfusion', backbone_sha256=None, deepest='layer3', widths=(16, 32, 48, 64, 64),
@@ -277,7 +277,7 @@ class ResNetFusion(DialledLayers):
 
 # %% ../nbs/resnet_based_fusion.ipynb #f6ba1800
 def perceptual_loss(fused, sources, margin=0):
-    """Equation 4: a scalar from 0 up.
+    """Equation 5: a scalar from 0 up.
 
     fused: {stage: (B, channels, h, w)}, the backbone's features of the fused slices; sources: {stage: (B, 2,
     channels, h, w)} with at least these stages, of CT and MRI. margin: a border of that many pixels of the slices
@@ -305,7 +305,7 @@ def perceptual_term(backbone, fused, sources, cfg):
 
 # %% ../nbs/resnet_based_fusion.ipynb #80dc83f0
 def training_step(model, batch, cfg, lesions=None, detection=None):
-    """Equation 3 for a batch: {'loss': the weighted sum, and each term by its name}, scalars.
+    """Equation 4 for a batch: {'loss': the weighted sum, and each term by its name}, scalars.
 
     batch: 'ct' and 'mri' (B, 1, H, W) and, where a cache is used, 'features' as `TrainingPairs` gives them; lesions,
     detection: a `LesionTerm` and a `DetectionTerm`, needed where their weights are not 0."""
