@@ -138,7 +138,7 @@ def folds_told(folds):
     told += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
-            f'34 and 41 the fourth and fifth of the wavelet network\'s six, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
+            f'34 and 41 the fourth and fifth of the wavelet network\'s six and the last of ResNet\'s three, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
             f'much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may. In brackets: in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
@@ -161,7 +161,7 @@ def case_41():
     "The table of case 41 beside the headline; the headline is that table where not every fold is recorded."
     if not complete_folds():
         return 'See the table above.'
-    return 'Means over the slices of case 41; recipes were chosen on case 34, the fourth and fifth of the wavelet network\'s on 34 and 41 (of the documented defaults the best epoch on 34, too).\n\n' + with_command('case_41', means('case_41'))
+    return 'Means over the slices of case 41; recipes were chosen on case 34, the fourth and fifth of the wavelet network\'s and the last of ResNet\'s on 34 and 41 (of the documented defaults the best epoch on 34, too).\n\n' + with_command('case_41', means('case_41'))
 
 
 def headline():
@@ -183,7 +183,7 @@ def painted():
     "What can still be found of every kind of painted lesion: the efficiency of each method."
     found = recorded('cases_34_41', 'detection_summary')
     table = found.pivot(index='method', columns='lesion', values='efficiency')[list(dict.fromkeys(found.lesion))]
-    rows = [TITLES.get(name, name) for name in ('wavelet', 'wavelet-lite', 'resnet', 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
+    rows = [TITLES.get(name, name) for name in (*NETWORKS, 'maximum', 'average', 'laplacian_pyramid', 'copy_ct', 'copy_mri')]
     return as_markdown(table.loc[rows].map('{:.2f}'.format), 'cases_34_41')
 
 

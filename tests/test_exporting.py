@@ -117,7 +117,7 @@ def test_a_dial_that_was_turned_stays_there(tmp_path):
         told = read_json(file.with_name('metadata.json'))
         assert told['config']['lesions'] == float(at) and 'numbers' not in told and told['cases'] == shipped_models()['wavelet'].metadata['cases']
     assert (tmp_path / '0/a.safetensors').read_bytes() == file.read_bytes() and model_sha256(str(tmp_path / '0')) != model_sha256(str(tmp_path / '1'))
-    assert [onnx_facts(f'{shipped_models()["wavelet"].path}{at}')['lesions'] for at in ('', '@1')] == ['0.5', '1'] and 'lesions' not in onnx_facts('resnet')
+    assert [onnx_facts(f'{shipped_models()["wavelet"].path}{at}')['lesions'] for at in ('', '@1')] == ['0.5', '1'] and 'lesions' not in onnx_facts('wavelet-lite')
 
 
 @pytest.mark.fault('export', 'killed, stopped or disk full between two files', points=4)
