@@ -228,12 +228,11 @@ def begin_with(decoder, network, spec):
 # %% ../nbs/resnet_based_fusion.ipynb #59ea9ca4
 class DialledLayers(WithDial, DecodedLayers):
     "What is trained, a second decoder with `dial` included. The arguments are those of `ResNetFusion`."
-    free_at_start = ('follow_edges', 'dial', 'lesions')
-
     def __init__(self, backbone, backbone_sha256, deepest, widths, dial, lesions):
         super().__init__(backbone, backbone_sha256, deepest, widths)
         check_lesions(lesions)
         self.dial, self.lesions = MaskDecoder(widths) if dial else None, lesions
+        self.free_at_start = ('dial', 'lesions') if dial else ('follow_edges', 'dial', 'lesions')    # with a dial all else stays as it was
 
     def turn(self, fused, slices, seen, white_bone, lesions):
         "Equation 3: the slices (B, 1, H, W) with the dial at `lesions`, of those of the first decoder, and the second one's masks {subband: (B, 1, h, w)}."
@@ -242,7 +241,7 @@ class DialledLayers(WithDial, DecodedLayers):
         (height, width), (mixed, masks) = fused.shape[-2:], self.dial(slices, seen.values())
         mixed, ct, mri = (x[..., :height, :width] for x in (mixed, *slices.split(1, 1)))
         certain = keep_certain(mixed, ct, mri, dark_gate(ct, mri), white_bone)
-        return torch.lerp(fused, certain, 1 - (1 - lesions) ** 2), dict(zip(subband_names(), masks.split(1, 1)))
+        return torch.lerp(fused, certain, 1 - (1 - lesions) ** 2), dict(zip(subband_names(), masks[..., :(height + 1) // 2, :(width + 1) // 2].split(1, 1)))
 
 # %% ../nbs/resnet_based_fusion.ipynb #7b6d94e8
 class ResNetFusion(DialledLayers):

@@ -189,6 +189,16 @@ def test_a_network_with_a_dial_starts_from_one_without(tmp_path):
         assert torch.equal(model(*pair(1, 1, 32, 32), lesions=0), before(*pair(1, 1, 32, 32), lesions=0 if before.dial else None))
 
 
+def test_a_dial_is_added_to_nothing_but_the_network_that_was_there():
+    with pytest.raises(ValueError, match="'follow_edges': False"):        # at 0 it would fuse otherwise
+        start_from(ResNetFusion(**load_model('resnet', device='cpu').config | {'dial': True, 'follow_edges': False}), 'resnet')
+
+
+def test_masks_end_where_the_slice_does(dialled):
+    maps = dialled.maps(*pair(1, 1, 17, 33))
+    assert all(maps[name].shape == (1, 1, 9, 17) for name in ('LL', 'LH', 'HL', 'HH'))      # as those of WaveletFusion
+
+
 @pytest.mark.parametrize('network, said', [(WaveletFusion(width=8), 'width 8'), (WaveletFusion(width=32, shared_mask=True), 'of one mask'),
                                            (ResNetFusion('none', deepest='stem', widths=(4,)), 'a ResNetFusion')])
 def test_masks_of_another_network_are_refused(dialled, network, said):
