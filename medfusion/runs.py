@@ -235,6 +235,8 @@ def check_values(parameters) -> None:
     for name in ('lr', 'gradient_gain'):
         if name in given and not given[name] > 0:
             raise ValueError(f'{name} must be above 0, not {given[name]}.')
+    if not given.get('clip', 0) >= 0:
+        raise ValueError(f'clip must be above 0, or 0 for no bound, not {given["clip"]}.')
     if 'ema' in given and not 0 <= given['ema'] < 1:
         raise ValueError(f'ema must lie between 0 (no average) and 1, not {given["ema"]}.')
     if given.get('precision', 'no') not in ('no', 'bf16', 'fp16'):

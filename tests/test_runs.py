@@ -149,7 +149,7 @@ VALUES = dict(run='latest', num_epochs=2, batch_size=4, lr=1e-3, seed=0, crop=0,
 
 
 @pytest.mark.parametrize('name, value', [
-    ('lr', 0), ('lr', -1e-3), ('seed', -1), ('num_epochs', 0), ('batch_size', 0), ('crop', -1), ('ema', 1.0), ('ema', -0.5),
+    ('lr', 0), ('lr', -1e-3), ('seed', -1), ('num_epochs', 0), ('batch_size', 0), ('crop', -1), ('ema', 1.0), ('ema', -0.5), ('clip', -1.0),
     ('precision', 'half'), ('w_ssim', -1.0), ('w_mse', 0.0), ('run', '..'), ('run', 'a/b')])
 def test_values_that_no_run_can_be_made_with(name, value):
     check_values(VALUES)
