@@ -77,7 +77,7 @@ def recipe_sha256(folder, record: dict | None = None) -> str | None:
         return values_sha256(run_values(folder)) if began[0] <= began[-1] else None
     beside = folder.with_name(f'{folder.name}.json')
     told = read_json(beside) if beside.is_file() else {}
-    return told['recipe_sha256'] if str(told.get('format')).startswith('medfusion fold') else None
+    return told['recipe_sha256'] if told.get('format') == 'medfusion fold 2' else None
 
 # %% ../nbs/24_cross_validation.ipynb #3dfc5ac5
 def run_values(folder) -> dict:

@@ -163,10 +163,12 @@ class FusionLayers(OnFrozenBackbone):
         self.fusions = nn.ModuleDict({stage: FusionModule(backbone_stages()[stage][0], width)
                                       for stage, width in zip(stages, widths)})
 
-    def fuse_features(self, features):
-        "Fused features {stage: (B, width, h, w)} and CT's share {stage: (B, 1, h, w)} of those of both slices, {stage: (B, 2, channels, h, w)}."
+    def fuse_features(self, features, size):
+        """Fused features {stage: (B, width, h, w)} and CT's share {stage: (B, 1, h, w)} of those of both slices, {stage: (B, 2, channels, h, w)};
+        shares end where slices of `size` (H, W) end, which may have been padded."""
         found = {stage: self.fusions[stage](of_stage) for stage, of_stage in features.items()}
-        return tuple({stage: pair[part] for stage, pair in found.items()} for part in (0, 1))
+        ends = {stage: [-(-side // backbone_stages()[stage][1]) for side in size] for stage in found}
+        return {stage: fused for stage, (fused, _) in found.items()}, {stage: share[..., :ends[stage][0], :ends[stage][1]] for stage, (_, share) in found.items()}
 
 # %% ../nbs/resnet_based_fusion.ipynb #80dcaba5
 class DecodedLayers(FusionLayers):
@@ -220,8 +222,8 @@ def begin_with(decoder, network, spec):
         raise ValueError(f'masks is {spec}, a {type(network).__name__}; name a wavelet network, such as wavelet.')
     own, found = decoder.network.state_dict(), without_dial(network).network.state_dict()
     if {name: weights.shape for name, weights in own.items()} != {name: weights.shape for name, weights in found.items()}:
-        raise ValueError(f'masks is {spec}, a wavelet network of width {network.config["width"]}, of one mask or of four; a second decoder '
-                         f'begins with one of width {own["encode1.0.bias"].numel()} and four masks, as that of wavelet.')
+        raise ValueError(f'masks is {spec}, a wavelet network of width {network.config["width"]} with {"one mask" if network.config["shared_mask"] else "four masks"}; '
+                         f'a second decoder begins with one of width {own["encode1.0.bias"].numel()} with four masks, such as wavelet.')
     decoder.network.load_state_dict(found)
     return decoder
 
@@ -231,6 +233,8 @@ class DialledLayers(WithDial, DecodedLayers):
     def __init__(self, backbone, backbone_sha256, deepest, widths, dial, lesions):
         super().__init__(backbone, backbone_sha256, deepest, widths)
         check_lesions(lesions)
+        if dial and 'layer2' not in self.backbone.stages:
+            raise ValueError(f'A second decoder sees the features of layer2, and deepest is {deepest!r}; give layer2 or more.')
         self.dial, self.lesions = MaskDecoder(widths) if dial else None, lesions
         self.free_at_start = ('dial', 'lesions') if dial else ('follow_edges', 'dial', 'lesions')    # with a dial all else stays as it was
 
@@ -263,7 +267,7 @@ class ResNetFusion(DialledLayers):
     def fuse(self, ct, mri, features=None, lesions=None):
         check_images(ct, mri, least=16)
         slices, lesions = pad_to_multiple(torch.cat([ct, mri], 1), self.stride), self.position(lesions)
-        seen, shares = self.fuse_features(features or self.features(ct, mri))
+        seen, shares = self.fuse_features(features or self.features(ct, mri), ct.shape[-2:])
         logits = self.decide(slices, seen)[..., :ct.shape[-2], :ct.shape[-1]]                # (B, 3, H, W)
         fused, of_ct, of_mri = weighted_sum(ct, mri, logits, *(self.config[name] for name in ('residual', 'white_bone', 'follow_edges')))
         fused, masks = self.turn(fused, slices, seen, self.config['white_bone'], lesions)

@@ -119,6 +119,12 @@ def test_parameter_groups(model):
     assert sum(len(group['params']) for group in groups) == sum(p.requires_grad for p in model.parameters())
 
 
+def test_shares_end_where_the_slice_does(model):
+    "They may be of a slice that was padded to a multiple of 16."
+    shapes = {name: tuple(share.shape[-2:]) for name, share in model.maps(*pair(1, 1, 130, 99)).items()}
+    assert shapes == {'ct': (130, 99), 'mri': (130, 99), 'stem': (65, 50), 'layer1': (33, 25), 'layer2': (17, 13), 'layer3': (9, 7)}
+
+
 # The dial between what metrics like and every lesion
 
 @pytest.fixture(scope='module')
@@ -199,11 +205,16 @@ def test_masks_end_where_the_slice_does(dialled):
     assert all(maps[name].shape == (1, 1, 9, 17) for name in ('LL', 'LH', 'HL', 'HH'))      # as those of WaveletFusion
 
 
-@pytest.mark.parametrize('network, said', [(WaveletFusion(width=8), 'width 8'), (WaveletFusion(width=32, shared_mask=True), 'of one mask'),
+@pytest.mark.parametrize('network, said', [(WaveletFusion(width=8), 'width 8'), (WaveletFusion(width=32, shared_mask=True), 'with one mask'),
                                            (ResNetFusion('none', deepest='stem', widths=(4,)), 'a ResNetFusion')])
 def test_masks_of_another_network_are_refused(dialled, network, said):
     with pytest.raises(ValueError, match=said):
         begin_with(dialled.dial, network, 'mine')
+
+
+def test_a_second_decoder_without_the_features_of_layer2_is_refused():
+    with pytest.raises(ValueError, match='give layer2 or more'):
+        ResNetFusion('none', deepest='layer1', dial=True)
 
 
 def test_a_network_without_a_dial_says_so(model):
