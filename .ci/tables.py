@@ -306,7 +306,7 @@ def benchmarks():
 def blocks():
     "{file: {name of a block: its text}}."
     total = len(recorded('cases_34_41'))
-    pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 5))}\n\nThe first 5 of {total} by mean rank. Against the best of all others, column by column:'
+    pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 6))}\n\nThe first 6 of {total} by mean rank. Against the best of all others, column by column:'
     kept = with_command('phantom', lesions())
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
