@@ -113,10 +113,13 @@ def with_intervals(table):
     return with_spread(shown.loc[order], half.loc[order]).rename_axis('method')
 
 
-def folds_command(records):
-    "The command that makes the folds of one recipe."
-    cases = f' -y "cases: {[",".join(record["left_out"]) for record in records]}"' if any(len(record['left_out']) > 1 for record in records) else ''
-    return f'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{records[0]["recipe"]}]"{cases}'
+def folds_commands(folds):
+    "The commands that make the folds of some recipes, given by their records; one for those that leave out the same cases."
+    recipes = {}
+    for records in folds:
+        recipes.setdefault(tuple(','.join(record['left_out']) for record in records), []).append(records[0]['recipe'])
+    return '\n'.join(f'papermill nbs/92_cross_validation.ipynb out.ipynb -p make missing -y "recipes: [{", ".join(names)}]"'
+                     + (f' -y "cases: {[*cases]}"' if any(',' in one for one in cases) else '') for cases, names in recipes.items())
 
 
 def folds_told(folds):
@@ -131,7 +134,7 @@ def folds_told(folds):
         told.append(f'{title} against the maximum, within each patient: {"; ".join(parts)}.')
     names = {name: TITLES.get(name, name) for name in table.method.unique() if name not in folds}
     shown = with_intervals(table).rename(index=names, columns={'invented': 'invented ↓'})
-    commands = '\n'.join(['medfusion data harvard', *map(folds_command, folds.values())])
+    commands = f'medfusion data harvard\n{folds_commands(folds.values())}'
     trained = sorted({len(record['trained_on']) for records in folds.values() for record in records})
     lacking = [title for title in RECIPES.values() if title not in folds]
     told += sorted({record['remark'] for records in folds.values() for record in records if record.get('remark')})
@@ -154,7 +157,7 @@ def price():
     shown = means.apply(lambda row: row.map(lambda value: number_text(value, row.name)), axis=1)[[*folds, 'maximum']]
     shown['wavelet ahead by'] = [f'{row.advantage:.3g} ({row.low:.3g} to {row.high:.3g})' for row in tests.itertuples()]
     shown['in patients'] = [f'{row.ahead_in} of {row.patients}' for row in tests.itertuples()]
-    return f'```sh\n{folds_command(folds[BEFORE["wavelet_table"]])}\n```\n\n{render(shown.rename_axis("column"), bold=[])}'
+    return f'```sh\n{folds_commands([folds[BEFORE["wavelet_table"]]])}\n```\n\n{render(shown.rename_axis("column"), bold=[])}'
 
 
 def case_41():
