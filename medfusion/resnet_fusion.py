@@ -242,7 +242,7 @@ class DialledLayers(WithDial, DecodedLayers):
         "Equation 3: the slices (B, 1, H, W) with the dial at `lesions`, of those of the first decoder, and the second one's masks {subband: (B, 1, h, w)}."
         if not self.dial or not lesions:
             return fused, {}
-        (height, width), (mixed, masks) = fused.shape[-2:], self.dial(slices, seen.values())
+        (height, width), (mixed, masks) = fused.shape[-2:], self.dial(slices, [seen[stage] for stage in self.backbone.stages])
         mixed, ct, mri = (x[..., :height, :width] for x in (mixed, *slices.split(1, 1)))
         certain = keep_certain(mixed, ct, mri, dark_gate(ct, mri), white_bone)
         return torch.lerp(fused, certain, 1 - (1 - lesions) ** 2), dict(zip(subband_names(), masks[..., :(height + 1) // 2, :(width + 1) // 2].split(1, 1)))
