@@ -6,7 +6,7 @@
 __all__ = ['backbone_stages', 'ResNetBackbone', 'find_backbone', 'check_named_hash', 'download_backbone', 'backbone_file',
            'read_weights', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'folded', 'OnFrozenBackbone',
            'half_storage', 'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'cut_or_varied',
-           'TrainingPairs']
+           'item_of_others', 'grid_of_crops', 'TrainingPairs']
 
 # %% ../nbs/12_backbone.ipynb #d1792a83
 import contextlib
@@ -30,7 +30,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import medfusion
 from .certain_pixels import pad_to_multiple
-from .data import check_share, vary_pair
+from .data import check_share, of_others, pair_tensors, vary_pair
 from .files import read_json, sha256_of, to_float
 from .processes import connect, from_first_here, shared_out, this_process
 from .runs import nbs_dir, resolve_path
@@ -318,18 +318,35 @@ def cut_or_varied(slices, place, size, rng, vary=0.0):
         return [torch.from_numpy(to_float(image))[None] for image in vary_pair(*(one[0].numpy() for one in slices), size, rng)]
     return [cut(one, place).contiguous() for one in slices]
 
+# %% ../nbs/12_backbone.ipynb #c29f4632
+def item_of_others(others, share, rng):
+    "With the chance `share` one of `others`, a list of slices (ct, mri), as an item of a `CTMRIDataset`, whole; else None."
+    if found := of_others(others, share, rng):
+        (ct, mri), name, case = found
+        return dict(zip(('ct', 'mri'), pair_tensors(ct, mri)), name=name, case=case)
+
+# %% ../nbs/12_backbone.ipynb #69fe34c1
+def grid_of_crops(dataset, cache, crop, vary=0.0, others=(), share=0.0):
+    "Crops begin at multiples of this many pixels. Raises ValueError for what `TrainingPairs` cannot do of its arguments of these names."
+    grid = max(16, backbone_stages()[cache.stages[-1]][1]) if cache else 16
+    if crop % grid or crop < 0:
+        raise ValueError(f'crop is {crop}; it must be a multiple of {grid}, or 0 for whole slices.')
+    fits = crop and cache is None and all(crop <= min(size) for size in [*dataset.sizes, *(ct.shape for ct, _ in others)])
+    needs = f'a crop ({crop or "none"}) no larger than any slice, and no cache (cache_gb=0)'
+    check_share('vary', vary, fits, needs)
+    check_share('share', share, fits and others, f'slices of others, {needs}')
+    return grid
+
 # %% ../nbs/12_backbone.ipynb #816aa0ed
 class TrainingPairs(Dataset):
-    """The items of a dataset, cropped to `crop` pixels a side (0: whole) and mirrored at random, with their cached
-    features: {'ct', 'mri', 'name', 'case'} and, with a cache, 'features': {stage: (2, h, w, channels)}.
+    """The items of a dataset, cropped to `crop` pixels a side (0: whole) and mirrored at random: {'ct', 'mri', 'name', 'case'}
+    and, with a cache, 'features': {stage: (2, h, w, channels)}. What is random depends on (seed, epoch, index) only.
 
-    Without a cache a share `vary` is made by `cut_or_varied`. What is random depends on (seed, epoch, index) only."""
-    def __init__(self, dataset, cache=None, crop=0, mirror=False, seed=0, vary=0.0):
-        self.grid = max(16, backbone_stages()[cache.stages[-1]][1]) if cache else 16
-        if crop % self.grid or crop < 0:
-            raise ValueError(f'crop is {crop}; it must be a multiple of {self.grid}, or 0 for whole slices.')
-        check_share('vary', vary, crop and cache is None, 'a crop and no cache (cache_gb=0)')
-        self.dataset, self.cache, self.crop, self.mirror, self.seed, self.vary = dataset, cache, crop or None, mirror, seed, vary
+    Without a cache a share `vary` is made by `cut_or_varied`, and a share `share` shows `others`: see `item_of_others`."""
+    def __init__(self, dataset, cache=None, crop=0, mirror=False, seed=0, vary=0.0, others=(), share=0.0):
+        self.grid = grid_of_crops(dataset, cache, crop, vary, others, share)
+        self.dataset, self.cache, self.crop, self.mirror, self.seed = dataset, cache, crop or None, mirror, seed
+        self.vary, self.others, self.share = vary, others, share
         self.pairs, self.names, self.cases, self.sizes = dataset.pairs, dataset.names, dataset.cases, dataset.sizes
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()           # workers see set_epoch too
 
@@ -340,7 +357,9 @@ class TrainingPairs(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        item, rng = self.dataset[index], np.random.default_rng((self.seed, int(self.epoch), index))
+        index = range(len(self))[index]  # -1 is the last slice, and there is an end
+        rng = np.random.default_rng((self.seed, int(self.epoch), index))
+        item = item_of_others(self.others, self.share, rng) or self.dataset[index]
         mirror = int(self.mirror and rng.random() < 0.5)
         place = [random_interval(rng, side, self.crop, self.grid) for side in item['ct'].shape[1:]]
         slices = (item[modality].flip(-1) if mirror else item[modality] for modality in ('ct', 'mri'))

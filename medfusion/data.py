@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_pair', 'crop_sides', 'crop_pair', 'zoom_pair',
            'vary_pair', 'check_share', 'pairs_of_cases', 'warn_of_range', 'read_pairs', 'pair_tensors', 'pair_html',
-           'describe_pairs', 'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides', 'split_files',
-           'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split', 'recorded_files',
-           'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders', 'exchange_files',
-           'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split', 'harvard_registry',
-           'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport', 'table_problems',
-           'folder_problems', 'images_in', 'slices_in', 'inspect_dataset', 'place_in_case', 'listed_names',
-           'names_in_part', 'SplitAudit', 'audit_split']
+           'describe_pairs', 'of_others', 'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides',
+           'split_files', 'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split',
+           'recorded_files', 'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders',
+           'exchange_files', 'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split',
+           'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport',
+           'table_problems', 'folder_problems', 'images_in', 'slices_in', 'inspect_dataset', 'place_in_case',
+           'listed_names', 'names_in_part', 'SplitAudit', 'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
 import base64
@@ -215,6 +215,12 @@ def describe_pairs(sizes, names, cases):
     sizes = ', '.join(f'{rows}×{columns}' for rows, columns in sizes)
     return f'{len(names)} pairs of {sizes} pixels, cases {", ".join(cases)}'
 
+# %% ../nbs/02_data.ipynb #55a74cac
+def of_others(others, share, rng):
+    "With the chance `share` one of `others`, a list of slices (ct, mri), with its name and no case: ((ct, mri), 'of others', ''); else None."
+    if share and rng is not None and rng.random() < share:
+        return others[rng.integers(len(others))], 'of others', ''
+
 # %% ../nbs/02_data.ipynb #812db0e2
 class CTMRIDataset(Dataset):
     """Registered slices of two folders: item i is {'ct', 'mri': (1, H, W) float32 in [0, 1], 'name', 'case'}.
@@ -247,10 +253,9 @@ class CTMRIDataset(Dataset):
 
     def slices_of(self, index, rng=None):
         "CT and MRI, (H, W) each, their name and case: those of a pair, or with a generator sometimes another's."
-        if self.share and rng is not None and rng.random() < self.share:
-            return self.others[rng.integers(len(self.others))], 'of others', ''
         name = self.names[index]
-        return self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True), name, self.case_of(name)
+        return of_others(self.others, self.share, rng) or (
+            self._kept.get(index) or read_pair(self.pairs[index], self.value_range, quiet=True), name, self.case_of(name))
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # -1 is the last slice, with the augmentation of the last slice

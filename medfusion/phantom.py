@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attenuation_measured', 'headrest', 'scan_ct', 'scan_mri', 'PhantomSlice', 'painted_plane', 'slice_level',
            'scan_plane', 'Spot', 'with_spots', 'phantom_slice', 'phantom_slices', 'phantom_seeds',
-           'check_training_seed', 'synthetic_slices', 'phantom_split', 'write_phantom']
+           'check_training_seed', 'synthetic_slices', 'check_synthetic_pairs', 'phantom_split', 'write_phantom']
 
 # %% ../nbs/04_phantom.ipynb #74532929
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from .anatomy import cut_plane, draw_head, label_names, lesion_kinds, paint_head, tissues, vector_length
-from .data import fill_dataset, write_split_info
+from .data import check_share, fill_dataset, write_split_info
 from .files import to_depth, write_image
 
 # %% ../nbs/04_phantom.ipynb #684a7dde
@@ -177,6 +177,11 @@ def synthetic_slices(cases=24, slices=6, seed=3):
     "CT and MRI, float32 (H, W) in [0, 1], of each slice of synthetic heads to train on. Raises ValueError for a seed that is reserved."
     check_training_seed(seed)
     return [(cut.ct, cut.mri) for cut in phantom_slices(cases, slices, seed=seed)]
+
+# %% ../nbs/04_phantom.ipynb #111b6c11
+def check_synthetic_pairs(share, crop, possible, needs):
+    "Raises ValueError for a share `synthetic_pairs` of crops, of `crop` pixels a side, that cannot come from `synthetic_slices`; `needs` tells what else it takes."
+    check_share('synthetic_pairs', share, possible and 0 < (crop or 0) <= 256, f'{needs} and a crop of up to 256 pixels, their size')
 
 # %% ../nbs/04_phantom.ipynb #360a4143
 def phantom_split(cases):

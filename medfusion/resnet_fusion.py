@@ -19,6 +19,7 @@ from .backbone import FeatureCache, OnFrozenBackbone, TrainingPairs, backbone_st
 from .certain_pixels import dark_gate, keep_certain, only_at_edges, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
+from .phantom import check_synthetic_pairs, synthetic_slices
 from .processes import mean_over_step
 from .runs import resolve_path
 from .wavelet_fusion import MaskNetwork, WithDial, bounded, check_lesions, haar, mix_on_four_grids, subband_names, without_dial
@@ -47,6 +48,7 @@ class Config:
     augment: bool = True
     crop: int = 0
     vary: float = 0.0
+    synthetic_pairs: float = 0.0
     clip: float = 0.0
     ema: float = 0.0
     start: str = ''
@@ -95,6 +97,7 @@ def check_config(cfg):
                          'with the perceptual term, which leaves out 16 pixels at each border; 0 means whole slices.')
     if cfg.vary and cfg.cache_gb:
         raise ValueError(f'vary is {cfg.vary}, and nobody knows the features of a varied crop beforehand; set cache_gb to 0.')
+    check_synthetic_pairs(cfg.synthetic_pairs, cfg.crop, not cfg.cache_gb, 'cache_gb 0')
     check_lesions(cfg.lesions)
     if cfg.masks and not (cfg.start and cfg.w_detection and cfg.lesions and 'layer2' in used):
         raise ValueError('masks trains nothing but the dial of a network that is there, by w_detection: give start and w_detection, lesions above 0, '
@@ -333,7 +336,8 @@ def training_sets(model, train, val, cfg):
 
     Without a cache (`cache_gb` 0) `training_step` computes the features itself."""
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    options = {'crop': cfg.crop, 'mirror': cfg.augment, 'seed': cfg.seed, 'vary': cfg.vary}
+    options = {'crop': cfg.crop, 'mirror': cfg.augment, 'seed': cfg.seed, 'vary': cfg.vary,
+               'share': cfg.synthetic_pairs, 'others': synthetic_slices() if cfg.synthetic_pairs else ()}
     if not cfg.cache_gb:
         return TrainingPairs(train, **options), val and TrainingPairs(val)
     folder = resolve_path(cfg.save_dir)

@@ -50,10 +50,10 @@ import safetensors.torch
 import torch
 
 import medfusion
-from .data import CTMRIDataset, check_names, check_share, check_split, sort_cases, split_by_case
+from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
 from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
 from .losses import check_weights
-from .phantom import synthetic_slices
+from .phantom import check_synthetic_pairs, synthetic_slices
 from .processes import connect, this_process
 
 # %% ../nbs/09_runs.ipynb #30a9135f
@@ -691,7 +691,7 @@ def open_parts(parameters, augment: bool = False, crop: int | None = None, vary:
     mri_val_dir, ct_test_dir, mri_test_dir and seed, and may have value_range, val_cases and test_cases. ValueError for a
     case in two parts; else that of what checks the folders.
     """
-    check_share('synthetic_pairs', synthetic, augment and 0 < (crop or 0) <= 256, 'augment and a crop of up to 256 pixels, their size')
+    check_synthetic_pairs(synthetic, crop, augment, 'augment')
     check_folders(parameters)
     train, val, test = (part_folders(parameters, part) for part in ('train', 'val', 'test'))
     root, drawn = train[0].parent.parent, range_of(getattr(parameters, 'value_range', ''))

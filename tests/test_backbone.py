@@ -233,6 +233,26 @@ def test_training_pairs(small, dataset):
         TrainingPairs(dataset, crop=40)
 
 
+def test_training_pairs_of_others(small, dataset):
+    "A share of the crops is of other heads; without a share nothing is drawn, so that the crops stay those they were."
+    other = np.full((64, 80), 0.5, np.float32), np.full((64, 80), 0.25, np.float32)
+    pairs = TrainingPairs(dataset, crop=32, mirror=True, seed=3, others=[other], share=0.5)
+    items = []
+    for epoch in range(12):
+        pairs.set_epoch(epoch)
+        items += [pairs[index] for index in range(len(pairs))]
+    shown = [item for item in items if item['name'] == 'of others']
+    assert 0.25 < len(shown) / len(items) < 0.75
+    assert all((item['ct'] == 0.5).all() and (item['mri'] == 0.25).all() and item['ct'].shape == (1, 32, 32) and item['case'] == '' for item in shown)
+    assert {item['name'] for item in items} == {'of others', *dataset.names}
+    without = TrainingPairs(dataset, crop=32, mirror=True, seed=3, others=[other])
+    assert torch.equal(without[1]['ct'], TrainingPairs(dataset, crop=32, mirror=True, seed=3)[1]['ct'])
+    assert len([*pairs]) == len(pairs) and pairs[-1]['name'] == pairs[len(pairs) - 1]['name']
+    for wrong in ({'crop': 0}, {'crop': 32, 'cache': FeatureCache(small, dataset)}, {'crop': 32, 'others': ()}, {'crop': 80}):
+        with pytest.raises(ValueError, match='share is 0.5; .* slices of others, a crop .* no cache'):
+            TrainingPairs(dataset, **({'others': [other], 'share': 0.5} | wrong))
+
+
 def test_half_precision_has_room(dataset):
     "Activations beyond the largest number of half precision are kept as that number, not as infinity."
     backbone = ResNetBackbone('stem')

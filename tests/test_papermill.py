@@ -108,7 +108,7 @@ def test_both_methods_name_alike():
     "What the specification does not fix has one name in both, in one order."
     wavelet, resnet = (list(notebook_parameters(name)) for name in (WAVELET, RESNET))
     own = {'num_epochs', 'epochs', 'width', 'shared_mask', 'cycle_spin', 'layer_decay', 'schedule', 'save_every', 'cache_gb',
-           'backbone_weights', 'deepest', 'perceptual_stages', 'w_perceptual', 'follow_edges', 'dial', 'masks', 'clip', 'synthetic_pairs'}
+           'backbone_weights', 'deepest', 'perceptual_stages', 'w_perceptual', 'follow_edges', 'dial', 'masks', 'clip'}
     assert set(wavelet) ^ set(resnet) == own
 
 

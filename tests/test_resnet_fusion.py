@@ -304,6 +304,7 @@ def test_config_and_parameters_cell_agree():
     ({'perceptual_stages': 'layer3', 'deepest': 'layer1'}, 'stem layer1'), ({'schedule': 'cosinus'}, 'cosinus'),
     ({'masks': 'wavelet'}, 'give start'), ({'masks': 'wavelet', 'start': 'resnet', 'w_detection': 1., 'lesions': 0.}, 'above 0'),
     ({'masks': 'wavelet', 'start': 'resnet', 'w_detection': 1., 'deepest': 'layer1', 'perceptual_stages': 'stem'}, 'layer2 or more'),
+    ({'synthetic_pairs': 0.1}, 'synthetic_pairs is 0.1; .* cache_gb 0'), ({'synthetic_pairs': 0.1, 'cache_gb': 0., 'crop': 320}, '256 pixels'),
     ({'lesions': 0.75}, 'no dial'), ({'lesions': 2.}, 'from 0')])
 def test_what_cannot_be_trained_is_refused(change, word):
     check_config(replace(Config(), crop=160))
