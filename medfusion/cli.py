@@ -13,8 +13,8 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'Method
            'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
            'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
            'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
-           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_study', 'scan', 'view', 'models',
-           'export', 'run_as_module']
+           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan',
+           'view', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -1138,6 +1138,16 @@ def scan_parameters(typed: dict) -> dict:
         given |= {'ct': str(scans[0].absolute()), 'mri': [str(path.absolute()) for path in scans[1:]]}
     return given | given_parameters('scan_fusion.ipynb', [], typed['parameter'])
 
+# %% ../nbs/50_cli.ipynb #ea7d5066
+def tell_replaced(out: Path, window: str) -> None:
+    "Says which windows of the study in a folder will be gone, since a study is replaced as a whole; nothing where none will be."
+    from medfusion.files import read_json
+    from medfusion.studies import windows_of
+    made = [one.name for one in windows_of(window)]
+    there = read_json(out / 'run.json').get('windows', []) if (out / 'run.json').is_file() else []
+    if gone := [one['name'] for one in there if one['name'] not in made]:
+        say(f'{out} is replaced as a whole: what was fused in it in {", ".join(gone)} goes. --window takes several, as in brain,bone.')
+
 # %% ../nbs/50_cli.ipynb #bcbff4dc
 def tell_study(record: dict, out: Path) -> None:
     "Says what became of a study by its run.json; exits with 1 where a registration failed and nothing was fused."
@@ -1161,7 +1171,7 @@ def tell_study(record: dict, out: Path) -> None:
 def scan(
     context: typer.Context,
     scans: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI...', help='folders of DICOM, or NIfTI, NRRD, MetaImage files')] = [],
-    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='STUDY', help='the folder of the study')] = Path('study'),
+    out: Annotated[Path | None, typer.Option('--out', '-o', parser=typed_path, metavar='STUDY', help='the folder of the study; by default that of --study, else study')] = None,
     model: ModelName = 'wavelet',
     window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
     grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
@@ -1169,20 +1179,24 @@ def scan(
     plane: Annotated[str, typer.Option(help='axial, coronal or sagittal slices are fused; by default those of the grid')] = '',
     transform: Annotated[Path | None, typer.Option(parser=typed_path, help='take this .tfm or .h5 and do not register')] = None,
     truth: Annotated[Path | None, typer.Option(parser=typed_path, help='the true transform of a phantom: say how far off the registration is')] = None,
-    study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI')] = None,
+    study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI, in the windows that are named')] = None,
     registered: Annotated[bool, typer.Option('--registered', help='the scans lie on each other already')] = False,
     different_patients: Annotated[bool, typer.Option('--different-patients', help='fuse scans whose PatientID differs')] = False,
     force: Annotated[bool, typer.Option('--force', help='fuse after a failed registration too')] = False,
     dicom: Annotated[bool, typer.Option('--dicom', help='write a derived DICOM series too, with the patient in it')] = False,
     anonymous: Annotated[bool, typer.Option('--anonymous', help='without the patient in it')] = False,
-    replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there')] = False,
+    replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there, with all that was fused in it')] = False,
     parameter: Parameters = [],
 ):
     """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spline=true -p n4=true ...
 
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """
-    tell_study(run_scan_notebook(scan_parameters(context.params), out, replace), out)
+    out = out or study or Path('study')
+    given = scan_parameters(context.params | {'out': out})
+    if replace:
+        tell_replaced(out, given['window'])
+    tell_study(run_scan_notebook(given, out, replace), out)
 
 # %% ../nbs/50_cli.ipynb #89c1b775
 @app.command()

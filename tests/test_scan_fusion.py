@@ -115,6 +115,24 @@ def test_a_study_is_replaced_only_if_asked_and_fused_again(written):
     assert result.exit_code == 1 and '--replace' in result.output and (written / 'fused_brain.nii.gz').is_file()
 
 
+@pytest.mark.parametrize('window, lost', [('bone', ['brain', '480_2500']), ('brain,480,2500,bone', [])])
+def test_a_study_is_fused_again_in_its_own_folder_and_what_goes_is_told_before(study, tmp_path, monkeypatch, window, lost):
+    "Without -o: not in ./study, which may be another one."
+    monkeypatch.chdir(tmp_path)
+    for name in ('study', 'kept'):
+        with new_folder_at(name) as folder:
+            fill_study(folder, study)
+    places = []
+
+    def execute(notebook, executed, given):
+        places.append(Path(given['out_dir']).name)
+        raise ValueError('stopped here')
+    monkeypatch.setattr('medfusion.cli.execute', execute)
+    result = CliRunner().invoke(app, ['scan', '--study', 'kept', '--window', window, '-m', 'maximum', '--replace'], prog_name='medfusion')
+    assert result.exit_code == 1 and 'kept' in places[0]
+    assert ('kept is replaced as a whole' in result.output) == bool(lost) and all(name in result.output for name in lost)
+
+
 def test_fusing_again_needs_no_registration(study, tmp_path):
     with new_folder_at(tmp_path / 'study') as folder:
         fill_study(folder, study)
