@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'ModelName', 'Task', 'MethodName', 'Parameters', 'Files', 'RunName', 'Latex',
            'Markdown', 'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup', 'common', 'typed_path',
-           'typed_place', 'read_range', 'check_there', 'phantom', 'named_split', 'import_slices', 'harvard',
-           'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files', 'tell_report', 'fuse',
-           'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value',
-           'typed_model', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
-           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
-           'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
+           'typed_place', 'read_range', 'check_there', 'tell_data', 'phantom', 'named_split', 'import_slices',
+           'harvard', 'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local', 'two_files',
+           'tell_report', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'measure_paths', 'evaluate', 'figure',
+           'read_value', 'typed_model', 'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters',
+           'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method',
+           'check_run', 'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
            'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
            'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
            'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan',
@@ -188,6 +188,19 @@ app.add_typer(data_app, name='data')
 # %% ../nbs/50_cli.ipynb #b045b1cf
 Root = Annotated[Path, typer.Argument(parser=typed_path, metavar='[ROOT]', help='the folder of the data set')]
 
+# %% ../nbs/50_cli.ipynb #828e6fb1
+def tell_data(root: Path) -> None:
+    "Prints what a data set that was filled holds, and the command that trains on it: with its folders, where it is not the one that training takes by itself."
+    from medfusion import runs
+    from medfusion.data import inspect_dataset
+    from medfusion.inference import methods
+    typer.echo(str(inspect_dataset(root)))
+    with suppress(FileNotFoundError):       # without the notebooks nothing is trained
+        usual = runs.resolve_path(runs.notebook_parameters(methods()['wavelet'].notebook)['ct_dir'].default)
+        place = f'{shlex.quote(str(root))}/train'
+        where = '' if Path(root, 'train/CT').resolve() == usual.resolve() else f' -p ct_dir={place}/CT -p mri_dir={place}/MRI'
+        typer.echo(f'train on it: medfusion train wavelet{where}')
+
 # %% ../nbs/50_cli.ipynb #e82b8223
 @data_app.command()
 def phantom(
@@ -199,16 +212,15 @@ def phantom(
     replace: Annotated[bool, typer.Option('--replace', help='replace the data set that is there')] = False,
 ):
     "Write synthetic CT and MRI slices, split by case."
-    from medfusion.data import inspect_dataset
     from medfusion.inference import check_output
     from medfusion.phantom import write_phantom
     check_output(root, [])
     write_phantom(root, cases=cases, slices=slices, size=size, seed=seed, replace=replace)
-    typer.echo(str(inspect_dataset(root)))
+    tell_data(root)
 
 # %% ../nbs/50_cli.ipynb #1163805a
-def named_split(source: Path, val_cases: str, test_cases: str, counts: dict) -> dict | None:
-    """The cases of each part of a folder with CT/ and MRI/, where some are named, as the method notebooks take them; None where none is.
+def named_split(folders: list[Path], val_cases: str, test_cases: str, counts: dict) -> dict | None:
+    """The cases of each part of the folders of CT and MRI slices, where some are named, as the method notebooks take them; None where none is.
 
     `counts` {part: number} are those that were typed beside the names; an error of the command line where they contradict them.
     """
@@ -220,7 +232,11 @@ def named_split(source: Path, val_cases: str, test_cases: str, counts: dict) -> 
         if count != len(chosen[part]):
             raise typer.BadParameter(f'--{part} {count} does not go with --val-cases and --test-cases, which name {len(chosen[part])} '
                                      f'for that part; leave --{part} out')
-    return chosen and sides({case_of(pair.name) for pair in list_pairs(source / 'CT', source / 'MRI')}, chosen, source)
+    try:
+        return chosen and sides({case_of(pair.name) for pair in list_pairs(*folders)}, chosen, folders[0].parent, ('train',) if counts.get('test') == 0 else ('test', 'train'))
+    except ValueError as error:
+        text = re.sub(r'\b(val|test)_cases\b', r'--\1-cases', str(error))
+        raise ValueError(text.replace('name some by --test-cases', 'name some by --test-cases, or say that there are none (--test 0)')) from None
 
 # %% ../nbs/50_cli.ipynb #6d637050
 @data_app.command('import')
@@ -238,13 +254,14 @@ def import_slices(
     replace: Annotated[bool, typer.Option('--replace', help='replace the data set that is there')] = False,
 ):
     "Copy your own slices, split by case."
-    from medfusion.data import inspect_dataset, prepare_dataset
+    from medfusion.data import kind_folder, prepare_dataset
     from medfusion.inference import check_output
-    check_output(root, [source, source / 'CT', source / 'MRI'])
+    folders = [kind_folder(source, kind) for kind in ('CT', 'MRI')]
+    check_output(root, [source, *folders])
     counts = {part: count for part, count in (('val', val), ('test', test)) if context.get_parameter_source(part).name == 'COMMANDLINE'}
-    split = named_split(source, val_cases, test_cases, counts)
+    split = named_split(folders, val_cases, test_cases, counts)
     prepare_dataset(source, root, split, val=val, test=test, seed=seed, replace=replace, value_range=read_range(values))
-    typer.echo(str(inspect_dataset(root)))
+    tell_data(root)
 
 # %% ../nbs/50_cli.ipynb #2ba14aef
 @data_app.command()
@@ -255,11 +272,11 @@ def harvard(
     replace: Annotated[bool, typer.Option('--replace', help='replace the data set that is there')] = False,
 ):
     "Download the public Harvard slices, check every file's hash, and split them as for the results in README."
-    from medfusion.data import download_harvard, inspect_dataset
+    from medfusion.data import download_harvard
     from medfusion.inference import check_output
     check_output(root, [])
     download_harvard(root, cache=cache, base_url=base_url, replace=replace)
-    typer.echo(str(inspect_dataset(root)))
+    tell_data(root)
 
 # %% ../nbs/50_cli.ipynb #951a53c9
 def flat_folder_sentence(root: Path, cases: list[str]) -> str:
@@ -965,7 +982,7 @@ def write_texts(texts: dict) -> None:
 # %% ../nbs/50_cli.ipynb #a4b8c221
 @app.command()
 def runs(
-    folders: Annotated[list[Path] | None, typer.Argument(parser=typed_path, metavar='[FOLDER]...', help='where runs are looked for; by default results/')] = None,
+    folders: Annotated[list[Path] | None, typer.Argument(parser=typed_path, metavar='[FOLDER]...', help="where runs are looked for; by default in the clone's results/")] = None,
     where: Annotated[list[str], typer.Option('--where', metavar='NAME=VALUE', help='only runs with this value')] = [],
     sort: Annotated[str, typer.Option(metavar='NAME', help="by a column; VIF is the validation's, 'VIF test' the other")] = '',
     columns: Annotated[str, typer.Option(metavar='NAMES', help='metrics to show, as in VIF,Qabf')] = '',

@@ -8,10 +8,10 @@ __all__ = ['case_of', 'sort_cases', 'counters_run_on', 'check_names', 'augment_p
            'describe_pairs', 'of_others', 'CTMRIDataset', 'split_by_case', 'dataset_parts', 'check_sides',
            'split_files', 'write_split_info', 'record_fault', 'check_split_record', 'read_split_info', 'check_split',
            'recorded_files', 'check_held_cases', 'locked_folder', 'check_fillable', 'move_part', 'remove_empty_folders',
-           'exchange_files', 'fill_dataset', 'plan_split', 'copy_split', 'prepare_dataset', 'harvard_split',
-           'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line', 'DatasetReport',
-           'table_problems', 'folder_problems', 'images_in', 'slices_in', 'inspect_dataset', 'place_in_case',
-           'listed_names', 'names_in_part', 'SplitAudit', 'audit_split']
+           'exchange_files', 'fill_dataset', 'plan_split', 'copy_split', 'kind_folder', 'prepare_dataset',
+           'harvard_split', 'harvard_registry', 'fetch_all', 'download_harvard', 'describe_slice', 'part_line',
+           'DatasetReport', 'table_problems', 'folder_problems', 'images_in', 'slices_in', 'inspect_dataset',
+           'place_in_case', 'listed_names', 'names_in_part', 'SplitAudit', 'audit_split']
 
 # %% ../nbs/02_data.ipynb #46fa8874
 import base64
@@ -573,6 +573,13 @@ def copy_split(pairs, split, folder, case_of=case_of, value_range=None):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
 
+# %% ../nbs/02_data.ipynb #87b279db
+def kind_folder(source, kind):
+    "The folder of source's CT or MRI slices: source/CT, or the one folder that is called so but for capital letters."
+    path = Path(source, kind)
+    alike = [place for place in path.parent.glob('*/') if place.name.upper() == kind]
+    return alike[0] if len(alike) == 1 else path
+
 # %% ../nbs/02_data.ipynb #671f8668
 def prepare_dataset(source, root, split=None, replace=False, val=1, test=1, seed=0, case_of=case_of, origin=None,
                     value_range=None):
@@ -584,9 +591,10 @@ def prepare_dataset(source, root, split=None, replace=False, val=1, test=1, seed
     """
     source, root = absolute_path(source), absolute_path(root)
     check_fillable(root, replace)
+    folders = [kind_folder(source, kind) for kind in ('CT', 'MRI')]
     if any(source.resolve().is_relative_to((root / part).resolve()) for part in dataset_parts()):
         raise ValueError(f'{source} lies in the data set that would be replaced; copy it to another folder first.')
-    pairs = list_pairs(source / 'CT', source / 'MRI')
+    pairs = list_pairs(*folders)
     split, rule = plan_split([pair.name for pair in pairs], source, split, val, test, seed, case_of)
     with fill_dataset(root, replace) as folder:
         copy_split(pairs, split, folder, case_of, value_range)

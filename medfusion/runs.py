@@ -632,8 +632,15 @@ def check_folders(parameters) -> None:
                 words += '' if Path(given).is_absolute() else '; a relative path is relative to nbs/'
                 if from_here.is_dir():
                     words += f': from there it is {os.path.relpath(from_here, nbs_dir())!r}'
-            raise FileNotFoundError(f'{words}). Name the folder of your slices, or get some: `medfusion data harvard` '
+            raise FileNotFoundError(f'{words}). {_beside(parameters)}Name the folder of your slices, or get some: `medfusion data harvard` '
                                     'downloads the public ones, `medfusion data phantom` draws synthetic ones.')
+
+
+def _beside(parameters):
+    "How to name the slices of the current folder, where those that were meant to be in the clone lie there; '' where they do not."
+    given = {name: getattr(parameters, name) for name in ('ct_dir', 'mri_dir')}
+    found = {name: text.removeprefix('../') for name, text in given.items() if text.startswith('../') and Path(text[3:]).is_dir()}
+    return f'The current folder holds them: `{" ".join(f"-p {name}={text}" for name, text in found.items())}`. ' if len(found) == 2 else ''
 
 # %% ../nbs/09_runs.ipynb #cc8236d2
 def listed_cases(text) -> list[str]:
@@ -647,10 +654,10 @@ def named_cases(parameters) -> dict[str, list[str]] | None:
     return {part: listed_cases(text) for part, text in texts.items()} if any(texts.values()) else None
 
 # %% ../nbs/09_runs.ipynb #a5500e50
-def sides(cases, chosen: dict, folder) -> dict[str, list[str]]:
+def sides(cases, chosen: dict, folder, needed=('test', 'train')) -> dict[str, list[str]]:
     """The cases of each part: those `chosen` for 'val' and 'test', all others to train on.
 
-    Raises ValueError for a case that `folder` does not hold or that is on two sides, and for a side without a case.
+    Raises ValueError for a case that `folder` does not hold or that is on two sides, and for a `needed` side without a case.
     """
     named = [*chosen['val'], *chosen['test']]
     unknown, twice = [case for case in named if case not in cases], [case for case in named if named.count(case) > 1]
@@ -658,10 +665,11 @@ def sides(cases, chosen: dict, folder) -> dict[str, list[str]]:
         raise ValueError(f'val_cases or test_cases name case {unknown[0]}; {folder} holds {", ".join(sort_cases(cases))}.')
     if twice:
         raise ValueError(f'Case {twice[0]} is named twice in val_cases and test_cases; a case has one side.')
-    if not chosen['test'] or len(named) == len(cases):
-        side = 'test' if not chosen['test'] else 'train'
-        raise ValueError(f'No case of {folder} is left to {side} on; name the sides by val_cases and test_cases.')
-    return {'train': [case for case in sort_cases(cases) if case not in named], **chosen}
+    found = {'train': [case for case in sort_cases(cases) if case not in named], **chosen}
+    if lacking := [side for side in needed if not found[side]]:
+        remedy = {'test': 'name some by test_cases', 'train': 'name fewer by val_cases and test_cases'}[lacking[0]]
+        raise ValueError(f'No case of {folder} is left to {lacking[0]} on; {remedy}.')
+    return found
 
 # %% ../nbs/09_runs.ipynb #895479bf
 def divide(folders, seed: int, training: dict | None = None, value_range=None, chosen=None) -> tuple[CTMRIDataset | None, ...]:

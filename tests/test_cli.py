@@ -29,6 +29,7 @@ from medfusion.cli import app
 from medfusion.evaluation import GrowingTable
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
+from medfusion.runs import nbs_dir
 
 
 def medfusion(*arguments):
@@ -224,6 +225,35 @@ def test_data_import(tmp_path, monkeypatch):
         path.unlink()
     assert_sentence(medfusion('data', 'import', 'source', 'few'), '2 cases of', 'source cannot give', 'ask for fewer (--val 0, --test 0), or add patients')
     assert medfusion('data', 'import', 'source', 'few', '--val', 0).exit_code == 0
+
+
+def test_sides_may_be_named_and_empty_and_folders_in_small_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_flat(Path('source'), {f'{case}001.png': 64 for case in range(1, 5)})
+    assert_sentence(medfusion('data', 'import', 'source', 'mine', '--val-cases', '3'), 'left to test on', '--test-cases', '--test 0')
+    assert_sentence(medfusion('data', 'import', 'source', 'mine', '--test-cases', '1,2,3,4'), 'left to train on', '--val-cases')
+    assert_sentence(medfusion('data', 'import', 'source', 'mine', '--test-cases', '7'), '--val-cases or --test-cases name case 7')
+    assert medfusion('data', 'import', 'source', 'mine', '--val-cases', '3', '--test', '0').exit_code == 0
+    assert [len(list(Path('mine').glob(f'{part}/CT/*.png'))) for part in ('train', 'val', 'test')] == [3, 1, 0]
+    for kind in ('CT', 'MRI'):
+        Path('source', kind).rename(f'source/{kind.lower()}')
+    result = medfusion('data', 'import', 'source', 'other')
+    assert result.exit_code == 0 and sorted(path.name for path in Path('other/train').iterdir()) == ['CT', 'MRI']
+    assert_sentence(medfusion('data', 'import', 'source', 'source/ct', '--replace'), 'is what is read')
+
+
+def test_a_data_set_beside_the_clone_is_trained_on_as_it_is_told(tmp_path, monkeypatch):
+    "The command that is printed names its folders, and training without them says what is there."
+    (tmp_path / 'nbs').mkdir()
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\nlib_name = medfusion\nnbs_path = nbs\n')
+    shutil.copy(nbs_dir() / 'trainable-wavelet-fusion.ipynb', tmp_path / 'nbs')
+    (tmp_path / 'a b').mkdir()
+    monkeypatch.chdir(tmp_path / 'a b')
+    write_flat(Path('source'), {f'{case}001.png': 64 for case in range(1, 5)})
+    folders = '-p ct_dir=Dataset/train/CT -p mri_dir=Dataset/train/MRI'
+    assert medfusion('data', 'import', 'source').stdout.splitlines()[-1] == f'train on it: medfusion train wavelet {folders}'
+    assert_sentence(medfusion('train', 'wavelet'), f'There is no folder {tmp_path}/Dataset/train/CT', folders)
+    assert medfusion('data', 'import', 'source', '../Dataset').stdout.splitlines()[-1] == 'train on it: medfusion train wavelet'
 
 
 def test_what_cannot_be_trained_on_is_told_with_the_parameter_that_helps(tmp_path):
