@@ -681,6 +681,8 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
             raise ProcessLost(error.evalue) from None
         known = issubclass(getattr(builtins, error.ename, KeyError), (ValueError, OSError))
         reason = re.sub(r'^\[Errno \d+\] ', '', error.evalue) if known else f'{error.ename}: {error.evalue}'
+        if known and not executed.written:          # a sentence that says what to do, and no notebook in which to look
+            raise ValueError(reason) from error
         raise ValueError(f'{notebook} stopped {place_of_cell(executed.text, error.cell_index)}: {reason.rstrip(".")}{where()}') from error
     except DeadKernelError:
         raise ValueError(f'The kernel of {notebook} died without a word; the log of the system may say why{where()}') from None

@@ -31,7 +31,7 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from .figures import checkerboard, mosaic
-from .files import abandoned_folders, absolute_path, clear_scratch, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
+from .files import abandoned_folders, absolute_path, clear_scratch, missing_sentence, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_device, find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
@@ -588,9 +588,11 @@ def fill_study(folder, study: Study, progress=quietly) -> Path:
 def record_in(folder) -> dict:
     "What run.json says of the study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
     folder = absolute_path(folder)
-    record = read_json(folder / 'run.json')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{missing_sentence(folder, "folder")} A study is made by medfusion scan CT MRI -o STUDY.')
+    record = read_json(folder / 'run.json') if (folder / 'run.json').is_file() else {}
     if record.get('format') != 'medfusion study 1':
-        raise ValueError(f'{folder} holds no study of medfusion; make one with medfusion scan.')
+        raise ValueError(f'{folder} is no study that medfusion scan wrote; make one: medfusion scan CT MRI -o STUDY.')
     for name, known in record.get('files_sha256', {}).items():
         if not (folder / name).is_file():
             raise ValueError(f'{folder} has lost {name}; make the study again.')

@@ -133,6 +133,12 @@ def test_a_study_is_fused_again_in_its_own_folder_and_what_goes_is_told_before(s
     assert ('kept is replaced as a whole' in result.output) == bool(lost) and all(name in result.output for name in lost)
 
 
+def test_a_fault_of_the_scans_is_told_without_the_notebook(patient, tmp_path):
+    words = ['scan', patient / 'mri', patient / 'ct', '-o', tmp_path / 'study', '-m', 'maximum']
+    result = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
+    assert result.exit_code == 1 and 'the order is CT, then MRI' in result.output and 'ipynb' not in result.output
+
+
 def test_fusing_again_needs_no_registration(study, tmp_path):
     with new_folder_at(tmp_path / 'study') as folder:
         fill_study(folder, study)

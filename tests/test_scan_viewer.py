@@ -255,13 +255,15 @@ def test_the_notebook_keeps_no_picture_unless_asked():
 
 def test_what_is_no_study_is_told_in_a_sentence(tmp_path):
     run = lambda: CliRunner().invoke(app, ['view', str(tmp_path)], prog_name='medfusion')
-    assert run().exit_code == 1 and 'run.json' in run().output
+    assert run().exit_code == 1 and 'no study that medfusion scan wrote' in run().output and 'medfusion scan CT MRI -o STUDY' in run().output
     (tmp_path / 'run.json').write_text('{"format": "something else"}')
     assert run().exit_code == 1 and 'no study' in run().output
     fill_study(tmp_path, a_study())
     (tmp_path / 'ct.nii.gz').unlink()
     with pytest.raises(ValueError, match='has lost ct.nii.gz'):
         view_scan(tmp_path)
+    with pytest.raises(FileNotFoundError, match='There is no folder .*/nowhere.* medfusion scan CT MRI -o STUDY'):
+        view_scan(tmp_path / 'nowhere')
 
 
 def test_the_command_opens_a_notebook_that_vanishes(tmp_path, monkeypatch):
