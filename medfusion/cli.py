@@ -1085,7 +1085,7 @@ def benchmark(
 # %% ../nbs/50_cli.ipynb #efa9f064
 @data_app.command('scans')
 def phantom_scans(
-    output: Annotated[Path, typer.Option('--output', '-o', parser=typed_path, metavar='FOLDER', help='a new folder')],
+    out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='FOLDER', help='a new folder')],
     seed: Annotated[int, typer.Option(min=0, help='which head')] = 0,
     contrast: Annotated[str, typer.Option(help='of the MRI: T1, T2 or FLAIR')] = 'T1',
     degrees: Annotated[float, typer.Option(min=0, max=180, help='up to how far the head is turned between the scanners')] = 15,
@@ -1099,17 +1099,19 @@ def phantom_scans(
     from medfusion.files import check_vacant
     from medfusion.phantom_volume import phantom_study, write_study
     from medfusion.scans import scan_table, table_text
-    check_vacant(output)
+    check_vacant(out)
     spacings = ((v, v, max(z, v)) for v, z in ((voxel, 2.5), (max(voxel, .9), 4.)))
     study = phantom_study(seed, *spacings, contrast, (degrees, mm))
-    typer.echo(f'{study}\n{table_text(scan_table(write_study(study, output)))}')
+    typer.echo(f'{study}\n{table_text(scan_table(write_study(study, out)))}')
 
 # %% ../nbs/50_cli.ipynb #17bad507
 @app.command()
 def scans(
     path: Annotated[Path, typer.Argument(parser=typed_path, metavar='FOLDER', help='a folder of DICOM files, or a file')],
 ):
-    """List the series of a folder: size, spacing, plane, and what is odd or wrong with each.
+    """List the series of a folder: size, spacing, plane, where it lies, and what is odd or wrong with each.
+
+    medfusion scan takes the folder of a series, or this one for both with the numbers: -p ct_series=1 -p 'mri_series=[2]'.
 
     Example: medfusion scans demo_scans
     """

@@ -10,7 +10,7 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
            'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of',
            'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
-           'chosen_series', 'read_scan', 'scan_row', 'series_row', 'scan_table', 'table_text']
+           'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -779,18 +779,25 @@ def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
     return scan
 
 # %% ../nbs/30_scans.ipynb #ff77a019
-def scan_row(number, name, scan: Scan | None, fault: str = '') -> dict:
+def scan_row(number, name, where, scan: Scan | None, fault: str = '') -> dict:
     "A row of the table of `scan_table`."
     if scan is None:
-        return {'series': number, 'what': name, 'size': '', 'spacing': '', 'plane': '', 'notes': fault}
+        return {'series': number, 'what': name, 'size': '', 'spacing': '', 'plane': '', 'where': where, 'notes': fault}
     return {'series': number, 'what': name, 'size': '×'.join(map(str, scan.image.GetSize())), 'spacing': '×'.join(f'{s:.3g}' for s in scan.image.GetSpacing()),
-            'plane': plane_of(scan.image.GetDirection()), 'notes': fault or ' '.join(scan.notes) or 'whole'}
+            'plane': plane_of(scan.image.GetDirection()), 'where': where, 'notes': fault or ' '.join(scan.notes) or 'whole'}
+
+# %% ../nbs/30_scans.ipynb #2fb89273
+def where_in(root, files) -> str:
+    "Where files are, as seen from the folder (or file) that was asked: the file, if it is one, else the folder that holds them all; '.' is that folder itself."
+    root, files = Path(root), sorted(set(files))
+    place = files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
+    return os.path.relpath(place, root if root.is_dir() else root.parent)
 
 # %% ../nbs/30_scans.ipynb #e8404ade
-def series_row(one: Series) -> dict:
-    "The row of a series of DICOM slices, from its headers alone."
+def series_row(one: Series, root) -> dict:
+    "The row of a series of DICOM slices that was found in a folder or file, from its headers alone."
     header, sound = one.header, one.slices[0].axes is not None and one.slices[0].position is not None and one.slices[0].numbers('PixelSpacing', 2) is not None
-    row = scan_row(one.number, one.name, None) | {'size': f'{header.Columns}×{header.Rows}×{len(one.slices)}', 'plane': plane_of(one.slices[0].axes) if sound else ''}
+    row = scan_row(one.number, one.name, where_in(root, [each.path for each in one.slices]), None) | {'size': f'{header.Columns}×{header.Rows}×{len(one.slices)}', 'plane': plane_of(one.slices[0].axes) if sound else ''}
     notes = [f'{one.fault}.'] if one.fault else []
     if sound and len(one.slices) > 1:
         stack = stacked(one.slices)
@@ -800,17 +807,21 @@ def series_row(one: Series) -> dict:
 
 # %% ../nbs/30_scans.ipynb #005b6ae5
 def scan_table(path) -> list[dict]:
-    "A row for each series of a folder or file, DICOM first: number, what it is, size, spacing (mm), plane, and what is odd or wrong with it."
+    """A row for each series of a folder or file, DICOM first: number, what it is, size, spacing (mm), plane, where it is, and what is odd or wrong with it.
+
+    Raises FileNotFoundError, and ValueError where there is none."""
     path = Path(path)
     series, found = list_series(path) if not format_reader(path) else ([], Folder([], [], []))
-    rows = [series_row(one) for one in series]
+    rows = [series_row(one, path) for one in series]
     for file in [path] if format_reader(path) else sorted(file for file in path.rglob('*') if format_reader(file)) if path.is_dir() else []:
         try:
-            rows.append(scan_row(file.name, '', format_reader(file)(file)))
+            rows.append(scan_row('', '', where_in(path, [file]), format_reader(file)(file)))
         except ValueError as error:
-            rows.append(scan_row(file.name, '', None, str(error)))
-    rows += [scan_row('', kind, None, f'{found.others.count(kind)} file(s), no scans') for kind in sorted(set(found.others))]
-    return rows or [scan_row('', 'nothing', None, nothing_sentence(path, found, series))]
+            rows.append(scan_row('', '', where_in(path, [file]), None, str(error)))
+    rows += [scan_row('', kind, '', None, f'{found.others.count(kind)} file(s), no scans') for kind in sorted(set(found.others))]
+    if not rows:
+        raise ValueError(nothing_sentence(path, found, series))
+    return rows
 
 # %% ../nbs/30_scans.ipynb #c10f3e7c
 def table_text(rows: list[dict]) -> str:
