@@ -565,7 +565,10 @@ class FolderReport:
     def __str__(self):
         older = f' ({len(self.replaced)} in place of an older result)' if self.replaced else ''
         counts = f'{len(self.fused)} fused{older}, {len(self.skipped)} already there, {len(self.failed)} failed'
-        reasons = [f'  {name}: {reason}' for name, reason in sorted(self.failed.items())]
+        alike = {}
+        for name, reason in sorted(self.failed.items()):
+            alike.setdefault(reason, []).append(name)
+        reasons = [f'  {", ".join(names)}: {reason}' for reason, names in alike.items()]
         return '\n'.join([f'{counts}; in {self.out_dir}', *reasons])
 
 # %% ../nbs/20_inference.ipynb #2b0fb620

@@ -25,7 +25,7 @@ from torch import nn
 
 from medfusion import inference
 from medfusion.files import list_pairs, luminance, read_image, sha256_of, to_depth, write_image
-from medfusion.inference import (check_output, find_model, fuse, fuse_folder, load_model, methods, model_sha256, receptive_radius, shipped_models,
+from medfusion.inference import (FolderReport, check_output, find_model, fuse, fuse_folder, load_model, methods, model_sha256, receptive_radius, shipped_models,
                                  with_luminance)
 from medfusion.phantom import phantom_slice
 from medfusion.runs import save_checkpoint, write_run
@@ -586,6 +586,11 @@ def test_folder_equals_its_pairs(folders, network, batch_size):
         alone = fuse(folders / 'CT' / name, folders / 'MRI' / name, network)
         written = read_image(folders / 'out' / name)
         assert written.dtype == alone.dtype and np.abs(written.astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_pairs_that_failed_alike_share_a_line():
+    report = FolderReport(Path('out'), failed={'2.png': 'swapped', '3.png': 'cut off', '1.png': 'swapped'})
+    assert str(report).splitlines()[1:] == ['  1.png, 2.png: swapped', '  3.png: cut off']
 
 
 def test_bad_pairs_do_not_stop_the_others(folders, network):
