@@ -681,9 +681,8 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
             raise ProcessLost(error.evalue) from None
         known = issubclass(getattr(builtins, error.ename, KeyError), (ValueError, OSError))
         reason = re.sub(r'^\[Errno \d+\] ', '', error.evalue) if known else f'{error.ename}: {error.evalue}'
-        if known and not executed.written:          # a sentence that says what to do, and no notebook in which to look
-            raise ValueError(reason) from error
-        raise ValueError(f'{notebook} stopped {place_of_cell(executed.text, error.cell_index)}: {reason.rstrip(".")}{where()}') from error
+        place = place_of_cell(executed.text, error.cell_index)      # for who can look into the notebook, or has to
+        raise ValueError(f'{notebook} stopped {place}: {reason.rstrip(".")}{where()}' if executed.written or not known else reason) from error
     except DeadKernelError:
         raise ValueError(f'The kernel of {notebook} died without a word; the log of the system may say why{where()}') from None
     finally:
@@ -1130,6 +1129,7 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
     check_model(asked['model'])
     with new_folder_at(out, replace) as folder:
+        tell_replaced(out, asked['window'])
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once they are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -1214,10 +1214,7 @@ def scan(
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """
     out = out or study or Path('study')
-    given = scan_parameters(context.params | {'out': out})
-    if replace:
-        tell_replaced(out, given['window'])
-    tell_study(run_scan_notebook(given, out, replace), out)
+    tell_study(run_scan_notebook(scan_parameters(context.params | {'out': out}), out, replace), out)
 
 # %% ../nbs/50_cli.ipynb #89c1b775
 @app.command()
