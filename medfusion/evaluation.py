@@ -177,10 +177,11 @@ def ranks(means) -> pd.DataFrame:
 
 # %% ../nbs/21_evaluation.ipynb #5ee7bb02
 def cases_trained_on(checkpoint) -> set[str] | None:
-    "The cases that a checkpoint's network was trained on, by the metadata.json beside it; None where that does not say."
+    "The cases that a checkpoint's network was trained on, or one on which it stands, by the metadata.json beside it; None where that does not say."
     path = Path(checkpoint).with_name('metadata.json')
-    cases = read_json(path).get('cases') if path.is_file() else None
-    return set(cases['train']) if isinstance(cases, dict) and cases.get('train') else None
+    told = read_json(path) if path.is_file() else {}
+    cases = told.get('cases')
+    return {*cases['train'], *(told.get('seen_before') or ())} if isinstance(cases, dict) and cases.get('train') else None
 
 # %% ../nbs/21_evaluation.ipynb #c5fd64d6
 def lesion_table(data_set, methods) -> pd.DataFrame | None:

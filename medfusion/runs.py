@@ -12,7 +12,7 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
            'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
            'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
-           'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
+           'resume_settings', 'warn_of_changes', 'Run', 'cases_before', 'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -1000,6 +1000,7 @@ class Run:
     split: dict | None = None
     notebook: str = ''
     started: float = field(default_factory=time.time)
+    seen_before: list | None = None    # what the networks saw on which it stands, see `cases_before`
     data_sha256: str | None = None    # set by `fit`, as are the hashes of the checkpoints that it wrote, by file name
     checkpoints: dict = field(default_factory=dict)
     begun: bool = False    # until it is, an earlier record of this run stands
@@ -1020,6 +1021,15 @@ class Run:
             warn_of_changes(self.files, self.checkpoints)
             if self.begun or state == 'finished':
                 self.record(state, numbers)
+
+# %% ../nbs/09_runs.ipynb #195bb650
+def cases_before(parameters) -> list[str] | None:
+    "The cases that those networks saw on which a run with these parameters stands, as `seen_before` finds them; None where nothing tells."
+    from medfusion.cross_validation import seen_before    # imported only now: it stands on this module
+    try:
+        return sort_cases(seen_before(vars(parameters)))
+    except (ValueError, OSError):
+        return None
 
 # %% ../nbs/09_runs.ipynb #c6917068
 class SharedRun(Run):
@@ -1055,7 +1065,7 @@ def open_run(method: str, parameters, files: CheckpointFiles | None = None, spli
         return SharedRun(method, parameters, files, split, notebook)
     if folder in Run.at_work:
         Run.at_work.pop(folder).locks.close()
-    run = Run(method, parameters, files, split, notebook)
+    run = Run(method, parameters, files, split, notebook, seen_before=cases_before(parameters))
     places = {folder} if files is None else {folder, files.intermediate, files.final}
     with contextlib.ExitStack() as locks:
         claimed = {place for place in places if place.is_dir()}

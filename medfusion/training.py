@@ -380,7 +380,7 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
         save_checkpoint(files.best(), **facts)
         if run is not None:
             run.checkpoints[files.best_name] = sha256_of(files.best())
-        write_metadata(files.best(), shipped=False, cases=None if run is None else run.split)
+        write_metadata(files.best(), shipped=False, cases=run and run.split, seen_before=run and run.seen_before)
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:

@@ -18,7 +18,8 @@ import torch
 from conftest import in_child, notebook
 from torch import nn
 
-from medfusion.files import sha256_of
+from medfusion.evaluation import cases_trained_on
+from medfusion.files import read_json, sha256_of, write_json
 from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, saved_epochs)
 from medfusion.training import fit
 
@@ -746,3 +747,18 @@ def test_a_tracker_gets_every_epoch(tmp_path):
     with pytest.raises(ValueError, match="no tracker 'tensorbord'"):
         fit(net, step, Numbers(), None, toy_files(tmp_path, run='b'), epochs=1, batch_size=4, optimizer=torch.optim.Adam(net.parameters()), method='toy',
             config={}, progress='none', tracker='tensorbord')
+
+
+def test_what_a_network_saw_on_which_a_run_stands_it_saw_too(tmp_path):
+    path, seen = '', []
+    for name, role in (('first', 'start'), ('second', 'teacher'), ('third', 'masks')):
+        given = {role: path, 'run': name}
+        run(tmp_path, epochs=1, given=given)
+        path = str(toy_files(tmp_path, **given).best())
+        if name == 'first':      # one that saw others, of before anything told on what it stood
+            beside = Path(path).with_name('metadata.json')
+            told = read_json(beside)
+            assert told.pop('seen_before') == []
+            write_json(beside, told | {'cases': {'train': ['1', '2']}})
+        seen.append(cases_trained_on(path))
+    assert seen == [{'1', '2'}, {'1', '2', '7'}, {'1', '2', '7'}]
