@@ -23,7 +23,7 @@ from .baselines import baselines
 from .data import CTMRIDataset, dataset_parts, sort_cases
 from .evaluation import cases_trained_on, evaluate, reported_columns, summarise
 from .files import list_images, plain, read_json, sha256_of, to_depth, write_image, write_json
-from .inference import find_model, in_place, load_model, methods, network_roles
+from .inference import find_model, in_place, load_model, methods, network_for, network_roles
 from .metrics import lower_is_better
 from .phantom import phantom_slice
 from .runs import check_parameters, listed_cases, make_folder, range_of, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
@@ -81,7 +81,7 @@ def recipe_sha256(folder, record: dict | None = None) -> str | None:
 
 # %% ../nbs/24_cross_validation.ipynb #3dfc5ac5
 def run_values(folder) -> dict:
-    "The values of the recipe by which the run in this folder was made; a run, or a recorded fold, that it stands on counts by the hash of its values."
+    "The values of the recipe by which the run in this folder was made; the folder of a run, or of a recorded fold, that it stands on counts by the hash of its values, run:NAME by its name."
     record = read_run(folder)
     [method] = [method for method in methods().values() if method.directory == record['method']]
     values = recipe_values(method.notebook, record['parameters'])
@@ -92,11 +92,11 @@ def run_values(folder) -> dict:
 def seen_before(values: dict) -> set[str]:
     """The cases that the networks were trained on which a run with these parameters stands on: those of `network_roles`, and `backbone_weights`.
 
-    Raises ValueError where nothing tells. ImageNet's photographs hold no case.
+    Raises ValueError where nothing tells, and for a rule. ImageNet's photographs hold no case.
     """
     backbone, seen = values.get('backbone_weights', 'none'), set()
-    for network in filter(None, map(values.get, network_roles())):
-        known = cases_trained_on(find_model(in_place(network, resolve_path)).path)
+    for role, network in ((role, values[role]) for role in network_roles() if values.get(role)):
+        known = cases_trained_on(network_for(role, network).path)
         if known is None:
             raise ValueError(f'Nothing says on which cases {network} was trained; a metadata.json beside a checkpoint does.')
         seen |= known

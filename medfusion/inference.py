@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['network_roles', 'MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'run_named', 'is_name',
-           'at_sign', 'FoundModel', 'find_model', 'named_model', 'in_place', 'method_of', 'find_device', 'at_lesions',
-           'load_model', 'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch', 'as_given',
-           'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
-           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
-           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'answer_stops', 'HeldStops',
-           'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled',
-           'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts', 'open_job',
-           'close_job', 'fuse_folder']
+           'at_sign', 'FoundModel', 'find_model', 'named_model', 'in_place', 'network_for', 'method_of', 'find_device',
+           'has_dial', 'at_lesions', 'load_model', 'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch',
+           'as_given', 'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice',
+           'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse',
+           'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here',
+           'answer_stops', 'HeldStops', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused',
+           'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts',
+           'open_job', 'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -70,10 +70,11 @@ class MethodInfo(NamedTuple):
         return getattr(importlib.import_module(self.module), self.cls)
 
     def check(self, parameters) -> None:
-        "Raises ValueError or FileNotFoundError for parameters that `check_config` of the module, if it has one, refuses, and for `network_roles` that name none."
+        "Raises ValueError or FileNotFoundError for parameters that `check_config` of the module, if it has one, refuses, and for `network_roles` that name no network."
         getattr(importlib.import_module(self.module), 'check_config', lambda parameters: None)(parameters)
-        for network in filter(None, (getattr(parameters, role, '') for role in network_roles())):
-            check_model(in_place(network, resolve_path))
+        for role in network_roles():
+            if network := getattr(parameters, role, ''):
+                check_model(network_for(role, network))
 
 # %% ../nbs/20_inference.ipynb #fb7abbb0
 def methods() -> dict[str, MethodInfo]:
@@ -180,17 +181,23 @@ class FoundModel(NamedTuple):
     rule: Callable | None = None
     lesions: float | None = None
 
+    def turned(self, lesions: float, spec: str = '') -> 'FoundModel':
+        "The same model with its dial at `lesions`, called `spec`. ValueError where it was said already where the dial is to stand."
+        spec = spec or f'{self.spec}@{lesions:g}'
+        if self.lesions is not None:
+            raise ValueError(f'{spec!r} says twice where the dial is to stand; say it once, as in wavelet@0.5.')
+        return self._replace(spec=spec, lesions=lesions)
+
 # %% ../nbs/20_inference.ipynb #d7c17c3d
 def find_model(spec) -> FoundModel:
-    "What `spec` means by the grammar above. Raises FileNotFoundError or ValueError with the names that there are."
+    "What `spec` means by the grammar above; a FoundModel is what it is. Raises FileNotFoundError or ValueError with the names that there are."
+    if isinstance(spec, FoundModel):
+        return spec
     if not isinstance(spec, (str, Path)) or not str(spec).strip():
         raise ValueError(f'{spec!r} names no model; give a name ({_names()}), a checkpoint, or a network.')
     text = str(spec)
     if turned := at_sign(text):
-        found = find_model(turned[0])
-        if found.lesions is not None:
-            raise ValueError(f'{text!r} says twice where the dial is to stand; say it once, as in wavelet@0.5.')
-        return found._replace(spec=text, lesions=turned[1])
+        return find_model(turned[0]).turned(turned[1], text)
     if text in methods():
         if text not in shipped_models():
             raise FileNotFoundError(f'No trained {text} network comes with the package; train one, and name run:NAME.')
@@ -224,8 +231,16 @@ def named_model(text: str) -> tuple[str, str]:
 def in_place(spec: str, place) -> str:
     "A model as `find_model` takes it, its path as the function `place` makes it; names of networks, rules and runs stay, and so does the dial."
     path, at, lesions = spec.rpartition('@') if at_sign(spec) else (spec, '', '')
-    named = not path.strip() or is_name(path.partition('@')[0]) or path.startswith('run:')
+    named = not path.strip() or path.startswith('run:') or is_name(path.partition('@')[0]) and not re.search(r'[/\\]', path)
     return spec if named else f'{place(path)}{at}{lesions}'
+
+# %% ../nbs/20_inference.ipynb #de1d2cde
+def network_for(role: str, spec: str) -> FoundModel:
+    "What a parameter of `network_roles` means, a path in it as from `nbs/`. Raises what `find_model` raises, and ValueError for a rule."
+    found = find_model(in_place(spec, resolve_path))
+    if found.rule is not None:
+        raise ValueError(f'{role} is {spec}, a rule; name a network: wavelet, resnet, wavelet-lite, run:NAME, a checkpoint, or a folder with one.')
+    return found
 
 # %% ../nbs/20_inference.ipynb #fc7dcfdb
 def method_of(checkpoint: dict, path) -> MethodInfo:
@@ -254,12 +269,17 @@ def find_device(name='auto') -> torch.device:
         raise ValueError("The device 'mps' is that of Apple's processors, and there is none here; use 'auto' or 'cpu'.")
     return device
 
+# %% ../nbs/20_inference.ipynb #095bbb4e
+def has_dial(model) -> bool:
+    "Whether a model has a dial for lesions, as `WithDial` has it: a `dial`, and a `position` where it stands. What a network of your own calls a dial is none."
+    return getattr(model, 'dial', None) is not None and hasattr(model, 'position')
+
 # %% ../nbs/20_inference.ipynb #2857ab53
 def at_lesions(model, lesions: float | None, name: str = 'This model'):
     "The model with its dial at `lesions` (0 to 1), a shallow copy; the model itself for None. ValueError, with its `name`, where it has no dial."
     if lesions is None:
         return model
-    if getattr(model, 'dial', None) is None:
+    if not has_dial(model):
         raise ValueError(f'{name} has no dial for lesions; the networks that ship as wavelet and resnet have.')
     turned = copy(model)
     turned.lesions = model.position(lesions)
@@ -298,11 +318,13 @@ def check_model(spec) -> None:
 
 # %% ../nbs/20_inference.ipynb #0548bed7
 def start_from(model, spec):
-    """The model, now with the weights of the network that `spec` means (as of `load_model`). ValueError for another kind of network.
+    """The model, now with the weights of the network that `spec` means (as of `load_model`). ValueError for another kind of network, and for a dial that is turned where the model has none.
 
     What a model names in `free_at_start`, in its config, the other may have otherwise, or not at all: weights that the other lacks stay, and those that the model
     lacks, such as a dial, are left behind.
     """
+    if find_model(spec).lesions is not None and not has_dial(model):
+        raise ValueError(f'{spec} says where a dial is to stand, and the network that is to start from it has none; leave out the @ and what follows, or train one with a dial.')
     other, free = load_model(spec, device='cpu'), getattr(model, 'free_at_start', ())
     kinds = [(type(one).__name__, {name: value for name, value in getattr(one, 'config', {}).items() if name not in free})
              for one in (other, model)]     # by name: a notebook has its own class
@@ -505,12 +527,12 @@ def model_of(model, device='auto'):
         return model
     found = find_model(model)
     state = found.path.stat() if found.path else None
-    return _loaded(str(model), str(found.path), str(find_device(device)), state and (state.st_mtime_ns, state.st_size))
+    return _loaded(found, str(find_device(device)), state and (state.st_mtime_ns, state.st_size))
 
 
 @lru_cache(maxsize=4)
-def _loaded(spec, path, device, state):     # path and state notice another file under the same name
-    return load_model(spec, device)
+def _loaded(found, device, state):     # the path in what was found, and the state, notice another file under the same name
+    return load_model(found, device)
 
 # %% ../nbs/20_inference.ipynb #647de019
 def displaced_in(ct: torch.Tensor, mri: torch.Tensor, name: str) -> dict[str, Displacement]:
@@ -543,8 +565,14 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, l
     check_pair(x, y, name)
     if displaced := displaced_in(x, y, name or 'MRI'):
         warnings.warn(register_sentence(displaced, len(x)), stacklevel=2)
-    fused = fuse_batch(at_lesions(model_of(model, device), lesions), luminance(x), luminance(y), tile)
+    network = model_of(model, device)
+    fused = fuse_batch(network if lesions is None else _turned(network, lesions), luminance(x), luminance(y), tile)
     return as_given(fused if y.shape[1] == 1 else with_luminance(y.cpu(), fused), first)
+
+
+@lru_cache(maxsize=4, typed=True)
+def _turned(network, lesions):     # one object for each position, so that its `receptive_radius` is measured once
+    return at_lesions(network, lesions)
 
 # %% ../nbs/20_inference.ipynb #2e23b84f
 @dataclass
@@ -590,7 +618,7 @@ def pairs_to_fuse(ct_dir, mri_dir, shard=None) -> tuple[list[Pair], dict[str, st
 # %% ../nbs/20_inference.ipynb #e69f502d
 def model_sha256(model) -> str:
     "A SHA-256 of what a name means: of the checkpoint (file and configuration), and where its dial was turned to; of a rule and this version. Another one in each call for other objects."
-    found = find_model(model) if isinstance(model, (str, Path)) else FoundModel('', rule=model)
+    found = find_model(model) if isinstance(model, (str, Path, FoundModel)) else FoundModel('', rule=model)
     if found.path is not None:
         told = [sha256_of(found.path), str(found.lesions)][:1 + (found.lesions is not None)]
         if found.path.suffix == '.safetensors':      # its configuration, and with it where its dial stands, is in another file
@@ -913,13 +941,14 @@ def check_counts(**counts) -> None:
 def open_job(model, network, out_dir, sources, replace=False, value_range=None) -> FolderJob:
     """The job of fusing the `sources` into a folder, which is made, and is this network's from now on.
 
-    network: what `model`, a name, a path or an object, stands for. Raises ValueError or an OSError with a sentence where the folder cannot be had.
+    network: what `model`, a name, a path, a `FoundModel` or an object, stands for. Raises ValueError or an OSError with a sentence where the folder cannot be had.
     """
     report = FolderReport(check_output(out_dir, sources).resolve())
-    sha256, name = model_sha256(model), getattr(model, '__name__', str(model) if isinstance(model, (str, Path)) else f'a {type(model).__name__}')
+    named = str(getattr(model, 'spec', model)) if isinstance(model, (str, Path, FoundModel)) else f'a {type(model).__name__}'
+    sha256, name = model_sha256(model), getattr(model, '__name__', named)
     report.out_dir.mkdir(parents=True, exist_ok=True)
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
-    claim_record(job.record, sha256, getattr(model, '__name__', name), replace)
+    claim_record(job.record, sha256, name, replace)
     return job
 
 # %% ../nbs/20_inference.ipynb #57ee815d

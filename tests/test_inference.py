@@ -12,8 +12,9 @@ import threading
 import time
 import warnings
 from concurrent.futures import Future
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,10 @@ from PIL import Image, ImageCms
 from torch import nn
 
 from medfusion import inference
+from medfusion.cli import typed_model
 from medfusion.files import list_pairs, luminance, read_image, sha256_of, to_depth, write_image
-from medfusion.inference import (FolderReport, check_output, find_model, fuse, fuse_folder, load_model, methods, model_sha256, receptive_radius, shipped_models,
-                                 with_luminance)
+from medfusion.inference import (FolderReport, at_lesions, check_output, find_model, fuse, fuse_folder, in_place, load_model, methods, model_of,
+                                 model_sha256, network_roles, receptive_radius, shipped_models, start_from, with_luminance)
 from medfusion.phantom import phantom_slice
 from medfusion.runs import save_checkpoint, write_run
 
@@ -109,6 +111,58 @@ def test_a_dial_is_part_of_a_models_name(tmp_path, monkeypatch):
     assert find_model('mine.pt@1').lesions is None
     with pytest.raises(ValueError, match='no dial'):
         load_model('maximum@1')
+
+
+def test_where_a_dial_stands_may_be_said_as_a_value(tmp_path, monkeypatch):
+    "A file that is called like the turned network is not meant then."
+    monkeypatch.chdir(tmp_path)
+    for name, dial in (('net.pt', True), ('net.pt@1', False)):
+        network = methods()['wavelet'].network_class()(width=4, dial=dial)
+        save_checkpoint(tmp_path / name, method='trainable_wavelet_fusion', config=network.config, state_dict=network.state_dict(), epoch=1, metrics={})
+    found = find_model('net.pt').turned(1.)
+    assert found.spec == 'net.pt@1' and found.path == tmp_path / 'net.pt' and model_of(found, 'cpu').lesions == 1 and model_of('net.pt@1', 'cpu').dial is None
+    assert model_sha256(found) not in (model_sha256('net.pt'), model_sha256('net.pt@1'))
+    (tmp_path / 'net.pt@1').unlink()
+    assert model_sha256(found) == model_sha256('net.pt@1')
+    with pytest.raises(ValueError, match="'net.pt@1@0.5' says twice"):
+        found.turned(0.5)
+
+
+def test_a_turned_dial_is_measured_once(monkeypatch):
+    network = methods()['wavelet'].network_class()(width=4, dial=True).eval()
+    monkeypatch.setattr(inference, 'receptive_radius', lru_cache(lambda model: 8))
+    for _ in range(3):
+        fuse(*np.random.default_rng(0).random((2, 64, 80), dtype=np.float32), network, tile=64, lesions=0.25)
+    assert inference.receptive_radius.cache_info().misses == 1
+
+
+@pytest.mark.parametrize('role', network_roles())
+def test_a_rule_is_no_network_to_stand_on(role):
+    given = SimpleNamespace(dial=0., lesions=.5, w_detection=0.)
+    setattr(given, role, 'maximum')
+    with pytest.raises(ValueError, match=f'{role} is maximum, a rule'):
+        methods()['wavelet'].check(given)
+
+
+def test_a_position_in_a_start_is_for_a_network_with_a_dial():
+    plain = methods()['wavelet'].network_class()(**load_model('wavelet', 'cpu').config | {'dial': False})
+    with pytest.raises(ValueError, match='wavelet@0.3 says where a dial is to stand, and the network that is to start from it has none'):
+        start_from(plain, 'wavelet@0.3')
+
+
+def test_what_a_network_of_ones_own_calls_a_dial_is_none():
+    own = torch.nn.Module()
+    own.dial = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match='no dial for lesions'):
+        at_lesions(own, 0.5)
+
+
+def test_a_folder_may_be_called_like_a_turned_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'wavelet@old').mkdir()
+    shutil.copy(shipped_models()['wavelet'].path, tmp_path / 'wavelet@old/best.pt')
+    assert in_place('wavelet@old/best.pt', Path('/there').joinpath) == '/there/wavelet@old/best.pt'
+    assert typed_model('wavelet@old/best.pt@0.5') == str(tmp_path / 'wavelet@old/best.pt@0.5') and typed_model('wavelet@2') == 'wavelet@2'
 
 
 def test_a_dial_is_turned_once_and_whole_names_come_first(tmp_path, monkeypatch):
