@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from html import escape
+from inspect import signature
 from io import BytesIO
 from itertools import count, product
 from pathlib import Path
@@ -36,7 +37,7 @@ from PIL.PngImagePlugin import PngInfo
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
                                largest_disagreement, map_overlay, marked, overlay, window_level)
 from .files import luminance, write_atomically
-from .inference import at_lesions, with_luminance
+from .inference import at_lesions, has_dial, with_luminance
 from .metrics import grey_levels, invented_edges, lower_is_better, measure
 
 # %% ../nbs/40_explorer.ipynb #b7fb7e19
@@ -287,8 +288,9 @@ def where_invented(y, ct, mri):
 
 # %% ../nbs/40_explorer.ipynb #c71e58a4
 @torch.no_grad()
-def maps_of(name, function, ct, mri, **turned):
-    "The maps {'name: map': array (h, w)}, 1 where CT is chosen, that a function such as `model.maps` makes of a pair of tensors."
+def maps_of(name, function, ct, mri, lesions=None):
+    "The maps {'name: map': array (h, w)}, 1 where CT is chosen, that a function such as `model.maps` makes of a pair of tensors, and of `lesions` if it takes that."
+    turned = {'lesions': lesions} if lesions is not None and 'lesions' in signature(function).parameters else {}
     maps = function(ct, luminance(mri), **turned)
     return {f'{name}: {part}' + ' (1: from the MRI)' * (part == 'mri'): as_array(weights) for part, weights in maps.items()}
 
@@ -317,11 +319,10 @@ class SliceWork:
 
     def map(self, dataset, index, method, mode, fused):
         "What one of `map_modes` lays over what a method makes of a slice, {title: array}, given the future of `fuse`."
-        pair = self.read(dataset, index)
-        name, turned = (method[0], {'lesions': method[1]}) if isinstance(method, tuple) else (method, {})
+        pair, (name, lesions) = self.read(dataset, index), method if isinstance(method, tuple) else (method, None)
         if mode == 'invented':
             return {name: where_invented(fused.result()[1], *pair)}
-        return maps_of(name, self.map_functions[name], *pair, **turned) if name in self.map_functions else {}
+        return maps_of(name, self.map_functions[name], *pair, lesions) if name in self.map_functions else {}
 
 # %% ../nbs/40_explorer.ipynb #1422c2aa
 class SliceStore(SliceWork):
@@ -520,16 +521,20 @@ def method_boxes(names, first, changes):
 # %% ../nbs/40_explorer.ipynb #11f2ec4c
 def dialled(methods):
     "Of {name: method} those that have a dial for lesions, {name: where it stands}."
-    return {name: method.lesions for name, method in methods.items() if getattr(method, 'dial', None) is not None}
+    return {name: method.lesions for name, method in methods.items() if has_dial(method)}
 
 # %% ../nbs/40_explorer.ipynb #a38df2db
 def dial_slider(dials, changes):
-    "The slider 'lesions' for the dials of {name: position}, as {'lesions': slider}; {} where there is none."
+    "The slider 'lesions' for the dials of {name: position}, which it turns all alike once it is moved, as {'lesions': slider}; {} where there is none."
     if not dials:
         return {}
+
+    def turn(change):
+        dials.update(dict.fromkeys(dials, change['new']))
     control = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as the usual metrics like it, 1 every lesion', min=0.0, max=1.0,
                      step=0.05, value=next(iter(dials.values())))
-    control.observe(changes, 'value')
+    for told in (turn, changes):
+        control.observe(told, 'value')
     return {'lesions': control}
 
 # %% ../nbs/40_explorer.ipynb #07221d47
@@ -567,7 +572,8 @@ class ExplorerFrame(PictureBox):
         self.methods = method_boxes(store.methods, first, self.changes)
         self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice,
                          **self.panel.controls}
-        self.dials, self.controls = dialled(store.methods), self.controls | dial_slider(dialled(store.methods), self.changes)
+        self.dials = dialled(store.methods)
+        self.controls |= dial_slider(self.dials, self.changes)
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
         self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -588,7 +594,7 @@ class ExplorerFrame(PictureBox):
 # %% ../nbs/40_explorer.ipynb #28aca26c
 def asked_of(explorer):
     "What the store of an explorer is asked for: {name of a method shown: it, or the pair of it and where its dial stands}."
-    return {name: (name, explorer.controls['lesions'].value) if name in explorer.dials else name for name in explorer.shown}
+    return {name: (name, explorer.dials[name]) if name in explorer.dials else name for name in explorer.shown}
 
 # %% ../nbs/40_explorer.ipynb #4c0f7b1f
 def slices_shown(store, dataset, index, methods):
@@ -639,15 +645,21 @@ def find_disagreement(explorer):
 
 # %% ../nbs/40_explorer.ipynb #202935b6
 def show_view(explorer, dataset, name, methods, view, lesions=None):
-    "Sets an Explorer to a slice, by its file name, to some methods and a View, and its dial for lesions, and draws once."
+    """Sets an Explorer to a slice, by its file name, to some methods and a View, and its dials for lesions, and draws once.
+
+    lesions: where all dials are to stand, or {name of a method: where its dial is}. Raises ValueError for what the explorer does not have."""
     unknown = [method for method in methods if method not in explorer.methods]
     if unknown:
         raise ValueError(f'The explorer has no method {unknown[0]!r}; it has {", ".join(explorer.methods)}.')
+    dials = lesions if isinstance(lesions, dict) else dict.fromkeys(explorer.dials if lesions is not None else (), lesions)
+    for method, position in dials.items():
+        at_lesions(explorer.store.methods.get(method), position, str(method))       # refuses what is no position, or has no dial
     with explorer.changes.together():
         choose_slice(explorer.picker, dataset, name)
         set_view(explorer.panel, view)
-        if lesions is not None and explorer.dials:
-            explorer.controls['lesions'].value = lesions
+        if dials:
+            explorer.controls['lesions'].value = next(iter(dials.values()))
+            explorer.dials.update(dials)
         for method, box in explorer.methods.items():
             box.value = method in methods
 
@@ -656,7 +668,8 @@ def view_call(explorer):
     "The call of `show_view` that makes what an Explorer shows again."
     dataset = explorer.picker.dataset.value
     name = explorer.store.datasets[dataset].names[explorer.picker.index]
-    dial = f', lesions={explorer.controls["lesions"].value}' if explorer.dials else ''
+    alike = len({*explorer.dials.values()}) == 1
+    dial = f', lesions={next(iter(explorer.dials.values())) if alike else explorer.dials}' if explorer.dials else ''
     return f'show_view(explorer, {dataset!r}, {name!r}, {explorer.shown!r}, {explorer.panel.view!r}{dial})'
 
 # %% ../nbs/40_explorer.ipynb #4b90e113
@@ -725,7 +738,8 @@ def explore(datasets, methods, maps=None):
 
     `datasets` maps a name to a data set like CTMRIDataset or to pairs [(ct, mri), ...] as `fuse` takes them, `methods` a
     name to a function `fused = fuse(ct, mri)` on tensors (1, 1, H, W) in [0, 1], and `maps`, where a method has them, its
-    name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`. A network with a dial for lesions gets a slider for it.
+    name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`. For networks with a dial for lesions there is a slider: each is asked where
+    its own dial stands until that is moved, and then all are where it stands, the maps too if their function takes `lesions`.
     Raises ValueError where there is no slice or no method, or where maps belong to no method."""
     datasets = {name: PairList(data) if isinstance(data, (list, tuple)) else data for name, data in datasets.items()}
     empty = [name for name, data in datasets.items() if not len(data)]

@@ -132,7 +132,7 @@ def export_safetensors(model='wavelet', path='network.safetensors', replace: boo
     load_model(model, device='cpu')                   # refuses what is no whole network
     checkpoint, facts = load_checkpoint(source), read_json(told) if told.is_file() else {}
     facts = {} if facts.get('checkpoint') != source.name else {name: fact for name, fact in facts.items() if name not in ('checkpoint', 'sha256', *checkpoint)}
-    if lesions is not None:
+    if lesions not in (None, checkpoint['config'].get('lesions')):
         checkpoint['config'] = checkpoint['config'] | {'lesions': lesions}
         facts = {name: fact for name, fact in facts.items() if not name.endswith('numbers')}
     with together(path, beside):

@@ -224,9 +224,10 @@ def begin_with(decoder, network, spec):
     if type(network).__name__ != 'WaveletFusion':             # by name: a notebook has its own class
         raise ValueError(f'masks is {spec}, a {type(network).__name__}; name a wavelet network, such as wavelet.')
     own, found = decoder.network.state_dict(), without_dial(network).network.state_dict()
-    if {name: weights.shape for name, weights in own.items()} != {name: weights.shape for name, weights in found.items()}:
-        raise ValueError(f'masks is {spec}, a wavelet network of width {network.config["width"]} with {"one mask" if network.config["shared_mask"] else "four masks"}; '
-                         f'a second decoder begins with one of width {own["encode1.0.bias"].numel()} with four masks, such as wavelet.')
+    shapes, bound = [{name: weights.shape for name, weights in weights.items()} for weights in (own, found)], network.config['residual']
+    if shapes[0] != shapes[1] or bound != decoder.residual:
+        raise ValueError(f'masks is {spec}, a wavelet network of width {network.config["width"]} with {"one mask" if network.config["shared_mask"] else "four masks"} and '
+                         f'residual {bound:g}; name one of width {own["encode1.0.bias"].numel()} with four masks and residual {decoder.residual:g}, as this second decoder is.')
     decoder.network.load_state_dict(found)
     return decoder
 
@@ -238,7 +239,7 @@ class DialledLayers(WithDial, DecodedLayers):
         check_lesions(lesions)
         if dial and 'layer2' not in self.backbone.stages:
             raise ValueError(f'A second decoder sees the features of layer2, and deepest is {deepest!r}; give layer2 or more.')
-        self.dial, self.lesions = MaskDecoder(widths) if dial else None, lesions
+        self.dial, self.lesions = MaskDecoder(widths) if dial else None, float(lesions)
         self.free_at_start = ('dial', 'lesions') if dial else ('follow_edges', 'dial', 'lesions')    # with a dial all else stays as it was
 
     def turn(self, fused, slices, seen, white_bone, lesions):
@@ -262,7 +263,7 @@ class ResNetFusion(DialledLayers):
                  residual=0.2, white_bone=False, follow_edges=False, dial=False, lesions=0.5):
         super().__init__(backbone, backbone_sha256, deepest, widths, dial, lesions)
         self.config = {'backbone': backbone, 'backbone_sha256': self.backbone_sha256, 'deepest': deepest, 'widths': list(widths[:len(self.fusions)]),
-                       'residual': residual, 'white_bone': white_bone, 'follow_edges': follow_edges, 'dial': dial, 'lesions': lesions}
+                       'residual': residual, 'white_bone': white_bone, 'follow_edges': follow_edges, 'dial': dial, 'lesions': self.lesions}
 
     def forward(self, ct, mri, features=None, lesions=None):
         return self.fuse(ct, mri, features, lesions)[0]

@@ -186,7 +186,7 @@ class SubbandMasks(WithDial, nn.Module):
     def __init__(self, width, residual, shared_mask, dial=False, lesions=0.5):
         super().__init__()
         check_lesions(lesions)
-        self.residual, self.lesions = residual, lesions
+        self.residual, self.lesions = residual, float(lesions)
         self.network = MaskNetwork(width, masks=1 if shared_mask else 4)
         self.dial = Dial(self.network, ['encode1.2', 'encode2.2', 'encode3.2', 'decode2.0', 'decode1.0', 'head']) if dial else None
 
@@ -210,7 +210,7 @@ class WaveletFusion(SubbandMasks):
     def __init__(self, width=24, residual=0.25, cycle_spin=False, white_bone=False, shared_mask=False, dial=False, lesions=0.5):
         super().__init__(width, residual, shared_mask, dial, lesions)
         self.config = {'width': width, 'residual': residual, 'cycle_spin': cycle_spin, 'white_bone': white_bone, 'shared_mask': shared_mask,
-                       'dial': dial, 'lesions': lesions}
+                       'dial': dial, 'lesions': self.lesions}
 
     def forward(self, ct, mri, lesions=None):
         check_images(ct, mri, least=16)

@@ -13,9 +13,10 @@ from PIL import Image
 
 from medfusion.baselines import average, maximum
 from medfusion.data import CTMRIDataset
-from medfusion.explorer import (Explorer, PairList, SliceStore, View, caption, contact_sheet, explore, legend, look_at,
+from medfusion.explorer import (Explorer, PairList, SliceStore, View, asked_of, caption, contact_sheet, explore, legend, look_at,
                                 png_bytes, save_view, show_view, view_call, view_modes, view_tiles)
 from medfusion.figures import largest_disagreement
+from medfusion.inference import at_lesions
 from medfusion.phantom import write_phantom
 from medfusion.wavelet_fusion import WaveletFusion
 
@@ -513,3 +514,50 @@ def test_a_page_without_a_kernel_has_the_picture(explorer):
     shown = explorer._repr_mimebundle_()
     assert base64.b64decode(shown['image/png']) == explorer.picture.value
     assert 'application/vnd.jupyter.widget-view+json' in shown and 'methods' in shown['text/plain']
+
+
+@pytest.fixture
+def two_positions():
+    "One network twice, its dial at .5 and at 0."
+    network = WaveletFusion(width=8, dial=True).eval()
+    network.dial.ends[-1].data[0, 1] = 9.
+    return {'half': network, 'none': at_lesions(network, 0.)}
+
+
+def test_a_dial_stands_where_its_network_says_until_the_slider_is_moved(two_positions):
+    explorer = explore({'flat': [random_slices((48, 48), 2), random_slices((48, 48), 2, seed=1)]}, two_positions)
+    assert asked_of(explorer) == {'half': ('half', 0.5), 'none': ('none', 0.)} and not np.array_equal(explorer.slices['half'], explorer.slices['none'])
+    call, before = view_call(explorer), explorer.picture.value
+    explorer.controls['lesions'].value = 0.8
+    assert {*asked_of(explorer).values()} == {('half', 0.8), ('none', 0.8)} and np.array_equal(explorer.slices['half'], explorer.slices['none'])
+    assert view_call(explorer).endswith('lesions=0.8)')
+    exec(call, {'explorer': explorer, 'show_view': show_view, 'View': View})
+    assert explorer.picture.value == before and view_call(explorer) == call
+    show_view(explorer, 'flat', explorer.store.datasets['flat'].names[0], ['half'], View(), lesions=0.5)        # where the slider stands already
+    assert explorer.dials == {'half': 0.5, 'none': 0.5}
+
+
+@pytest.mark.parametrize('lesions, said', [(5, 'lesions is 5'), ({'half': -1}, 'lesions is -1'), ({'nobody': 0.5}, 'nobody has no dial')])
+def test_a_position_that_is_none_is_refused(two_positions, lesions, said):
+    explorer = explore({'flat': [random_slices((48, 48), 2)]}, two_positions)
+    with pytest.raises(ValueError, match=said):
+        show_view(explorer, 'flat', explorer.store.datasets['flat'].names[0], ['half'], View(), lesions=lesions)
+    assert explorer.dials == {'half': 0.5, 'none': 0.}
+
+
+def test_maps_of_two_slices_alone(two_positions):
+    network = two_positions['half']
+    explorer = explore({'flat': [random_slices((48, 48), 2)]}, two_positions, maps={'half': lambda ct, mri: network.maps(ct, mri), 'none': network.maps})
+    explorer.controls['mode'].value = 'maps'
+    assert 'numbers of the whole slice' in explorer.status.value
+
+
+def test_what_a_network_of_ones_own_calls_a_dial_gets_no_slider():
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dial = torch.nn.Linear(1, 1)
+
+        def forward(self, ct, mri):
+            return (ct + mri) / 2
+    assert 'lesions' not in explore({'flat': [random_slices((48, 48), 2)]}, {'mine': Mine().eval()}).controls

@@ -120,6 +120,11 @@ def test_a_dial_that_was_turned_stays_there(tmp_path):
     assert [onnx_facts(f'{shipped_models()["wavelet"].path}{at}')['lesions'] for at in ('', '@1')] == ['0.5', '1'] and 'lesions' not in onnx_facts('wavelet-lite')
 
 
+def test_the_numbers_of_a_networks_own_position_are_told_of_it(tmp_path):
+    told = read_json(export_network('wavelet@0.5', tmp_path / 'a.safetensors').with_name('metadata.json'))
+    assert told['numbers'] == shipped_models()['wavelet'].metadata['numbers']
+
+
 @pytest.mark.fault('export', 'killed, stopped or disk full between two files', points=4)
 def test_weights_and_what_is_known_of_them_change_together(tmp_path, monkeypatch):
     file = export_network('resnet', tmp_path / 'a.safetensors')

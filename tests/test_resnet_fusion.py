@@ -12,7 +12,7 @@ from medfusion.inference import at_lesions, load_model, start_from
 from medfusion.phantom import write_phantom
 from medfusion.resnet_fusion import (Config, ResNetFusion, begin_with, check_config, parameter_groups, perceptual_loss, training_sets,
                                      training_step)
-from medfusion.runs import notebook_parameters
+from medfusion.runs import notebook_parameters, save_checkpoint
 from medfusion.wavelet_fusion import WaveletFusion
 
 
@@ -189,10 +189,15 @@ def test_only_the_second_decoder_is_trained(dialled):
 
 def test_a_network_with_a_dial_starts_from_one_without(tmp_path):
     torch.manual_seed(1)
-    before = load_model('resnet', device='cpu')
-    model = start_from(ResNetFusion(**before.config | {'dial': True}), 'resnet').eval()
+    before = ResNetFusion('none', deepest='layer2', widths=(4, 8, 8), dial=False).eval()
+    torch.nn.init.normal_(before.head.weight, std=0.3)
+    path = save_checkpoint(tmp_path / 'before.pt', method='resnet_fusion', config=before.config, state_dict=before.state_dict(), epoch=1, metrics={})
+    model = ResNetFusion(**before.config | {'dial': True}).eval()
+    drawn = {name: weights.clone() for name, weights in model.dial.state_dict().items()}
+    start_from(model, str(path))
     with torch.no_grad():
-        assert torch.equal(model(*pair(1, 1, 32, 32), lesions=0), before(*pair(1, 1, 32, 32), lesions=0 if before.dial else None))
+        assert torch.equal(model(*pair(1, 1, 32, 32), lesions=0), before(*pair(1, 1, 32, 32)))
+    assert all(torch.equal(drawn[name], weights) for name, weights in model.dial.state_dict().items())
 
 
 def test_a_dial_is_added_to_nothing_but_the_network_that_was_there():
@@ -206,6 +211,7 @@ def test_masks_end_where_the_slice_does(dialled):
 
 
 @pytest.mark.parametrize('network, said', [(WaveletFusion(width=8), 'width 8'), (WaveletFusion(width=32, shared_mask=True), 'with one mask'),
+                                           (WaveletFusion(width=32, residual=0.1), 'residual 0.1; name one of width 32 with four masks and residual 0.25'),
                                            (ResNetFusion('none', deepest='stem', widths=(4,)), 'a ResNetFusion')])
 def test_masks_of_another_network_are_refused(dialled, network, said):
     with pytest.raises(ValueError, match=said):

@@ -1,11 +1,13 @@
 """The wavelet networks, the large and the small: any size, any type of numbers, black stays black, a slice alone equals the slice in a batch."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from medfusion import wavelet_lite
 from medfusion.inference import at_lesions, load_model, start_from
+from medfusion.runs import save_checkpoint
 from medfusion.wavelet_fusion import WaveletFusion, check_config, dial_step, haar, inverse_haar, training_step
 from medfusion.wavelet_lite import WaveletLite
 
@@ -263,3 +265,9 @@ def test_a_network_with_and_without_a_dial_starts_from_the_shipped_one(dial):
     with torch.no_grad():
         assert torch.allclose(model(*pair(1, 1, 32, 32)), shipped(*pair(1, 1, 32, 32), lesions=0.5), atol=1e-6)
     assert not dial or torch.equal(model.dial.ends[0], shipped.dial.ends[0])
+
+
+def test_a_position_of_any_number_can_be_saved(tmp_path):
+    network = WaveletFusion(width=4, dial=True, lesions=np.float32(0.25))
+    save_checkpoint(tmp_path / 'a.pt', method='trainable_wavelet_fusion', config=network.config, state_dict=network.state_dict(), epoch=1, metrics={})
+    assert load_model(str(tmp_path / 'a.pt'), device='cpu').lesions == 0.25
