@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
-           'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name', 'is_abandoned',
-           'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch', 'new_parents',
-           'whole_folder', 'write_synced', 'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of',
-           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line',
-           'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
-           'sort_by_key', 'kind_pattern', 'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming',
-           'files_for', 'read_pair']
+           'scan_words', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name',
+           'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch',
+           'new_parents', 'whole_folder', 'write_synced', 'way_to_write', 'write_atomically', 'encode_image',
+           'write_image', 'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line',
+           'add_whole', 'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names',
+           'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders', 'match_images',
+           'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
+import errno
 import hashlib
 import json
 import math
@@ -129,12 +130,18 @@ def luminance(image):
         return np.rint(0.299 * red + 0.587 * green + 0.114 * blue).astype(image.dtype)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
+# %% ../nbs/00_files.ipynb #e0c41637
+def scan_words(names) -> str:
+    "A sentence, after a space, that says what fuses scans, where one of these file names is that of a scan; '' else."
+    scan = re.compile(r'\.(dcm|ima|nii|nii\.gz|nrrd|mha|mhd)$', re.IGNORECASE)
+    return ' A scan (DICOM, NIfTI, NRRD, MetaImage) is fused by medfusion scan.' * any(map(scan.search, names))
+
 # %% ../nbs/00_files.ipynb #c376d1b6
 def file_bytes(path):
     "The bytes of an image file; a sentence with the path for an ending that is none of an image, or where nothing is to be read."
     path = absolute_path(path)
     if not suffix_of(path):
-        raise ValueError(f'{path} does not end in {", ".join(image_suffixes())}; convert it to one of these.')
+        raise ValueError(f'{path} does not end in {", ".join(image_suffixes())}; convert it to one of these.{scan_words([path.name])}')
     if not path.is_file():
         raise FileNotFoundError(missing_sentence(path))
     data = path.read_bytes()
@@ -326,6 +333,12 @@ def _clear_once(folder, process):
     "`clear_abandoned`, once for each folder and process."
     clear_abandoned(folder)
 
+# %% ../nbs/00_files.ipynb #d221b6df
+def way_to_write(error: OSError) -> str:
+    "What to do where a file could not be written: free some space where that is what lacks, or choose another folder."
+    full = errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)      # a quota is no matter of Windows
+    return 'Free some space or choose another folder' if error.errno in full else 'Choose another folder'
+
 # %% ../nbs/00_files.ipynb #5e0b7019
 def write_atomically(path: str | Path, data: bytes) -> Path:
     """The path, at which `data` now stands whole.
@@ -349,7 +362,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f'{path} could not be written ({error.strerror}); nothing was changed. '
-                                   'Free some space or choose another folder') from error
+                                   f'{way_to_write(error)}') from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -490,7 +503,7 @@ def append_line(path, text, sync=True):
             os.close(file)  # and with it the lock
     except OSError as error:
         raise OSError(error.errno, f'{path} could not take one more line ({error.strerror}); its other lines are as they '
-                                   'were. Free some space or choose another folder') from error
+                                   f'were. {way_to_write(error)}') from error
 
 # %% ../nbs/00_files.ipynb #82f1972f
 def is_slice_name(name):
@@ -539,7 +552,7 @@ def list_images(folder) -> list[Path]:
         raise (ValueError if place.exists() else FileNotFoundError)(missing_sentence(place, 'folder'))
     paths = [place / name for name in sorted(filter(is_slice_name, os.listdir(place))) if not os.path.isdir(os.path.join(place, name))]
     if not paths:
-        raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.')
+        raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.{scan_words(os.listdir(place))}')
     if foreign := [ascii(path.name) for path in paths if re.search(r'[\udc80-\udcff]', path.name)]:
         raise ValueError(f'The name of {foreign[0]} in {place} is not UTF-8; rename it.')
     named = [path for path in paths if slice_name(path, pattern) is not None]

@@ -423,6 +423,34 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(pairs):
         assert [path for path in sorted(Path().rglob('*')) if path not in before] == [], words
 
 
+def test_lesions_are_no_part_of_a_name(pairs):
+    "Not of that of a file or a folder which happens to be called like a name and a number."
+    from medfusion.inference import shipped_models
+    Path('mine').mkdir()
+    shutil.copy(shipped_models()['wavelet'].path, 'mine/w.pt')
+    Path('mine/w.pt@1').write_text('no network')
+    for out, model in (('mine@1', 'mine'), ('mine@1', 'mine'), ('other', 'mine/w.pt')):
+        assert medfusion('fuse', 'CT', 'MRI', '-o', out, '-m', model, '--lesions', '1').exit_code == 0
+    owners = [json.loads(Path(out, 'fused.jsonl').read_text().splitlines()[0]) for out in ('mine@1', 'other')]
+    assert [owner['model'] for owner in owners] == ['mine@1', 'mine/w.pt@1'] and owners[0]['network'] == owners[1]['network']
+    assert medfusion('fuse', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', '-o', 'new/one/a.png', '-m', 'mine/w.pt', '--lesions', '1').exit_code == 0
+    assert Path('new/one/a.png').read_bytes() == Path('mine@1', pairs[0]).read_bytes()
+
+
+def test_what_is_no_slice_names_the_command_for_scans(pairs):
+    Path('scans').mkdir()
+    for name in ('head.nii.gz', 'scans/1.dcm'):
+        Path(name).write_bytes(b'')
+    for path in ('head.nii.gz', 'scans'):
+        assert_sentence(medfusion('fuse', path, path, '-o', 'out.png' if '.' in path else 'out'), 'is fused by medfusion scan')
+
+
+def test_what_m_understands_is_told_in_one_way():
+    for command in ('fuse', 'scan', 'export'):
+        assert 'wavelet-lite; run:NAME' in ' '.join(re.sub(r'[│|]', ' ', medfusion(command, '--help').output).split())
+    assert 'Value error' not in medfusion('fuse', 'a', 'b', '-o', 'c', '--engine', 'Dask').stderr
+
+
 def test_a_typed_network_is_found_from_the_notebooks_with_its_dial_turned(pairs):
     "They run in another folder."
     Path('mine.pt').write_bytes(b'')

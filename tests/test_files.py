@@ -943,3 +943,12 @@ def test_a_name_that_is_no_text_and_one_folder_for_both_are_told(tmp_path):
     os.replace(tmp_path / '7001.png', os.fsencode(tmp_path / '7001.png').replace(b'7001', b'\xe9t\xe9001'))
     with pytest.raises(ValueError, match=r"'\\udce9t\\udce9001.png' in .* is not UTF-8; rename it"):
         list_images(tmp_path)
+
+
+def test_free_space_is_advised_where_that_is_what_lacks(tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr('medfusion.files.write_synced', fails)
+    for number, advice in ((errno.ENOSPC, 'Free some space or choose another folder'), (errno.ENOENT, 'nothing was changed. Choose another folder')):
+        with pytest.raises(OSError, match=advice):
+            write_atomically(tmp_path / 'a', b'a')
