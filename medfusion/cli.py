@@ -386,13 +386,12 @@ def fuse(
     values: ValueRange = None,
 ):
     "Fuse a pair of slices, or every pair of two folders."
-    from medfusion.inference import find_model
+    from medfusion.inference import find_model, fuse_folder as fuse_all
     model = model if lesions is None else find_model(model).turned(lesions)     # as a value: another file may be called like both together
     if engine is None:
         check_local(address, ct, mri, out)
         if two_files(ct, mri, shard):
             return typer.echo(fuse_files(ct, mri, out, model, device, read_range(values), replace))
-        from medfusion.inference import fuse_folder as fuse_all
     else:
         from medfusion.engines import fuse_on_ray
         fuse_all = partial(fuse_on_ray, address=address)

@@ -1010,8 +1010,7 @@ class Run:
     def record(self, state: str, numbers: dict | None = None) -> Path:
         "The path of run.json, written."
         self.begun = True
-        told = ('method', 'parameters', 'split', 'started', 'data_sha256', 'checkpoints')
-        told = {name: getattr(self, name) for name in told}
+        told = {name: getattr(self, name) for name in ('method', 'parameters', 'split', 'started', 'data_sha256', 'checkpoints')}
         return write_run(run_folder(self.parameters), state=state, numbers=numbers, **told)
 
     def finish(self, numbers: dict | None = None, state: str = 'finished') -> None:
