@@ -114,9 +114,9 @@ def measured(paths):
 def measure_many(root, jobs):
     "(seconds, ms of CPU of all processes together) a triple, without the first of each process, in which it starts."
     from medfusion.evaluation import GrowingTable, in_processes
-    from medfusion.metrics import wanted_columns
+    from medfusion.metrics import convention, wanted_columns
     triples = [tuple(root / side / name for side in ('CT', 'MRI', 'F')) for name in sorted(os.listdir(root / 'F'))]
-    table, clocks, ends, start = GrowingTable(wanted_columns(None), path=root / f'table{jobs}.csv'), {}, [], time.process_time()
+    table, clocks, ends, start = GrowingTable(wanted_columns(None), convention(), root / f'table{jobs}.csv'), {}, [], time.process_time()
     for found, process, clock in in_processes(measured, triples, jobs):
         table.add(found)
         clocks.setdefault(process, []).append(clock)

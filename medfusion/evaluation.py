@@ -7,7 +7,7 @@ __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colou
            'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on', 'lesion_table',
            'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there', 'keyed_table',
            'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'columns_there',
-           'table_of_files', 'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table',
+           'told_of_table', 'table_of_files', 'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table',
            'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'best_in', 'pairwise', 'reading_notes',
            'run_numbers']
 
@@ -268,19 +268,19 @@ def rows_there(path, columns) -> dict[str, tuple[list, str]]:
         return {}
 
 # %% ../nbs/21_evaluation.ipynb #4dddb1e5
-def keyed_table(rows, columns, preset='cvpr') -> pd.DataFrame:
-    "The table of {name: (values, key)} as it is written, the keys in its last column, `files`."
+def keyed_table(rows, columns, told: str) -> pd.DataFrame:
+    "The table of {name: (values, key)} as it is written, the keys in its last column, `files`; `told`: see `told_of_table`."
     table = pd.DataFrame([values for values, _ in rows.values()], index=pd.Index(list(rows), name='name', dtype='str'), columns=columns)
     table['files'] = [key for _, key in rows.values()]
-    table.attrs = {'convention': convention(preset)}
+    table.attrs = {'convention': told}
     return table
 
 # %% ../nbs/21_evaluation.ipynb #e8c20605
 class GrowingTable:
-    "The rows of a table, {name: (values, key)}, and at `path`, if that is given, a CSV which grows with them."
+    "The rows of a table, {name: (values, key)}, and at `path`, if that is given, a CSV which grows with them, below the line `told`."
 
-    def __init__(self, columns, preset='cvpr', path=None):
-        self.columns, self.preset, self.path = [*columns, *colour_columns()], preset, path
+    def __init__(self, columns, told: str, path=None):
+        self.columns, self.told, self.path = [*columns, *colour_columns()], told, path
         self.rows, self.file = {}, None
 
     def add(self, found: Measured) -> None:
@@ -288,7 +288,7 @@ class GrowingTable:
         if self.path is None:
             return
         if self.file is None:       # until there is something new, what was there stays
-            self.file = open(write_table(keyed_table(self.rows, self.columns, self.preset), self.path), 'rb+', buffering=0)
+            self.file = open(write_table(keyed_table(self.rows, self.columns, self.told), self.path), 'rb+', buffering=0)
             return
         values, line = ['' if value != value else value for value in self.rows[found.name][0]], StringIO()
         csv.writer(line, lineterminator='\n').writerow([found.name, *values, found.key])
@@ -372,11 +372,18 @@ def columns_there(path) -> list[str]:
         _, heads = file.readline(), file.readline().decode(errors='replace').strip().split(',')    # the convention comes first
     return [name for name in wanted_columns(None) if name in heads and 'files' in heads]
 
+# %% ../nbs/21_evaluation.ipynb #450bf54b
+def told_of_table(path, inputs, preset='cvpr', value_range=None) -> str:
+    "What the first line of a table at `path` tells: the convention, and of which CT, MRI and fused images the rows are; without a path, the convention alone."
+    drawn = f', range {value_range[0]:g},{value_range[1]:g}' if value_range else ''
+    places = [ascii(os.path.relpath(one, Path(path).parent)) for one in inputs if path is not None]
+    return convention(preset) + (f'; of {", ".join(places)}{drawn}' if places else '')
+
 # %% ../nbs/21_evaluation.ipynb #f075f3c1
-def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False) -> pd.DataFrame:
-    "The table of triples (CT, MRI, fused) of files; arguments as of `evaluate_folders`. Raises ValueError for faults, after all others were measured."
+def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False, told='') -> pd.DataFrame:
+    "The table of triples (CT, MRI, fused) of files; arguments as of `evaluate_folders`, and `told_of_table`. Raises ValueError for faults, after all others were measured."
     asked, columns = wanted_columns(columns), wanted_columns([*wanted_columns(columns), *columns_there(path)])   # a table loses no column
-    table, faults, largest = GrowingTable(columns, preset, path if len(triples) > 1 else None), [], {}
+    table, faults, largest = GrowingTable(columns, told, path if len(triples) > 1 else None), [], {}
     table.rows |= kept_rows(triples, path, table.columns, preset, value_range)
     left = [paths for paths in triples if paths[0].name not in table.rows]
     task = partial(measure_three, preset=preset, columns=columns, value_range=value_range)
@@ -386,7 +393,7 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
             for place, value in found.largest.items():
                 largest[place] = max(value, largest.get(place, 0))
             bar.update()
-    whole = keyed_table({ct.name: table.rows[ct.name] for ct, _, _ in triples if ct.name in table.rows}, table.columns, preset)
+    whole = keyed_table({ct.name: table.rows[ct.name] for ct, _, _ in triples if ct.name in table.rows}, table.columns, told)
     if whole[colour_columns()].isna().all(axis=None):
         whole = whole.drop(columns=colour_columns())
     if path is not None and len(whole):
@@ -399,22 +406,29 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
     return rows_as_table(numbers.index, numbers, list(numbers), preset)
 
 # %% ../nbs/21_evaluation.ipynb #ab6c3c8a
-def check_table_place(path, inputs) -> None:
-    "Raises what `inference.check_output` does of a CSV to write, and FileExistsError where another file than such a table is there; nothing for no path."
-    if path is not None and check_output(path, inputs, ('.csv',)).is_file():
-        with open(path, 'rb') as file:
-            if (first := file.readline()) and not (first.startswith(b'# ') and file.readline().startswith(b'name,')):
-                raise FileExistsError(f'{path} is there already, and no table of measurements; name another file.')
+def check_table_place(path, inputs, told='') -> None:
+    """Raises what `inference.check_output` does of a CSV to write, and FileExistsError where another file than a table that tells `told`
+    (see `told_of_table`) is there; nothing for no path."""
+    if path is None or not check_output(path, inputs, ('.csv',)).is_file():
+        return
+    with open(path, 'rb') as file:
+        first, heads = file.readline(), file.readline()
+    if first and not (first.startswith(b'# ') and heads.startswith(b'name,')):
+        raise FileExistsError(f'{path} is there already, and no table of measurements; name another file.')
+    there = first.decode(errors='replace')[2:].strip()
+    if first and there != told:
+        theirs, ours = (line.partition(':')[0] + ''.join(line.partition('; of ')[1:]) for line in (there, told))
+        raise FileExistsError(f'{path} holds other rows ({theirs}) than those asked for ({ours}); name another file, for these would be lost.')
 
 # %% ../nbs/21_evaluation.ipynb #e89a6d55
 def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None, path=None) -> pd.DataFrame:
     """The table of `metrics.rows_as_table` for three files: one row, index the CT's name.
 
     A second source in colour adds `metrics.colour_kept`. `value_range` is that of the two sources (see `files.read_image`). `path` gets
-    the table, with its key. Raises ValueError for sizes that differ.
+    the table, with its key. Raises ValueError for sizes that differ, FileExistsError where `path` holds a table of others.
     """
-    check_table_place(path, (ct, mri, fused))
-    return table_of_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range, path)
+    check_table_place(path, (ct, mri, fused), told := told_of_table(path, (ct, mri, fused), preset, value_range))
+    return table_of_files([(Path(ct), Path(mri), Path(fused))], preset, columns, value_range, path, told=told)
 
 # %% ../nbs/21_evaluation.ipynb #ace32c41
 def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False) -> pd.DataFrame:
@@ -422,10 +436,11 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
 
     Endings may differ (a fused PNG of two TIFF files), so may names by what is before and behind (`files.find_naming`), and sources
     without a fused image are left aside. `path` is a CSV that grows with the rows and loses no column; rows in it that are of the same files are not measured again.
-    `jobs` processes measure. Raises ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
+    `jobs` processes measure. Raises FileExistsError for a CSV of other folders or conventions, ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
     measured, for files that cannot be.
     """
-    check_table_place(path, (ct_dir, mri_dir, fused_dir))
+    told = told_of_table(path, (ct_dir, mri_dir, fused_dir), preset, value_range)
+    check_table_place(path, (ct_dir, mri_dir, fused_dir), told)
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f'jobs is {jobs!r}; it must be a whole number from 1 up.')
     ct_dir, mri_dir = source_folders(ct_dir, mri_dir)
@@ -434,7 +449,7 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     alone = [one.name for one in list_images(named) if one.name in faults]
     if alone:
         raise ValueError(faults[alone[0]])
-    return table_of_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range, path, jobs, progress)
+    return table_of_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range, path, jobs, progress, told)
 
 # %% ../nbs/21_evaluation.ipynb #f6289cb2
 def colour_table(data_set, methods) -> pd.DataFrame | None:

@@ -476,11 +476,12 @@ def test_a_typed_value_is_a_path_by_its_parameter_and_not_by_what_lies_there(tmp
 
 # Evaluate
 
-def evaluated(pairs, *more):
-    "A process that writes t.csv; the tables of one pair differ by the preset."
+def evaluated(pairs, fused='CT'):
+    "A process that writes t.csv, of a fused slice that is a copy of the CT or of the MRI."
+    shutil.copy(f'{fused}/{pairs[0]}', 'fused.png')
     child = os.fork()
     if child == 0:
-        os._exit(medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', f'CT/{pairs[0]}', '--csv', 't.csv', *more).exit_code)
+        os._exit(medfusion('evaluate', f'CT/{pairs[0]}', f'MRI/{pairs[0]}', 'fused.png', '--csv', 't.csv').exit_code)
     return child
 
 
@@ -488,13 +489,13 @@ def evaluated(pairs, *more):
 @pytest.mark.fault('evaluate', 'killed between two writes', points=2)
 def test_evaluate_killed_at_its_table(pairs, monkeypatch):
     "The table that was there, or the new one, whole; the next call is not disturbed."
-    def table(*more):
-        os.waitpid(evaluated(pairs, *more), 0)
+    def table(*fused):
+        os.waitpid(evaluated(pairs, *fused), 0)
         return Path('t.csv').read_bytes()
-    new, old = table(), table('--preset', 'textbook')
+    new, old = table(), table('MRI')
     assert old != new
     for moment, wanted in (('before', old), ('after', new)):
-        assert table('--preset', 'textbook') == old
+        assert table('MRI') == old
 
         def dies(*given, real=os.replace):
             if moment == 'after':
@@ -504,13 +505,13 @@ def test_evaluate_killed_at_its_table(pairs, monkeypatch):
             patched.setattr('medfusion.files.os.replace', dies)
             assert os.waitstatus_to_exitcode(os.waitpid(evaluated(pairs), 0)[1]) == 9
         assert Path('t.csv').read_bytes() == wanted
-    assert table('--preset', 'textbook') == old and not list(Path().glob('.*'))
+    assert table('MRI') == old and not list(Path().glob('.*'))
 
 
 @pytest.mark.long
 @pytest.mark.fault('evaluate', 'several at once')
 def test_two_tables_into_one_file(pairs):
-    children = [evaluated(pairs), evaluated(pairs, '--preset', 'textbook'), evaluated(pairs)]
+    children = [evaluated(pairs), evaluated(pairs), evaluated(pairs)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     first = Path('t.csv').read_text().splitlines()
     assert len(first) >= 3 and not list(Path().glob('.*'))    # whole, whoever's it is

@@ -316,20 +316,35 @@ def measured(root, **options):
 
 
 def test_a_row_counts_if_it_is_of_these_files(triples, pairs):
-    "Measured is what is new, or changed, or was measured otherwise; what is gone leaves the table."
+    "Measured is what is new, or changed; what is gone leaves the table."
     first, names = measured(triples)
     assert names == pairs.names and measured(triples)[1] == []
     shutil.copy(triples / 'F' / names[0], triples / 'F' / names[2])
     changed, again = measured(triples)
     assert again == names[2:3] and changed.drop(index=again).equals(first.drop(index=again)) and changed.EN[names[2]] != first.EN[names[2]]
-    assert measured(triples, preset='textbook')[1] == names and measured(triples, preset='textbook')[1] == []
-    assert measured(triples, value_range=(0, 200))[1] == names
     assert measured(triples, columns=['EN', 'AG'])[1] == names
     alone, again = measured(triples, columns=['AG'])     # in the table already, which keeps the others
     assert again == [] and list(alone) == ['AG'] and list(read_table(triples / 't.csv'))[:4] == ['EN', 'SD', 'AG', 'VIF']
     (triples / 'F' / names[1]).unlink()
     left, again = measured(triples, columns=['AG'])
     assert again == [] and list(left.index) == list(read_table(triples / 't.csv').index) == [names[0], *names[2:]]
+
+
+@pytest.mark.parametrize('other, words', [({'preset': 'textbook'}, 'textbook; of'), ({'value_range': (0, 200)}, "'F', range 0,200"), ('G', "'G'"), ('CT', "'CT', 'MRI', 'CT'")])
+def test_a_table_of_another_method_or_other_conventions_is_refused(triples, monkeypatch, other, words):
+    "Before anything is measured, and nothing of it is lost; the same folders told otherwise are the same."
+    measured(triples)
+    before = (triples / 't.csv').read_bytes()
+    shutil.copytree(triples / 'F', triples / 'G')
+    monkeypatch.setattr(E, 'measure_three', int)     # which would fail
+    with pytest.raises(FileExistsError, match=rf"t.csv holds other rows \(preset cvpr; of 'CT', 'MRI', 'F'\) than those asked for .*{words}.*; name another file"):
+        E.evaluate_folders(triples / 'CT', triples / 'MRI', triples / (other if isinstance(other, str) else 'F'), columns=COLUMNS, path=triples / 't.csv',
+                           **(other if isinstance(other, dict) else {}))
+    with pytest.raises(FileExistsError, match='holds other rows'):
+        E.evaluate_files(*(next((triples / side).iterdir()) for side in ('CT', 'MRI', 'F')), path=triples / 't.csv')
+    monkeypatch.chdir(triples / 'CT')
+    E.evaluate_folders('.', '../MRI', '../F', columns=COLUMNS, path='../t.csv')
+    assert (triples / 't.csv').read_bytes() == before
 
 
 def test_a_line_torn_within_a_letter_costs_one_row(triples, pairs):
@@ -341,7 +356,9 @@ def test_a_line_torn_within_a_letter_costs_one_row(triples, pairs):
 
 
 def test_a_table_of_other_columns_or_a_torn_one_is_replaced(triples, pairs):
-    for text in ('', '# x\nname,EN,SD,VIF,files\n"', '# x\nname,EN,SD,VIF,files\n' + pairs.names[0] + ',1,2,3\n'):
+    measured(triples)
+    first = (triples / 't.csv').read_text().partition('\n')[0]
+    for text in ('', f'{first}\nname,EN,SD,VIF,files\n"', f'{first}\nname,EN,SD,VIF,files\n{pairs.names[0]},1,2,3\n'):
         (triples / 't.csv').write_text(text)
         assert measured(triples)[1] == pairs.names
 
@@ -409,7 +426,8 @@ def test_killed_at_any_write_the_table_is_valid_and_goes_on(triples, pairs, mome
     path, names = triples / 't.csv', pairs.names
     whole = measured(triples)[0]
     final, old = path.read_bytes(), (triples / 'old.csv')
-    measured(triples, path=old, preset='textbook')
+    first, heads, *rows = final.splitlines(keepends=True)
+    old.write_bytes(first + heads + b''.join(row.rpartition(b',')[0] + b',of other files\n' for row in rows))
     for last in itertools.count():
         shutil.copy(old, path)
         calls = []
@@ -464,13 +482,13 @@ def test_no_space_for_one_more_row(triples, pairs):
 @pytest.mark.fault('evaluate', 'several at once')
 def test_two_runs_into_one_table(triples, pairs):
     "Each adds to its own; the last one's whole table stands there."
-    one, two = E.GrowingTable(COLUMNS, path=triples / 't.csv'), E.GrowingTable(COLUMNS, 'textbook', triples / 't.csv')
+    one, two = E.GrowingTable(COLUMNS, 'one', triples / 't.csv'), E.GrowingTable(COLUMNS, 'two', triples / 't.csv')
     rows = [E.Measured(name, f'{i}' * 32, dict.fromkeys(COLUMNS, i)) for i, name in enumerate(pairs.names)]
     for row in rows:
         one.add(row)
         two.add(row)
         assert [key for _, key in E.rows_there(triples / 't.csv', COLUMNS).values()] == [known.key for known in rows[:rows.index(row) + 1]]
-    assert (triples / 't.csv').read_text().startswith('# preset textbook')
+    assert (triples / 't.csv').read_text().startswith('# two')
     one.close()
     two.close()
 
