@@ -7,14 +7,15 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'network_words', 'ModelName'
            'RunName', 'Latex', 'Markdown', 'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup',
            'common', 'typed_path', 'typed_place', 'read_range', 'check_there', 'tell_data', 'phantom', 'named_split',
            'import_slices', 'harvard', 'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local',
-           'two_files', 'tell_report', 'fuse', 'Preset', 'metric_summary', 'detection_task', 'measure_paths',
-           'evaluate', 'figure', 'read_value', 'typed_model', 'absolute_path', 'check_yaml', 'read_parameter_file',
-           'given_parameters', 'ExecutedNotebook', 'place_of_cell', 'own_temporary_files', 'execute', 'check_sides',
-           'check_method', 'check_run', 'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch',
-           'parameters_text', 'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid',
-           'sweep', 'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models',
-           'write_benchmark', 'benchmark', 'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters',
-           'tell_replaced', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
+           'two_files', 'tell_report', 'fuse', 'Preset', 'some_names', 'metric_summary', 'evaluation_text',
+           'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model', 'absolute_path',
+           'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell',
+           'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run', 'open_run_folder',
+           'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text', 'NotebookCommand', 'method_named',
+           'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts',
+           'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
+           'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan', 'view', 'models', 'export',
+           'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -28,6 +29,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -405,16 +407,41 @@ class Preset(str, Enum):
     cvpr = 'cvpr'
     textbook = 'textbook'
 
+# %% ../nbs/50_cli.ipynb #310028b6
+def some_names(names: list[str]) -> str:
+    "The first five of some names, and how many more there are."
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+
 # %% ../nbs/50_cli.ipynb #27903997
 def metric_summary(table):
-    "A row for each metric: mean and spread over the pairs, and the means of its parts for CT, MRI, and the lesser one."
+    """A row for each metric: mean and spread over the pairs, and the means of its parts for CT, MRI, and the lesser one.
+
+    A mean leaves out what is infinite beside finite values (PSNR of a slice that is its source), with a warning."""
+    import numpy as np
     import pandas as pd
+    finite = table.mask(np.isinf(table) & ~np.isinf(table).all())
     names = [name for name in table if not name.endswith(('_ct', '_mri', '_min'))]
-    mean, sd = table[names].mean(), table[names].std()
-    columns = {'mean': mean, 'sd': sd} if len(table) > 1 else {'value': mean}
+    parts = {name: [part for part in ('ct', 'mri', 'min') if f'{name}_{part}' in table] for name in names}
+    for name in names:
+        columns = [name, *(f'{name}_{part}' for part in parts[name])]
+        if left := list(table.index[(finite[columns].isna() & table[columns].notna()).any(axis=1)]):
+            warnings.warn(f'{name}, or a part of it, is infinite for {some_names(left)} ({len(left)} of {len(table)}): no pixel of a source was changed. '
+                          'Its means leave that out.', stacklevel=2)
+    summary = {'mean': finite[names].mean(), 'sd': finite[names].std()} if len(table) > 1 else {'value': table[names].mean()}
     for part in ('ct', 'mri', 'min'):
-        columns[part] = pd.Series({name: table[f'{name}_{part}'].mean() for name in names if f'{name}_{part}' in table})
-    return pd.DataFrame(columns, index=names)
+        summary[part] = pd.Series({name: finite[f'{name}_{part}'].mean() for name in names if part in parts[name]})
+    return pd.DataFrame(summary, index=names)
+
+# %% ../nbs/50_cli.ipynb #73fc671a
+def evaluation_text(table) -> str:
+    "What `medfusion evaluate` prints of a table of files: of how many pairs, the means with the digits that they deserve, and the convention."
+    from medfusion.tables import number_text
+    without, summary = table.attrs.get('without', []), metric_summary(table)
+    pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
+    if without:
+        pairs = f'{len(table)} of {len(table) + len(without)} pairs; no fused image for {some_names(without)}'
+    told = summary.apply(lambda row: row.map(lambda value: '' if value != value else number_text(value, row.name)), axis=1)
+    return f'{pairs}\n{told.to_string()}\n{textwrap.fill(table.attrs["convention"], 100, break_on_hyphens=False)}'
 
 # %% ../nbs/50_cli.ipynb #8a844427
 Task = Annotated[Path | None, typer.Option('--task', parser=typed_path, metavar='FOLDER', help='detection: CT MRI --task FOLDER writes pairs '
@@ -429,7 +456,7 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
         raise typer.BadParameter('--task takes two folders, CT and MRI, to write the task, or one, of fused images, to score it')
     check_there(*paths)
     from medfusion.data import CTMRIDataset
-    from medfusion.detection import efficiency_table, heads_note, score_task, write_task
+    from medfusion.detection import efficiency_note, efficiency_table, heads_note, score_task, write_task
     from medfusion.files import list_images, write_atomically
     from medfusion.inference import check_output
     if len(paths) == 2:
@@ -444,7 +471,7 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
         write_atomically(csv, table.to_csv(index=False, float_format='%.6g').encode())
     for search, title in ((False, 'location known'), (True, 'location uncertain by 3 pixels')):
         typer.echo(f'efficiency, {title}\n{efficiency_table(table, search).to_string(float_format="{:.2f}".format)}')
-    typer.echo(heads_note(table))
+    typer.echo(f'{efficiency_note()}\n{heads_note(table)}')
 
 # %% ../nbs/50_cli.ipynb #e47c3407
 def measure_paths(ct: Path, mri: Path, fused: Path, preset: str, value_range=None, csv=None, jobs=1, progress=False):
@@ -478,13 +505,9 @@ def evaluate(
     fused = fused / pattern if pattern else fused
     check_there(ct, mri, fused)
     from medfusion.files import is_folder
-    from medfusion.metrics import convention
     if csv is not None and is_folder(fused):
         context.meta['kept'] = f'rows that were measured by then, if any, are kept in {csv}. To go on: {shlex.join(["medfusion", *context.meta["typed"]])}'
-    table = measure_paths(ct, mri, fused, preset.value, read_range(values), csv, jobs, sys.stderr.isatty())
-    pairs = f'{len(table)} pairs' if len(table) > 1 else table.index[0]
-    typer.echo(f'{pairs}; {convention(preset.value)}')
-    typer.echo(metric_summary(table).to_string(float_format='{:.4f}'.format, na_rep=''))
+    typer.echo(evaluation_text(measure_paths(ct, mri, fused, preset.value, read_range(values), csv, jobs, sys.stderr.isatty())))
 
 # %% ../nbs/50_cli.ipynb #fig10002
 @app.command()
@@ -496,7 +519,7 @@ def figure(
     pair: Annotated[list[str], typer.Option(metavar='NAME', help='a row: a pair of the folders')] = [],
     kind: Annotated[str, typer.Option(help='slices, difference; of a benchmark also bars, boxes, radar')] = 'slices',
     box: Annotated[list[str], typer.Option(metavar='X,Y,SIZE', help='enlarge this square: left edge, upper edge, side in pixels')] = [],
-    boxes: Annotated[int | None, typer.Option(min=0, help='or so many, where the methods differ most')] = None,
+    boxes: Annotated[int | None, typer.Option(min=0, help='or so many, where the methods differ most; of slices 1 unless it is given (0: none), of differences none')] = None,
     scale: Annotated[float | None, typer.Option(help='how many times enlarged; by default what fits')] = None,
     inside: Annotated[bool, typer.Option('--inside', help='enlarge inside the slices, not below')] = False,
     columns: Annotated[str, typer.Option(metavar='NAMES', help='metrics of a chart, as in VIF,Qabf')] = '',
@@ -504,6 +527,7 @@ def figure(
     width: Annotated[float, typer.Option(help='inches')] = 7.0,
     dpi: Annotated[float | None, typer.Option(help='at least so many dots an inch')] = None,
     values: ValueRange = None,
+    replace: Annotated[bool, typer.Option('--replace', help='take the place of a file that is there')] = False,
 ):
     """Draw the figure of a paper: pairs and methods side by side, or a chart of a benchmark.
 
@@ -512,6 +536,8 @@ def figure(
     from medfusion import figures, inference, paper_figures
     check_there(*sources)
     inference.check_output(out, [*sources, *(sources[0] / 'fused').glob('*'), *(Path(inference.named_model(text)[1]) for text in model)], tuple(figures.figure_formats()))
+    if out.exists() and not replace:
+        raise FileExistsError(f'{out} is there already; name another file, or replace it (replace=True).')
     given = {'boxes': [paper_figures.box_of(text) for text in box] or boxes, 'scale': scale, 'inside': inside or None, 'width': width, 'dpi': dpi}
     drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in columns.split(',') if name], titles.split(','),
                                        value_range=read_range(values), **{name: value for name, value in given.items() if value is not None})
@@ -1038,19 +1064,21 @@ def named_models(texts: list[str]) -> list[str]:
 
 # %% ../nbs/50_cli.ipynb #160264ee
 def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Path | None = None, markdown: Path | None = None) -> None:
-    "Writes the table of a benchmark in its forms; where methods are chosen, prints it, and the tests of any two of them."
+    "Prints the table of a benchmark, writes it in its forms, and where methods are chosen, prints the tests of any two of them. Raises FileNotFoundError where no benchmark is."
     import pandas as pd
 
     from medfusion.evaluation import pairwise, reading_notes
     from medfusion.runs import read_run
     from medfusion.tables import paper_table, split_values
+    check_there(folder)
+    if not (folder / 'metrics.csv').is_file():
+        raise FileNotFoundError(f'{folder} holds no metrics.csv; name the folder of a finished medfusion benchmark.')
     asked = split_values(columns) if columns else read_run(folder)['parameters']['columns']
     names = split_values(chosen) if chosen else None
     table = pd.read_csv(folder / 'metrics.csv', comment='#', dtype={'name': str, 'case': str}, index_col='name')
     paper = paper_table(table, asked, names)
     write_texts({latex: lambda: paper.text('latex'), markdown: lambda: paper.text('markdown')})
-    if names:
-        typer.echo(f'{paper.cells.to_string()}\n{paper.note}')
+    typer.echo(f'{paper.cells.to_string()}\n{paper.note}')
     if names and len(names) > 1:
         tests = pairwise(table, names, asked)
         typer.echo(tests.drop(columns=['p', 'over']).to_string(index=False, float_format='{:.4g}'.format))
@@ -1083,7 +1111,7 @@ def benchmark(
         given |= {'checkpoints': named_models(given['checkpoints'])} if isinstance(given.get('checkpoints'), list) else {}
         check_external(given)
         typer.echo(f'done: {(folder := run_notebook("90_benchmark.ipynb", given, run, context))}')
-    if latex or markdown or methods:
+    if record or latex or markdown or methods:
         write_benchmark(folder if record is None else record.absolute(), columns, methods, latex, markdown)
 
 # %% ../nbs/50_cli.ipynb #efa9f064
@@ -1248,7 +1276,10 @@ def models():
         typer.echo(f'  means on cases {cases}: {told}')
         conventions[model.metadata['numbers']['convention'].split(':')[0]] = True
     typer.echo(f'Numbers follow the {" and the ".join(conventions)}; medfusion evaluate prints it in full.')
-    typer.echo(f'Rules: {", ".join(rules())}')
+    named = {}
+    for name, rule in rules().items():
+        named.setdefault(rule, []).append(name)
+    typer.echo('Rules: ' + ', '.join(first + (f' ({" or ".join(others)})' if others else '') for first, *others in named.values()))
     typer.echo('A network that you trained: -m run:NAME, or the path of its checkpoint or folder.')
 
 # %% ../nbs/50_cli.ipynb #4be499da

@@ -7,10 +7,10 @@ __all__ = ['PaintedLesion', 'painted_lesions', 'chosen_lesions', 'lesion_region'
            'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for', 'fuse_pairs_rounded',
            'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge', 'leave_one_head_out',
            'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note', 'summarise_detection',
-           'efficiency_table', 'lesion_pictures', 'roc_curve', 'write_task', 'is_trial', 'task_fault', 'read_task',
-           'task_slices', 'check_fused', 'score_task', 'PhantomLesion', 'phantom_lesions', 'PhantomHead',
-           'phantom_heads', 'scan_head', 'PhantomTask', 'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast',
-           'bootstrap_heads', 'phantom_numbers', 'phantom_table']
+           'efficiency_table', 'efficiency_note', 'lesion_pictures', 'roc_curve', 'write_task', 'is_trial',
+           'task_fault', 'read_task', 'task_slices', 'check_fused', 'score_task', 'PhantomLesion', 'phantom_lesions',
+           'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask', 'phantom_outputs', 'phantom_verdicts',
+           'calibrate_contrast', 'bootstrap_heads', 'phantom_numbers', 'phantom_table']
 
 # %% ../nbs/23_detection.ipynb #7c995d93
 import shlex
@@ -25,7 +25,7 @@ import torch
 from .anatomy import case_sequence, draw_head
 from .baselines import baselines
 from .detectability import brain_region, channel_width
-from .files import check_vacant, read_image, read_json, stem_of, to_depth, to_float, whole_folder, write_image, write_json
+from .files import check_vacant, missing_sentence, read_image, read_json, stem_of, to_depth, to_float, whole_folder, write_image, write_json
 from .inference import as_batch, as_given, fuse_batch, model_of
 from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
                                 interval, laguerre_gauss, search_channels, search_statistic)
@@ -357,6 +357,12 @@ def efficiency_table(table: pd.DataFrame, search: bool = False) -> pd.DataFrame:
     wide = summarise_detection(table)[column].unstack('lesion', sort=False).drop('joint')
     return wide.assign(mean=wide.mean(axis=1), least=wide.min(axis=1))
 
+# %% ../nbs/23_detection.ipynb #4f757040
+def efficiency_note() -> str:
+    "What the words of an `efficiency_table` mean."
+    return ('Efficiency: the share of what CT and MRI side by side tell a model observer of a lesion that the fused image still tells, 1 all and 0 nothing; '
+            'mean and least: of the kinds of lesions in the row.')
+
 # %% ../nbs/23_detection.ipynb #7381091b
 def lesion_pictures(slices: Iterable, methods: dict, size: int = 65) -> dict[str, np.ndarray]:
     """{title: image (size, size)}: one lesion, in CT, in MRI and in what each method makes of them, at one contrast and grey scale.
@@ -434,6 +440,8 @@ def task_fault(task, record: dict, border: int = 28) -> str:
 def read_task(task) -> tuple[dict, list]:
     "The amplitudes of a task {kind: grey levels}, and its trials as task.json has them. Raises FileNotFoundError or ValueError."
     file = Path(task) / 'task.json'
+    if not Path(task).is_dir():
+        raise FileNotFoundError(missing_sentence(Path(task), 'folder'))
     if not file.is_file():
         raise FileNotFoundError(f'{task} holds no task.json; name a folder that was written as a task.')
     record = read_json(file)

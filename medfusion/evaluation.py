@@ -418,7 +418,7 @@ def check_table_place(path, inputs, told='') -> None:
     there = first.decode(errors='replace')[2:].strip()
     if first and there != told:
         theirs, ours = (line.partition(':')[0] + ''.join(line.partition('; of ')[1:]) for line in (there, told))
-        raise FileExistsError(f'{path} holds other rows ({theirs}) than those asked for ({ours}); name another file, for these would be lost.')
+        raise FileExistsError(f'{path} holds other rows ({theirs}) than those asked for ({ours}); name another file, or its rows would be lost.')
 
 # %% ../nbs/21_evaluation.ipynb #e89a6d55
 def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None, path=None) -> pd.DataFrame:
@@ -435,7 +435,7 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     """The table of `metrics.rows_as_table` for every fused image in a folder and the CT and MRI of the same name.
 
     Endings may differ (a fused PNG of two TIFF files), so may names by what is before and behind (`files.find_naming`), and sources
-    without a fused image are left aside. `path` is a CSV that grows with the rows and loses no column; rows in it that are of the same files are not measured again.
+    without a fused image are left aside, their names in `attrs['without']`. `path` is a CSV that grows with the rows and loses no column; rows in it that are of the same files are not measured again.
     `jobs` processes measure. Raises FileExistsError for a CSV of other folders or conventions, ValueError for a fused image without its sources, for two files that are one slice, and, after the others are
     measured, for files that cannot be.
     """
@@ -449,7 +449,9 @@ def evaluate_folders(ct_dir, mri_dir, fused_dir, preset='cvpr', columns=None, va
     alone = [one.name for one in list_images(named) if one.name in faults]
     if alone:
         raise ValueError(faults[alone[0]])
-    return table_of_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range, path, jobs, progress, told)
+    table = table_of_files([(ct, mri, fused) for fused, ct, mri in rows.values()], preset, columns, value_range, path, jobs, progress, told)
+    table.attrs['without'] = sorted({ct.name for ct, _ in match_images({'CT': ct_dir, 'MRI': mri_dir}, by_stem=True)[0].values()} - set(table.index))
+    return table
 
 # %% ../nbs/21_evaluation.ipynb #f6289cb2
 def colour_table(data_set, methods) -> pd.DataFrame | None:

@@ -64,6 +64,7 @@ def onnx_bytes(network, facts: dict[str, str], opset: int = 17) -> bytes:
         torch.onnx.export(WithConstants(without_dial(network)), (example, example.flip(-1)), buffer, dynamo=False, opset_version=opset,
                           input_names=['ct', 'mri'], output_names=['fused'], dynamic_axes=free)
     made = onnx.load_model_from_string(buffer.getvalue())
+    made.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1        # the exporter does not know, and gives it a name
     onnx.helper.set_model_props(made, facts)
     return made.SerializeToString()
 

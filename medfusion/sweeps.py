@@ -223,18 +223,20 @@ def load_runs(*folders) -> pd.DataFrame:
 
     Warns of a record that cannot be read. Raises FileNotFoundError for a missing folder, ValueError where there is no run.
     """
-    places, rows = [resolve_path(folder) for folder in folders or ['../results']], []
+    places, rows, others = [resolve_path(folder) for folder in folders or ['../results']], [], []
     for place in places:
         if not place.is_dir():
             raise FileNotFoundError(f'There is no folder {place} with runs.')
         for path in sorted(place.rglob('run.json')):
             try:
-                if read_json(path).get('format') != 'medfusion study 1':
-                    rows += [row for row in [read_row(path.parent)] if row['method'] != 'benchmark']
+                row = {'method': 'study'} if read_json(path).get('format') == 'medfusion study 1' else read_row(path.parent)
+                (others if row['method'] in ('study', 'benchmark') else rows).append(row)
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
     if not rows:
-        raise ValueError(f'There is no run in {", ".join(map(str, places))}: no folder there holds a run.json.')
+        kinds = ' and '.join(f'a {kind}' for kind in sorted({row['method'] for row in others}))
+        there = f'what is there is of {kinds}, not of a training' if others else 'no folder there holds a run.json'
+        raise ValueError(f'There is no run in {", ".join(map(str, places))}: {there}.')
     return pd.DataFrame(rows).drop_duplicates('folder').sort_values('when', kind='stable').set_index('run')
 
 # %% ../nbs/26_sweeps.ipynb #366f920c

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import begin_child
@@ -537,6 +538,22 @@ def test_evaluate_folders_and_files(pairs):
     assert_sentence(medfusion('evaluate', 'CT', 'MRI', f'out/{pairs[0]}'), 'three files or three folders')
 
 
+def test_the_means_say_of_how_many_pairs_they_are(pairs):
+    "The convention stands below them; a slice that is its source has no finite PSNR, and the mean leaves it out."
+    medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'average')
+    Path('out', pairs[2]).unlink()
+    shutil.copy(Path('CT', pairs[1]), Path('out', pairs[1]))
+    result = medfusion('evaluate', 'CT', 'MRI', 'out')
+    lines = result.stdout.splitlines()
+    assert lines[0] == f'2 of 3 pairs; no fused image for {pairs[2]}' and lines[1].split()[0] == 'mean' and max(map(len, lines)) <= 100
+    assert any(line.startswith('preset cvpr: grey') for line in lines) and 'inf ' not in result.stdout
+    assert f'PSNR, or a part of it, is infinite for {pairs[1]} (1 of 2)' in result.stderr
+    from medfusion.cli import evaluation_text
+    rare = pd.DataFrame({'invented': [2e-5]}, index=['a.png'])
+    rare.attrs['convention'] = 'preset x'
+    assert '0.00002' in evaluation_text(rare)
+
+
 def test_a_table_beside_the_slices_goes_on(pairs):
     "It is in a folder that is read, but no slice; what is one there is not written over."
     medfusion('fuse', 'CT', 'MRI', '-o', 'out', '-m', 'maximum')
@@ -906,10 +923,24 @@ class StoppedAt:
         return getattr(os, name)
 
 
+def test_a_finished_benchmark_is_shown(pairs):
+    Path('toy').mkdir()
+    assert_sentence(medfusion('benchmark', '--record', 'nowhere'), 'no file or folder', 'nowhere')
+    assert_sentence(medfusion('benchmark', '--record', 'toy'), 'toy holds no metrics.csv')
+    Path('toy/metrics.csv').write_text('# a convention\nname,method,case,EN,SD\n1002.png,one,1,2.5,60\n1002.png,two,1,3.5,50\n')
+    result = medfusion('benchmark', '--record', 'toy', '--columns', 'EN')
+    assert result.exit_code == 0 and 'EN ↑' in result.stdout and 'SD' not in result.stdout and '3.50' in result.stdout
+
+
+def test_a_rule_is_listed_once_with_its_other_names():
+    [rules] = [line for line in medfusion('models').stdout.splitlines() if line.startswith('Rules: ')]
+    assert 'laplacian (laplacian_pyramid or pyramid)' in rules and 'wavelet_maximum (wavelet-max)' in rules and 'maximum, ' in rules
+
+
 @pytest.mark.fault('export, figure, runs, benchmark', 'stopped (Ctrl-C, SIGTERM)')
 @pytest.mark.parametrize('words, files', [
     (['export', 'wavelet-lite', 'a.safetensors', '--replace'], ['a.safetensors', 'metadata.json']),
-    pytest.param(['figure', 'CT/1002.png', 'MRI/1002.png', '-m', 'maximum', '-o', 'a.svg'], ['a.svg'], marks=pytest.mark.long),
+    pytest.param(['figure', 'CT/1002.png', 'MRI/1002.png', '-m', 'maximum', '-o', 'a.svg', '--replace'], ['a.svg'], marks=pytest.mark.long),
     (['runs', 'toy', '--csv', 'a.csv', '--markdown', 'a.md'], ['a.csv', 'a.md']),
     (['benchmark', '--record', 'toy', '--columns', 'EN', '--latex', 'a.tex', '--markdown', 'a.md'], ['a.tex', 'a.md'])])
 def test_stopped_at_any_write(pairs, words, files, monkeypatch, record_property):

@@ -208,6 +208,8 @@ def test_bad_folders_are_sentences(heads, task, tmp_path):
     (tmp_path / 'task.json').write_text(json.dumps({'format': 'other'}))
     with pytest.raises(ValueError, match='write the task anew'):
         read_task(tmp_path)
+    with pytest.raises(FileNotFoundError, match='There is no folder .*nowhere; check the path'):
+        read_task(tmp_path / 'nowhere')
     with pytest.raises(ValueError, match="'cyst' is not a kind"):
         detection_table(heads, {}, ['cyst'])
 

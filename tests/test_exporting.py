@@ -34,6 +34,7 @@ def test_files_from_outside_are_fused_alike(name, tmp_path):
     onnx.checker.check_model(made)
     assert [entry.version for entry in made.opset_import if not entry.domain] == [17]
     assert [axis.dim_param for axis in made.graph.input[0].type.tensor_type.shape.dim] == ['batch', '', 'height', 'width']
+    assert [axis.dim_param or axis.dim_value for axis in made.graph.output[0].type.tensor_type.shape.dim] == ['batch', 1, 'height', 'width']
 
 
 def test_the_command(tmp_path, monkeypatch):

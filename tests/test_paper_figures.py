@@ -176,6 +176,11 @@ def test_the_command_draws(folder, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*call, '--box', '3,4,8', '--titles', 'CT,PET', '-o', str(tmp_path / 'a.svg')])
     assert result.exit_code == 0 and result.output.strip() == str(tmp_path / 'a.svg')
     assert all(f'>{word}</text>' in (tmp_path / 'a.svg').read_text() for word in ('PET', 'Them', '41003', '× 4'))
+    drawn = (tmp_path / 'a.svg').read_bytes()
+    for more, code in (([], 1), (['--replace'], 0)):
+        result = CliRunner().invoke(app, [*call, '-o', str(tmp_path / 'a.svg'), *more])
+        assert result.exit_code == code and ('a.svg is there already; name another file, or replace it (--replace)' in result.stderr) == bool(code)
+        assert ((tmp_path / 'a.svg').read_bytes() == drawn) == bool(code)
     for wrong, words_ in ((['-o', 'a.gif'], 'does not end in .pdf, .svg, .png'), (['-o', 'a.pdf', '--box', '1,2'], 'is no box'),
                           (['-o', 'a.pdf', '--kind', 'pie'], 'no kind of figure; there are slices'), (['-o', 'a.pdf', '-m', 'Them=maximum'], 'Two columns')):
         result = CliRunner().invoke(app, [*call, *wrong])

@@ -192,6 +192,15 @@ def test_the_table_of_runs(runs):
         S.select_runs(table, sort='VIV')
 
 
+def test_where_only_benchmarks_are_is_said(tmp_path):
+    write_run(tmp_path / 'nc', method='benchmark', parameters={}, state='finished', started=0)
+    with pytest.raises(ValueError, match='what is there is of a benchmark, not of a training'):
+        S.load_runs(tmp_path)
+    (tmp_path / 'nc' / 'run.json').unlink()
+    with pytest.raises(ValueError, match='no folder there holds a run.json'):
+        S.load_runs(tmp_path)
+
+
 def test_the_table_in_files(runs, monkeypatch):
     monkeypatch.chdir(runs)
     result = medfusion('runs', 'toy', '--where', 'state=finished', '--sort', 'VIF', '--columns', 'VIF', '--csv', 'a.csv', '--latex', 'a.tex', '--markdown', 'a.md', '--curves', 'a.png')
