@@ -190,7 +190,7 @@ def legend(view, width, height=24):
     span, bar = view.window / 2, min(160, width // 5)
     match view.mode:
         case 'difference':
-            low, high, name = f'−{span:.2f} fused is darker (blue)', f'+{span:.2f} brighter (red); white: equal', 'RdBu_r'
+            low, high, name = f'−{span:.2f} fused is darker (blue)', f'+{span:.2f} brighter (red); nearly white: equal', 'RdBu_r'
         case 'invented':
             low, high, name = 'too steep by 0 (red)', f'{invented_scale()} levels per pixel or more (yellow); grey: none', 'autumn'
         case 'maps':

@@ -207,7 +207,7 @@ def colour_bar(figure, label, low=0., high=1., name='cividis'):
 
 # %% ../nbs/01_figures.ipynb #467748c3
 def difference(fused, source, span=0.5):
-    """The signed difference fused − source as an RGB array (H, W, 3): white is equal, red brighter, blue darker.
+    """The signed difference fused − source as an RGB array (H, W, 3): nearly white is equal, red brighter, blue darker.
 
     Full colour is reached at ± `span`, in grey values of [0, 1]. Raises ValueError for a span of zero or less."""
     if not span > 0:
@@ -385,8 +385,8 @@ def part_places(pictures, boxes, dots, scale, inside=False):
     return [Box(round(dots * (height + 0.03 * width)), *(round(dots * side) for side in (left, *size))) for left, size in zip(lefts, sizes)]
 
 # %% ../nbs/01_figures.ipynb #f7403d24
-def row_tiles(pictures, boxes, grid, top, label='', titles=True, inside=False, scale=None):
-    "The Tiles of one row, {title: picture of one size}, with their boxes enlarged below or inside; `top` is where its slices begin, in dots."
+def row_tiles(pictures, boxes, grid, top, label='', titles=True, inside=False, scale=None, beneath=None):
+    "The Tiles of one row, {title: picture of one size}, with their boxes enlarged below or inside (see `comparison`); `top` is where its slices begin, in dots."
     colours, images = list(palette().values()) * len(boxes), list(pictures.values())
     height, width = images[0].shape[:2]
     dots, tiles = grid.tile / width, []
@@ -394,17 +394,18 @@ def row_tiles(pictures, boxes, grid, top, label='', titles=True, inside=False, s
     for column, (title, picture) in enumerate(pictures.items()):
         left, marks = grid.left + column * (grid.tile + grid.gap), tuple(zip(boxes, colours))
         tiles.append(Tile(left, top, grid.tile, round(dots * height), picture, title if titles else '', '' if column else label, marks=marks))
-        for number, place in enumerate(part_places(images, boxes, dots, scale, inside) if boxes else ()):
+        for number, place in enumerate(part_places(beneath or images, boxes, dots, scale, inside) if boxes else ()):
             tiles.append(Tile(left + place.left, top + place.top, place.width, place.height, boxes[number].crop(picture),
                               corner='' if column or number else f'× {scale:.2g}', frame=colours[number]))
     return tiles
 
 # %% ../nbs/01_figures.ipynb #ff1ca42e
-def comparison(rows, boxes=1, size=48, inside=False, scale=None, width=7.0, dpi=150, window=1.0, level=0.5):
+def comparison(rows, boxes=1, size=48, inside=False, scale=None, width=7.0, dpi=150, window=1.0, level=0.5, beneath=None):
     """A matplotlib Figure, `width` inches wide, of slices in rows, parts of them enlarged below or `inside` them by `scale` (all that fits).
 
     rows: {label: {title: what as_picture takes}}, or one row; the first two of a row are the sources. boxes, size: of
     `chosen_boxes`; boxes may be given for each row, by its label. Each pixel is the same whole number of dots, at `dpi` dots an inch or more, where all slices are equally wide.
+    What is enlarged inside lies in the dark corners of a row, or of the list of pictures that `beneath` has for its label.
     Raises ValueError for slices of different sizes in a row, and for boxes that do not fit."""
     rows = rows if isinstance(next(iter(rows.values()), None), Mapping) else {'': rows}
     if not any(rows.values()):
@@ -417,7 +418,7 @@ def comparison(rows, boxes=1, size=48, inside=False, scale=None, width=7.0, dpi=
         titles = [*row] != above
         top += round(0.19 * grid.dpi) if titles else grid.gap
         own = chosen_boxes(row, boxes[label] if isinstance(boxes, Mapping) else boxes, size)
-        tiles += row_tiles(row, own, grid, top, label, titles, inside, scale)
+        tiles += row_tiles(row, own, grid, top, label, titles, inside, scale, beneath and beneath[label])
         above, top = [*row], max(tile.top + tile.height for tile in tiles)
     return sheet(tiles, grid.width, grid.dpi)
 
@@ -427,7 +428,7 @@ def difference_figure(rows, span=0.5, boxes=0, size=48, **layout):
 
     rows, boxes, size, layout: as of `comparison`, where the boxes are found in the slices themselves. Raises ValueError where there is no method."""
     rows = rows if isinstance(next(iter(rows.values())), Mapping) else {'': rows}
-    differences, places = {}, {}
+    differences, places, beneath = {}, {}, {}
     for label, row in rows.items():
         if len(row) < 3:
             raise ValueError(f'A difference takes both sources and a method, not only {", ".join(row)}.')
@@ -435,8 +436,9 @@ def difference_figure(rows, span=0.5, boxes=0, size=48, **layout):
             name = f'{label} − {source}'.strip()
             differences[name] = {method: difference(image, slice_, span) for method, image in islice(row.items(), 2, None)}
             places[name] = chosen_boxes(row, boxes[label] if isinstance(boxes, Mapping) else boxes, size)
-    figure = comparison(differences, places, **layout)
-    return colour_bar(figure, 'blue: darker than the source; red: brighter; white: equal', -span, span, 'RdBu_r')
+            beneath[name] = [as_picture(image) for image in row.values()]       # both rows of a pair have one layout
+    figure = comparison(differences, places, beneath=beneath, **layout)
+    return colour_bar(figure, 'blue: darker than the source; red: brighter; nearly white: equal', -span, span, 'RdBu_r')
 
 # %% ../nbs/01_figures.ipynb #fdf7c30b
 def figure_formats():

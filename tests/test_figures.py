@@ -176,6 +176,16 @@ def test_boxes_are_given_for_each_row(draw):
     assert len(draw(rows, boxes={'a': [], 'b': 1}).axes) < len(draw(rows, boxes=1).axes)
 
 
+def test_both_differences_of_a_pair_have_one_layout():
+    "Whatever is dark in them: what is enlarged inside lies in the same corners."
+    rng = np.random.default_rng(3)
+    ct, mri, fused = rng.random((3, 64, 64), dtype=np.float32)
+    ct[:32, :32], mri[32:, 32:], fused[:32, 32:] = 0, 0, 0
+    figure = difference_figure({'CT': ct, 'MRI': mri, 'm': fused}, boxes=[Box(28, 4, 8, 8), Box(28, 52, 8, 8)], inside=True)
+    tiles = [axis.get_position() for axis in figure.axes[:6]]
+    assert np.allclose(*([(one.x0 - row[0].x0, one.y0 - row[0].y0) for one in row] for row in (tiles[:3], tiles[3:])), atol=.02)
+
+
 def test_boxes_do_not_lie_over_each_other():
     images = dict(enumerate(random_slices((64, 64), 4)))
     boxes = chosen_boxes(images, 3, size=20)
