@@ -514,8 +514,7 @@ def evaluate(
 def figure(
     sources: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI', help='two slices or two folders; or the folder of a benchmark alone')],
     out: Annotated[Path, typer.Option('--out', '-o', parser=typed_path, metavar='PATH', help='the figure, a .pdf, .svg or .png')],
-    model: Annotated[list[str], typer.Option('--model', '-m', metavar='[NAME=]MODEL', help='a column: as for fuse, or a folder of finished slices; '
-                                             'of a benchmark, the name of a method')] = [],
+    model: Annotated[list[str], typer.Option('--model', '-m', metavar='[NAME=]MODEL', help='a column: as for fuse, or a folder of slices; of a benchmark, a method')] = [],
     pair: Annotated[list[str], typer.Option(metavar='NAME', help='a row: a pair of the folders')] = [],
     kind: Annotated[str, typer.Option(help='slices, difference; of a benchmark also bars, boxes, radar')] = 'slices',
     box: Annotated[list[str], typer.Option(metavar='X,Y,SIZE', help='enlarge this square: left edge, upper edge, side in pixels')] = [],
@@ -524,10 +523,8 @@ def figure(
     inside: Annotated[bool, typer.Option('--inside', help='enlarge inside the slices, not below')] = False,
     columns: Annotated[str, typer.Option(metavar='NAMES', help='metrics of a chart, as in VIF,Qabf')] = '',
     titles: Annotated[str, typer.Option(metavar='NAMES', help='of the sources')] = 'CT,MRI',
-    width: Annotated[float, typer.Option(help='inches')] = 7.0,
-    dpi: Annotated[float | None, typer.Option(help='at least so many dots an inch')] = None,
-    values: ValueRange = None,
-    replace: Annotated[bool, typer.Option('--replace', help='take the place of a file that is there')] = False,
+    width: Annotated[float, typer.Option(help='inches')] = 7.0, dpi: Annotated[float | None, typer.Option(help='at least so many dots an inch')] = None,
+    values: ValueRange = None, replace: Annotated[bool, typer.Option('--replace', help='take the place of a file that is there')] = False,
 ):
     """Draw the figure of a paper: pairs and methods side by side, or a chart of a benchmark.
 
