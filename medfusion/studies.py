@@ -211,7 +211,7 @@ def fuse_volume(ct, mri, grid: sitk.Image, model='wavelet', plane: str = 'axial'
     starts = range(0, len(out), batch_size)
     for start in progress(starts, desc=told):
         part = slice(start, start + batch_size)
-        batch = [torch.from_numpy(np.ascontiguousarray(view[part], np.float32))[:, None] for view in (first, second)]
+        batch = [torch.from_numpy(np.array(view[part], np.float32, order='C'))[:, None] for view in (first, second)]       # a copy: torch takes no flipped view
         out[part] = fuse_batch(model, *batch).numpy()[:, 0]
     return fused
 
@@ -365,6 +365,9 @@ def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> l
         swapped = ct.modality == 'MR' or any(one.is_hu or one.modality == 'CT' for one in scans.values()) and ct.modality != 'CT'
         remedy = 'the order is CT, then MRI' if swapped else 'export it with its rescale values'
         raise ValueError(f'The {"first scan" if swapped else "CT"} ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; {remedy}.')
+    for one in (ct, *scans.values()):
+        if min(one.image.GetSize()) < 3:
+            raise ValueError(f'A scan ({one.description or "no description"}) has {min(one.image.GetSize())} slices; fusing needs 3 and more, for the outer ones lie at the border of what is seen.')
     seen = {}
     for label, one in scans.items():
         name = f'{label} ({one.description or "no description"})'
@@ -374,18 +377,21 @@ def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> l
     return list(dict.fromkeys(note for one in scans.values() for note in check_pair(ct, one, different_patients)))
 
 # %% ../nbs/33_studies.ipynb #481e499f
-def seen_by_given(ct: sitk.Image, mri: sitk.Image, given) -> tuple[dict, list[str]]:
-    """What was measured of a `given` rigid transform, {'seen_share': share of the head that lies in both scans}, and doubts about it.
+def seen_by_given(ct: sitk.Image, mri: sitk.Image, given=None) -> tuple[dict, list[str]]:
+    """What was measured of a `given` rigid transform, {'seen_share': share of the head that lies in both scans}, and doubts about it; None: of two scans that are said to lie on each other.
 
     Raises ValueError where the share is too small for fusing; see `registration.verdict_limits`."""
+    pose = rigid(sitk.Transform(3, sitk.sitkIdentity) if given is None else given)
     points, mri_points = (points_in(head_mask(shrunk(graded(image), 4))) for image in (ct, mri))
     if not len(points) or not len(mri_points):
         return {}, ['no head was found by which it could be checked']
-    there, back = (seen_by(mri, pose, points).mean() for pose in (given, rigid(given.GetInverse())))
+    there, back = (seen_by(mri, way, points).mean() for way in (pose, rigid(pose.GetInverse())))
     way = f'by its inverse the MRI would show {back:.0%} of the head in the CT instead of {there:.0%}, so it may point the other way, from the MRI to the CT'
     doubts = [way] if back > there + .3 else []
-    share = seen_share(ct, mri, given, points, mri_points)
+    share = seen_share(ct, mri, pose, points, mri_points)
     if share < verdict_limits()['seen_share'][1]:
+        if given is None:
+            raise ValueError(f'The scans are said to be registered, but as they lie only {share:.0%} of the head is seen by both; leave that out, and they are registered here.')
         told = doubts[0] if doubts else f'by it only {share:.0%} of the head is seen by both scans'
         raise ValueError(f'The given transform leads out of the MRI: {told}; give one that maps points of the CT to points of the MRI, or none.')
     return {'seen_share': share}, doubts
@@ -406,13 +412,14 @@ def believed_frame(ct: sitk.Image, mri: sitk.Image, progress=quietly) -> Registr
 def brought_together(ct: Scan, mri: Scan, transform=None, registered: bool = False, progress=quietly) -> Registration:
     """The `Registration` of two scans: the `transform` (or file) that is given, the identity where both are `registered` or share a frame of reference, else what `register` finds.
 
-    Raises ValueError where a given transform leads out of the MRI."""
+    Raises ValueError where by a given transform, or as they lie, no two scans of one head are brought together; see `seen_by_given`."""
     if transform is not None and str(transform):
         given = rigid(transform if isinstance(transform, sitk.Transform) else read_transform(transform))
         signs, doubts = seen_by_given(ct.image, mri.image, given)
         return Registration(given, 'given', ['it was handed over' if isinstance(transform, sitk.Transform) else 'it was read from a file', *doubts], signs)
     if registered:
-        return Registration(sitk.Euler3DTransform(), 'given', ['both scans were said to be registered'])
+        signs, doubts = seen_by_given(ct.image, mri.image)
+        return Registration(sitk.Euler3DTransform(), 'given', ['both scans were said to be registered', *doubts], signs)
     if ct.frame_of_reference and ct.frame_of_reference == mri.frame_of_reference:
         return believed_frame(ct.image, mri.image, progress)
     return register(ct.image, mri.image, progress=progress)
@@ -485,6 +492,9 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     lattice = common_grid(ct.image, scans[first].image, found[first].transform, grid, spacing)
     study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.broadcast_to(np.float32(1), lattice.GetSize()[::-1]),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
+    for one in study.series:
+        if not np.minimum(study.ct_weight, one.weight).any():
+            raise ValueError(f'The CT and the MRI ({one.description or "no description"}) share no voxel of the grid, so nothing can be fused. {one.registration.sentence}')
     study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)
 
@@ -696,8 +706,9 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
         one.update({'SOPInstanceUID': pydicom.uid.generate_uid(), 'InstanceNumber': index + 1, 'Rows': pixels.shape[0], 'Columns': pixels.shape[1],
                     'ImagePositionPatient': [number(x) for x in place], 'ImageOrientationPatient': [number(x) for x in (*direction[:, 0], *direction[:, 1])],
                     'PixelSpacing': [number(step[1]), number(step[0])], 'SliceThickness': number(step[2]), 'SpacingBetweenSlices': number(step[2])})
-        if not anonymous:
-            one.SourceImageSequence = [source_item(nearest_header(reference, place, direction[:, 2]))]
+        source = nearest_header(reference, place, direction[:, 2])
+        if not anonymous and source.get('SOPClassUID') and source.get('SOPInstanceUID'):      # what has no name cannot be named
+            one.SourceImageSequence = [source_item(source)]
         one.PixelData = pixels.tobytes()
         one.file_meta = pydicom.dataset.FileMetaDataset()
         one.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian

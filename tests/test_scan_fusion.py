@@ -181,6 +181,15 @@ def test_the_grid_of_the_mri_keeps_its_voxels(scans, drawn):
     assert np.allclose(found.series[0].mri[1:-1, 1:-1, 1:-1], sitk.GetArrayFromImage(drawn.mri)[1:-1, 1:-1, 1:-1], atol=.5)
 
 
+@pytest.mark.parametrize('first', [0, 1])
+def test_sagittal_scans_are_fused_however_many_slices_a_batch_is_left_with(first):
+    drawn = phantom_study(12, ct_spacing=(4., 4., 6.), mri_spacing=(4., 4., 6.), pose=(8., 10.), plane='sagittal')
+    mri = drawn.mri[:, :, first:]
+    for size in (1, 2):
+        found = scan_fusion(drawn.ct, Scan(mri, 'MR'), model='maximum', transform=drawn.truth, grid='mri', batch_size=size)
+        assert found.plane == 'sagittal' and found.series[0].fused['brain'].shape == mri.GetSize()[::-1]
+
+
 def test_several_series_onto_one_ct(scans, drawn, tmp_path):
     ct, mri = scans
     other = Scan(mri.image * 1.5, 'MR', 't2 tse')
@@ -236,6 +245,26 @@ def test_a_given_transform_is_checked(scans, drawn):
     assert 'other way' in studies.brought_together(ct, Scan(apart, 'MR'), away(-40.)).sentence
 
 
+def test_scans_that_are_said_to_be_registered_are_checked(scans):
+    ct, mri = scans
+    assert studies.brought_together(ct, mri, registered=True).signs['seen_share'] > .3
+    apart = sitk.Image(mri.image)
+    apart.SetOrigin([x + y for x, y in zip(mri.image.GetOrigin(), (400., 0., 0.))])
+    with pytest.raises(ValueError, match='said to be registered.*0% of the head.*leave that out'):
+        scan_fusion(ct, Scan(apart, 'MR'), model='maximum', registered=True)
+
+
+def test_what_no_voxel_shows_twice_is_no_study(scans, monkeypatch):
+    ct, mri = scans
+    monkeypatch.setattr(studies, 'register', lambda *_, **__: Registration(sitk.Euler3DTransform((0., 0., 0.), 0., 0., 0., (0., 0., 900.)), 'failed', ['it leads away']))
+    with pytest.raises(ValueError, match='t1 space.*share no voxel.*it leads away'):
+        scan_fusion(ct, mri, model='maximum')
+    monkeypatch.undo()
+    for pair in ((ct, Scan(mri.image[:, :, 9:11], 'MR', 'two')), (Scan(ct.image[:, :, 9:11], 'CT', 'two', True), mri)):
+        with pytest.raises(ValueError, match='two. has 2 slices'):
+            scan_fusion(*pair, model='maximum', registered=True)
+
+
 def test_a_frame_of_reference_is_not_believed_unchecked(drawn):
     "The phantom's MRI in place, and 7 mm aside, under the CT's frame of reference."
     ct = studies.shrunk(drawn.ct, 7)     # quicker
@@ -254,6 +283,14 @@ def test_a_derived_slice_names_the_source_that_lies_where_it_does(drawn, patient
     places = {header.SOPInstanceUID: float(header.ImagePositionPatient[2]) for header in reference}
     away = [places[one.SourceImageSequence[0].ReferencedSOPInstanceUID] - float(one.ImagePositionPatient[2]) for one in map(pydicom.dcmread, files)]
     assert np.allclose(away, [0, 0, -6, 6, 0, 0, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize('lost', ['SOPClassUID', 'SOPInstanceUID'])
+def test_a_derived_slice_names_no_source_that_has_no_name(drawn, patient, tmp_path, lost):
+    reference = [pydicom.Dataset(header) for header in read_scan(patient / 'ct').reference]
+    delattr(reference[1], lost)
+    files = studies.write_derived(tmp_path, np.zeros((3, *drawn.ct.GetSize()[1::-1])), drawn.ct[:, :, :3], reference, 'Fused', 'fused')
+    assert ['SourceImageSequence' in pydicom.dcmread(path) for path in files] == [True, False, True]
 
 
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
