@@ -8,17 +8,19 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
            'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'list_series', 'meant_values', 'in_hounsfield',
            'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'read_pixels_of',
-           'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
-           'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
+           'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
+           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats',
+           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
+           'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
 import os
+import re
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -99,25 +101,30 @@ def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
     "The header of a DICOM file, with its `pixels` if wanted; None where the file is none. Raises ValueError where it breaks off."
     with open(path, 'rb') as file:
         start = file.read(132)
-    if start[128:] != b'DICM' and start[:4] not in (b'\x08\x00\x00\x00', b'\x08\x00\x05\x00', b'\x08\x00\x08\x00', b'\x08\x00\x16\x00'):
+    bare = start[128:] != b'DICM'
+    if bare and (start[:2] not in (b'\x02\x00', b'\x08\x00') or start[3:4] != b'\x00'):       # groups 0002 and 0008, and their elements below 0100
         return None
     try:
         with warnings.catch_warnings(action='ignore'):     # what is wrong is found and said below
-            header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=start[128:] != b'DICM')
+            header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
         header.get('PerFrameFunctionalGroupsSequence'), header.get('Rows')
     except Exception as error:                       # whatever a broken file makes the parser raise
         raise ValueError(f'{Path(path).name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy it again') from None
+    if bare and not any(keyword in header for keyword in ('SOPClassUID', 'Modality', 'Rows')):
+        return None                                  # numbers that begin as a tag would
     if not header.file_meta.get('TransferSyntaxUID'):
         header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if header.original_encoding[0] else pydicom.uid.ExplicitVRLittleEndian
     return header
 
 # %% ../nbs/30_scans.ipynb #d562ff89
 def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
-    "The header of each frame as a classic slice would have it: what the functional groups say of the frame stands on top."
+    "The header of each frame as a classic slice would have it: what the functional groups say of the frame stands on top. Raises ValueError where they are not as many as the frames."
     shared, frames = (header.get(f'{name}FunctionalGroupsSequence') for name in ('Shared', 'PerFrame'))
     if not frames:
         yield header
         return
+    if len(frames) != int(header.get('NumberOfFrames') or 1):
+        raise ValueError(f'it has {header.get("NumberOfFrames") or 1} frames and tells of {len(frames)}')
     top = {tag: header[tag] for tag in header.keys() if tag not in (0x52009229, 0x52009230)}
     for groups in frames:
         flat = pydicom.Dataset()
@@ -171,12 +178,16 @@ class Folder(NamedTuple):
 # %% ../nbs/30_scans.ipynb #c87d9f7f
 def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
     "The slices of one file. Raises ValueError where what its header holds cannot be understood."
+    single = ('Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PhotometricInterpretation',
+              'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt')
     try:
         found = [Slice(file, index, flat) for index, flat in enumerate(flat_frames(header))]
         for one in found:
-            one.position, one.axes, [one.header.get(tag) for tag in ('PixelSpacing', 'RescaleSlope', 'PatientID', 'ImageType', 'SeriesDescription')]
+            one.position, one.axes, [one.header.get(tag) for tag in ('PixelSpacing', 'PatientID', 'ImageType', 'SeriesDescription')]
+            if several := [tag for tag in single if isinstance(one.header.get(tag), MutableSequence)]:
+                raise ValueError(f'its {several[0]} has several values')
     except Exception as error:                       # whatever a broken file makes the parser raise
-        raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy it again') from None
+        raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy or export it again') from None
     return found
 
 # %% ../nbs/30_scans.ipynb #0bcf9c55
@@ -287,12 +298,15 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
             frames = list(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count))
             values = np.stack([decoded(header, frame) for frame in frames])
         else:
-            values = pydicom.pixels.pixel_array(header).reshape(count, header.Rows, header.Columns)
+            values = pydicom.pixels.pixel_array(header, correct_unused_bits=False).reshape(count, header.Rows, header.Columns)
     except (ValueError, EOFError, AttributeError, NotImplementedError) as error:
         text = ' '.join(str(error).split())
         raise ValueError(text if 'copy the file' in text else f'its pixels are cut off or broken ({text[:90]}); copy the file again') from None
-    unused = header.BitsAllocated - header.BitsStored
-    return values << unused >> unused if unused and header.HighBit == header.BitsStored - 1 and values.dtype.kind in 'iu' else values
+    unused = header.BitsAllocated - header.BitsStored             # above the stored bits, or below them, may be something else
+    above = min(max(header.BitsAllocated - 1 - header.get('HighBit', header.BitsStored - 1), 0), unused)
+    if above < unused and header.file_meta.TransferSyntaxUID.is_compressed:
+        raise ValueError(f'its pixels are compressed, and HighBit ({header.HighBit}) does not fit BitsStored ({header.BitsStored}); export it without compression')
+    return values << above >> unused if unused and values.dtype.kind in 'iu' else values
 
 # %% ../nbs/30_scans.ipynb #66e6e376
 def fingerprint(one: Slice) -> tuple:
@@ -342,8 +356,10 @@ def stacked(slices: list) -> Stack:
 
 # %% ../nbs/30_scans.ipynb #f4d8cf06
 def uneven_steps(stack: Stack) -> np.ndarray:
-    "The indices of slices after which the step is not the usual one, to 1 % of it or 0.02 mm."
-    steps = np.diff(stack.heights)
+    "The indices of slices after which the step is not the usual one, to 1 % of it or 0.02 mm; none where all lie within 0.06 mm of a regular grid, as places rounded to 0.1 mm do."
+    steps, index = np.diff(stack.heights), np.arange(len(stack.heights))
+    if np.abs(stack.heights - np.polyval(np.polyfit(index, stack.heights, 1), index)).max() < .06:
+        return index[:0]
     return np.flatnonzero(np.abs(steps - stack.step) > max(.01 * stack.step, .02))
 
 # %% ../nbs/30_scans.ipynb #a1bd2ffe
@@ -500,6 +516,10 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list, n
     moves = np.outer(stack.heights - stack.heights[0], drift_of(stack) / stack.slices[0].numbers('PixelSpacing', 2)[::-1])[:, ::-1]
     more = np.ceil(np.abs(moves[-1])).astype(int)
     values, headers, padded = np.empty((len(stack.slices), rows + more[0], columns + more[1]), np.float32), {}, 0
+    for tag, usual in (('RescaleSlope', 1), ('RescaleIntercept', 0)):
+        lacking = [index for index, one in enumerate(stack.slices) if one.header.get(tag) in (None, '')]
+        if lacking and any(float(one.header.get(tag) or usual) != usual for one in stack.slices):
+            raise ValueError(f'{stack.slices[lacking[0]].path.name}, the slice at {stack.heights[lacking[0]]:.1f} mm: it has no {tag}, and others have one; export the series again.')
     own, every = [], max(values.size // 1_000_000, 1)
     start, frames = np.where(moves[-1] < 0, more, 0), (None, None)
     for index, (one, height) in enumerate(zip(stack.slices, stack.heights)):
@@ -586,9 +606,16 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
+# %% ../nbs/30_scans.ipynb #f5c0f61b
+def check_right_angles(name: str, axes) -> None:
+    "Raises ValueError, with a file's `name`, where the columns of a matrix (3, 3), its axes, are not at right angles."
+    columns = axes / np.maximum(np.linalg.norm(axes, axis=0), 1e-9)
+    if not np.abs(columns.T @ columns - np.eye(3)).max() <= 1e-3:
+        raise ValueError(f'{name} has axes that are not at right angles (its geometry is sheared or empty); resample it onto an upright grid first.')
+
 # %% ../nbs/30_scans.ipynb #2965ad16
 def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
-    "A volume as float32 with right-handed axes, and notes. Raises ValueError where it is no volume of one number a voxel."
+    "A volume as float32 with right-handed axes, and notes. Raises ValueError where it is no volume of one number a voxel, or its axes are not at right angles."
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise ValueError(f'{name} is in colour or has {image.GetNumberOfComponentsPerPixel()} numbers a voxel; give a volume of one.')
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
@@ -606,6 +633,7 @@ def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
         fixed = sitk.GetImageFromArray(np.nan_to_num(values, nan=lowest, posinf=lowest, neginf=lowest))
         fixed.CopyInformation(image)
         image, notes = fixed, [f'{broken} voxels were no numbers (NaN) and were set to the lowest value, {lowest:g}.']
+    check_right_angles(name, np.reshape(image.GetDirection(), (3, 3)))
     left_handed = np.linalg.det(np.reshape(image.GetDirection(), (3, 3))) < 0
     return (sitk.Flip(image, (True, False, False), False) if left_handed else image), notes
 
@@ -623,9 +651,13 @@ def nifti_header(path) -> dict:
     places = {'dim': ('i2', 8, 40), 'datatype': ('i2', 1, 70), 'pixdim': ('f4', 8, 76), 'vox_offset': ('f4', 1, 108), 'scl_slope': ('f4', 1, 112),
               'scl_inter': ('f4', 1, 116), 'xyzt_units': ('u1', 1, 123), 'qform_code': ('i2', 1, 252), 'sform_code': ('i2', 1, 254),
               'quatern': ('f4', 3, 256), 'qoffset': ('f4', 3, 268), 'srow': ('f4', 12, 280)}
-    return {'order': order} | {name: np.frombuffer(data, order + kind, count, at).astype(float) for name, (kind, count, at) in places.items()}
+    found = {name: np.frombuffer(data, order + kind, count, at).astype(float) for name, (kind, count, at) in places.items()}
+    if not 3 <= found['dim'][0] <= 7:
+        raise ValueError(f'{Path(path).name} has {found["dim"][0]:g} dimensions by its header; give a volume, which has three.')
+    return {'order': order} | found
 
 # %% ../nbs/30_scans.ipynb #424948d1
+@np.errstate(invalid='ignore')                       # what is no number is said by `nifti_geometry`
 def nifti_forms(header: dict) -> dict[str, np.ndarray]:
     "The geometries that a NIfTI header has set, {'sform' and 'qform': (4, 4)}: voxel index to LPS, mm."
     unit = {1: 1000., 3: .001}.get(int(header['xyzt_units'][0]) & 7, 1.)                       # metres, micrometres; else mm
@@ -646,9 +678,9 @@ def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
     if not forms:
         raise ValueError(f'{name} does not say how it lies in space (neither sform nor qform is set), so left might be right; convert it anew from its DICOM files.')
     form, chosen = next(iter(forms.items()))
-    columns = chosen[:3, :3] / np.maximum(np.linalg.norm(chosen[:3, :3], axis=0), 1e-9)
-    if np.abs(columns.T @ columns - np.eye(3)).max() > 1e-3:
-        raise ValueError(f'{name} has axes that are not at right angles (its {form} is sheared or empty); resample it onto an upright grid first.')
+    if not np.isfinite(chosen).all() or form == 'qform' and np.square(header['quatern']).sum() > 1.001:
+        raise ValueError(f'{name} has a {form} that is no geometry (numbers that are none, or a quaternion longer than 1); convert it anew from its DICOM files.')
+    check_right_angles(name, chosen[:3, :3])
     if len(forms) == 2:
         if np.linalg.det(forms['sform']) * np.linalg.det(forms['qform']) < 0:
             raise ValueError(f'The sform and the qform of {name} disagree about left and right; convert it anew from its DICOM files.')
@@ -681,10 +713,23 @@ def read_pixels_of(path) -> sitk.Image:
     except RuntimeError:
         raise ValueError(f'{Path(path).name} cannot be read as an image: it is cut off, or no such file; copy it again.') from None
 
+# %% ../nbs/30_scans.ipynb #e82c6daa
+def says_how_it_lies(path) -> bool:
+    "Whether the header of a NRRD or MetaImage file names its axes in the patient."
+    with open(path, 'rb') as file:
+        header = re.split(rb'\n\r?\n|ElementDataFile', file.read(1 << 16))[0]
+    needed = (rb'space: *(left|right)-(anterior|posterior)-superior|space: *(RAS|LAS|LPS)', rb'space directions:', rb'(TransformMatrix|Rotation|Orientation) *=')
+    nrrd = header.startswith(b'NRRD')
+    return all(re.search(rb'^(' + words + rb')', header, re.MULTILINE | re.IGNORECASE) for words in (needed[:2] if nrrd else needed[2:]))
+
 # %% ../nbs/30_scans.ipynb #33bf4bf8
 def read_image_file(path) -> Scan:
-    "The scan in a NRRD or MetaImage file. Raises ValueError where it is no volume."
-    return image_scan(read_pixels_of(path), Path(path).name)
+    "The scan in a NRRD or MetaImage file. Raises ValueError where it is no volume, or does not say how it lies in space."
+    scan = image_scan(read_pixels_of(path), Path(path).name)
+    if not says_how_it_lies(path):
+        raise ValueError(f'{Path(path).name} does not say how it lies in space (a NRRD file by space and space directions, MetaImage by TransformMatrix), so left might be right; '
+                         'convert it anew from its DICOM files.')
+    return scan
 
 # %% ../nbs/30_scans.ipynb #8804d986
 def nifti_values(path, header: dict) -> np.ndarray:
@@ -713,8 +758,8 @@ def read_nifti(path) -> Scan:
     path, header = Path(path), nifti_header(path)
     geometry, notes = nifti_geometry(path.name, header)
     values = nifti_values(path, header)
-    while values.ndim > 3 and values.shape[0] == 1:
-        values = values[0]
+    values = values.reshape(-1, *values.shape[-3:]) if values.ndim > 3 else values              # one after the other, whatever their order means
+    values = values[0] if values.ndim == 4 and len(values) == 1 else values
     image = sitk.GetImageFromArray(values, isVector=False)
     if values.ndim == 3:
         spacing = np.linalg.norm(geometry[:3, :3], axis=0)
@@ -740,9 +785,12 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
     refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
     others = f'It holds {len(found.others)} DICOM file(s) that are no scans ({", ".join(sorted(set(found.others)))}). ' if found.others else ''
-    files = [file.name for file in sorted(Path(path).iterdir()) if format_reader(file)] if Path(path).is_dir() else []
+    there = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (
+        format_reader, lambda file: file.suffix.lower() in ('.zip', '.gz', '.tgz', '.tar', '.bz2', '.xz', '.7z', '.rar'), lambda file: file.suffix.lower() in ('.hdr', '.img')))
     broken = ' '.join(f'{sentence}.' for sentence in found.broken[:5])
-    hint = f'Name one of its files: {", ".join(files[:5])}.' if files else 'Give a folder of DICOM files, or a NIfTI, NRRD or MetaImage file.'
+    hint = (f'Name one of its files: {files}.' if files else f'Unpack {packed} first.' if packed else
+            f'{halves}: a pair (.hdr and .img) is not read; convert it to one file (.nii).' if halves else 'Give a folder of DICOM files, or a NIfTI, NRRD or MetaImage file.')
     what = f'{path} holds no volume: {refused}.' if series else f'{path} holds no DICOM images.'
     return ' '.join(filter(None, (what, others.strip(), broken, '' if series else hint)))
 

@@ -155,6 +155,18 @@ def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
     assert_right(read_scan(write(tmp_path, [made(place + (0, 0, by)) for place, by in zip(stack_positions(), jitter)])))
 
 
+def test_places_rounded_to_a_tenth_of_a_millimetre_are_no_gaps(tmp_path):
+    rng = np.random.default_rng(2)
+    for step, count in ((1.25, 24), (.625, 24), (3., 5), (2.43, 40)):
+        for kind in ('rounded', 'jitter'):
+            at = [step * index for index in range(count)]
+            at = np.round(at, 1) if kind == 'rounded' else at + rng.uniform(-.04, .04, count)
+            scan = read_scan(write(tmp_path / f'{kind} {step}', [made((-8., -6., place)) for place in at]))
+            assert scan.image.GetSize()[2] == count and abs(scan.image.GetSpacing()[2] - step) < .03 and not scan.notes
+    gap = [np.round(1.25 * index, 1) for index in range(24) if index != 9]
+    assert_refused(write(tmp_path / 'gap', [made((-8., -6., place)) for place in gap]), 'missing or uneven')
+
+
 # Tilted gantry
 
 @pytest.mark.parametrize('tag', [None, 18.5])
@@ -345,12 +357,19 @@ def test_a_video_is_no_volume(tmp_path):
     (lambda folder: None, ['holds no DICOM images', 'Give a folder']),
     (lambda folder: (folder / 'a.txt').write_text('nothing'), ['holds no DICOM images']),
     (lambda folder: sitk.WriteImage(sitk.Image(4, 4, 4, sitk.sitkInt16), str(folder / 'a.nii')), ['Name one of its files: a.nii']),
+    (lambda folder: (folder / 'a.dcm.gz').write_bytes(b''), ['Unpack a.dcm.gz']),
+    (lambda folder: sitk.WriteImage(sitk.Image(4, 4, 4, sitk.sitkInt16), str(folder / 'a.hdr')), ['a.hdr', 'a.img', 'pair', 'one file (.nii)']),
 ])
 def test_a_folder_without_dicom(tmp_path, make, words):
     make(tmp_path)
     assert_refused(tmp_path, *words)
     with nullcontext() if 'Name' in words[0] else pytest.raises(ValueError, match='holds no DICOM images'):
         assert scan_table(tmp_path)[0]['where'] == 'a.nii'
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / 'scan.zip').write_bytes(b'PK')
+    assert_refused(tmp_path / 'scan.zip', 'Unpack scan.zip')
 
 
 def test_a_pipe_or_a_device_is_no_scan(tmp_path):
@@ -375,6 +394,48 @@ def test_a_path_that_is_not_there(tmp_path):
 def test_slope_and_intercept_of_each_slice(tmp_path):
     slices = [made(place, slope=.25 + .01 * index, intercept=-1100. - index) for index, place in enumerate(stack_positions())]
     assert_right(read_scan(write(tmp_path, slices)))
+
+
+@pytest.mark.parametrize('tag', ['RescaleSlope', 'RescaleIntercept'])
+def test_a_slice_that_lost_what_the_others_have_is_named(tmp_path, tag):
+    slices = [made(place) for place in stack_positions()]
+    delattr(slices[3], tag)
+    write(tmp_path, slices)
+    name = next(path.name for path in tmp_path.iterdir() if tag not in pydicom.dcmread(path))
+    assert_refused(tmp_path, name, '9.0 mm', f'no {tag}')
+
+
+def test_a_slice_without_a_slope_of_one_is_as_the_others(tmp_path):
+    slices = [made(place, slope=1., values=np.round(hounsfield(slice_points(place, AXIAL)))) for place in stack_positions()]
+    del slices[2].RescaleSlope
+    assert_right(read_scan(write(tmp_path, slices)), tolerance=.6)
+
+
+@pytest.mark.parametrize('tag, value', [('RescaleSlope', [1, 1]), ('RescaleIntercept', [0, 1]), ('GantryDetectorTilt', [1, 2]), ('SamplesPerPixel', [1, 1]),
+                                        ('NumberOfFrames', [1, 1]), ('Rows', [12, 12]), ('Columns', [16, 16]), ('BitsStored', [16, 16]),
+                                        ('PhotometricInterpretation', ['MONOCHROME2', 'RGB'])])
+def test_two_values_where_one_belongs(tmp_path, tag, value):
+    slices = [made(place) for place in stack_positions()]
+    setattr(slices[5], tag, value)
+    write(tmp_path, slices)
+    name = next(path.name for path in tmp_path.iterdir() if isinstance(pydicom.dcmread(path).get(tag), (list, pydicom.multival.MultiValue)))
+    assert read_scan(tmp_path).image.GetSize()[2] == 5
+    assert_refused(tmp_path / name, name, tag, 'several')
+    assert scan_table(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['<u2', '<i2'])
+def test_twelve_bits_in_the_upper_part_of_sixteen(tmp_path, kind):
+    "With four bits of something else below them."
+    slices = []
+    for place in stack_positions():
+        one = made(place, intercept=-1300. if kind == '<u2' else 0., BitsStored=12, HighBit=15, PixelRepresentation=int(kind == '<i2'), slope=1.)
+        one.PixelData = ((np.frombuffer(one.PixelData, kind) << 4) + 5).astype(kind).tobytes()
+        slices.append(one)
+    assert_right(read_scan(write(tmp_path, slices)))
+    for one in slices:
+        one.compress(RLELossless)
+    assert_refused(write(tmp_path / 'packed', slices, RLELossless), 'HighBit (15)', 'without compression')
 
 
 @pytest.mark.parametrize('padding, limit', [(63536, None), (0, 3), (65535, None)])
@@ -455,6 +516,31 @@ def test_a_file_without_preamble(tmp_path):
         pydicom.dcmwrite(path, pydicom.Dataset({element.tag: element for element in one}), implicit_vr=True, little_endian=True)
         assert path.read_bytes()[128:132] != b'DICM'
     assert_right(read_scan(folder))
+
+
+@pytest.mark.parametrize('first', ['FileMetaInformationGroupLength', 'InstanceCreationDate', 'SOPInstanceUID', 'Modality'])
+def test_a_file_without_preamble_may_begin_with_any_tag(tmp_path, first):
+    folder = write(tmp_path, [made(place) for place in stack_positions()], ExplicitVRLittleEndian)
+    for path in folder.iterdir():
+        one = pydicom.dcmread(path)
+        if first.startswith('File'):
+            path.write_bytes(path.read_bytes()[132:])
+        else:
+            one.InstanceCreationDate = '20200101'
+            bare = pydicom.Dataset({element.tag: element for element in one if element.tag >= pydicom.tag.Tag(first)})
+            pydicom.dcmwrite(path, bare, implicit_vr=first == 'Modality', little_endian=True)
+    assert_right(read_scan(folder))
+
+
+def test_other_files_are_no_dicom(tmp_path):
+    nifti(tmp_path / 'a.hdr', turned())
+    plt = b'\x89PNG\r\n\x1a\n' + bytes(200)
+    for name, data in {'a.png': plt, 'a.txt': b'a letter', 'empty': b'', 'short': b'\x08\0', 'raw': np.arange(8, 600, dtype='<i2').tobytes(),
+                       'raw2': np.tile(np.array([2, 3, 8, 5], '<i2'), 99).tobytes(), 'zeros': b'\2' + bytes(999)}.items():
+        (tmp_path / name).write_bytes(data)
+    folder = list_series(tmp_path)[1]
+    assert not folder.slices and not folder.others and not folder.broken
+    assert all(dicom_header(path) is None for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('compressor', ['JPEG', 'JPEG2000', 'RLE'])
@@ -570,6 +656,17 @@ def test_two_echoes_in_an_enhanced_file(tmp_path):
     save(enhanced([*places, *places], slopes=[.25] * 4 + [.5] * 4, modality='MR', MREchoSequence=echoes), tmp_path / 'echoes.dcm')
     assert_refused(tmp_path, '2 volumes', 'EchoTime 10', 'EchoTime 80')
     assert_right(read_scan(tmp_path, series='EchoTime 80'))
+
+
+def test_frames_that_their_header_does_not_tell_apart(tmp_path):
+    whole = enhanced(stack_positions())
+    del whole.PerFrameFunctionalGroupsSequence[-1]
+    save(whole, tmp_path / 'fewer.dcm')
+    assert_refused(tmp_path / 'fewer.dcm', 'fewer.dcm', '6 frames', '5')
+    whole = enhanced(stack_positions())
+    del whole.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence
+    save(whole, tmp_path / 'fewer.dcm')
+    assert_refused(tmp_path, 'fewer.dcm', '6.0 mm', 'no RescaleSlope')
 
 
 def test_frames_without_positions(tmp_path):
@@ -710,6 +807,35 @@ def test_nifti_that_is_sheared(tmp_path):
         assert_refused(nifti(tmp_path / 'a.nii', sheared, **forms), 'a.nii', 'right angles')
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('form, at', [('sform', 280), ('sform', 292), ('qform', 256), ('qform', 268)])
+def test_nifti_whose_geometry_is_no_numbers(tmp_path, form, at, value):
+    path = nifti(tmp_path / 'a.nii', turned(), sform=int(form == 'sform'), qform=int(form == 'qform'))
+    data = bytearray(path.read_bytes())
+    data[at:at + 4] = np.float32(value).tobytes()
+    path.write_bytes(data)
+    assert_refused(path, 'a.nii', form, 'no geometry')
+
+
+def test_nifti_whose_quaternion_is_too_long(tmp_path):
+    path = nifti(tmp_path / 'a.nii', turned(), sform=0)
+    data = bytearray(path.read_bytes())
+    data[256:268] = np.array([0, 0, 1.5], '<f4').tobytes()
+    path.write_bytes(data)
+    assert_refused(path, 'a.nii', 'qform', 'no geometry')
+
+
+@pytest.mark.parametrize('count', [0, -1, 1, 2, 6, 9])
+def test_nifti_of_other_dimensions(tmp_path, count):
+    path = nifti(tmp_path / 'a.nii', turned())
+    data = bytearray(path.read_bytes())
+    data[40:56] = np.array([count, 16, 12, 6, 1, 1, 2, 1], '<i2').tobytes()
+    path.write_bytes(data + data[352:])
+    assert_refused(path, 'a.nii', 'dimensions' if count != 6 else '2 volumes')
+    nifti(tmp_path / 'b.nii', turned())
+    assert len(scan_table(tmp_path)) == 2
+
+
 def test_nifti_in_metres(tmp_path):
     scan = read_scan(nifti(tmp_path / 'a.nii', np.diag([.001, .001, .001, 1]) @ turned(), unit=1))
     assert_right(scan, tolerance=.05)
@@ -758,6 +884,29 @@ def test_nrrd_and_metaimage(tmp_path, suffix, flip):
     scan = read_scan(tmp_path / f'a.{suffix}')
     assert_right(scan)
     assert scan.is_hu
+
+
+HEADERS = {
+    'nrrd': 'NRRD0004\ntype: float\ndimension: 3\nsizes: 16 12 6\nencoding: raw\nendian: little\n{}\n\n',
+    'mha': 'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n{}\nDimSize = 16 12 6\nElementSpacing = 1 1.5 3\n'
+           'ElementType = MET_FLOAT\nElementDataFile = LOCAL\n'}
+UPRIGHT = '\nspace directions: (1,0,0) (0,1.5,0) (0,0,3)\nspace origin: (0,0,0)'
+
+
+@pytest.mark.parametrize('suffix, told, words', [
+    ('nrrd', 'space: left-posterior-superior' + UPRIGHT, []), ('nrrd', 'space: LPS' + UPRIGHT, []), ('mha', 'TransformMatrix = 1 0 0 0 1 0 0 0 1', []),
+    ('nrrd', 'spacings: 1 1.5 3', ['left might be right']), ('nrrd', 'space dimension: 3' + UPRIGHT, ['left might be right']),
+    ('nrrd', 'space: scanner-xyz' + UPRIGHT, ['left might be right']), ('nrrd', 'space: LPS', ['left might be right']), ('mha', 'Comment = none', ['left might be right']),
+    ('nrrd', 'space: LPS\nspace directions: (1,0,0) (0,1.5,0) (0,1,3)\nspace origin: (0,0,0)', ['right angles']),
+    ('mha', 'TransformMatrix = 1 0 0 0 1 0 0 .3 .95', ['right angles'])])
+def test_nrrd_and_metaimage_say_how_they_lie(tmp_path, suffix, told, words):
+    index = np.moveaxis(np.indices((6, 12, 16))[::-1], 0, -1) * (1, 1.5, 3)
+    path = tmp_path / f'a.{suffix}'
+    path.write_bytes(HEADERS[suffix].format(told).encode() + hounsfield(index).astype('<f4').tobytes())
+    if words:
+        assert_refused(path, path.name, *words)
+    else:
+        assert_right(read_scan(path))
 
 
 def test_colour_is_no_volume(tmp_path):
