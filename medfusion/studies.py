@@ -493,7 +493,7 @@ def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=
     study = Study(lattice, continued(ct.image, lattice), field_weight(ct.image, lattice) if grid == 'mri' else np.broadcast_to(np.float32(1), lattice.GetSize()[::-1]),
                   [onto_grid(one, label, found[label], lattice, spline, n4) for label, one in scans.items()], plane or plane_of(lattice.GetDirection()).split()[-1])
     for one in study.series:
-        if not np.minimum(study.ct_weight, one.weight).any():
+        if (force or one.registration.verdict != 'failed') and not np.minimum(study.ct_weight, one.weight).any():
             raise ValueError(f'The CT and the MRI ({one.description or "no description"}) share no voxel of the grid, so nothing can be fused. {one.registration.sentence}')
     study.record = study_record(study, ct, notes) | {'grid': grid, 'interpolation': 'cubic B-spline' if spline else 'linear', 'n4': n4}
     return fuse_study(study, window, model, force, batch_size, device, progress)

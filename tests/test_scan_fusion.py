@@ -258,7 +258,8 @@ def test_what_no_voxel_shows_twice_is_no_study(scans, monkeypatch):
     ct, mri = scans
     monkeypatch.setattr(studies, 'register', lambda *_, **__: Registration(sitk.Euler3DTransform((0., 0., 0.), 0., 0., 0., (0., 0., 900.)), 'failed', ['it leads away']))
     with pytest.raises(ValueError, match='t1 space.*share no voxel.*it leads away'):
-        scan_fusion(ct, mri, model='maximum')
+        scan_fusion(ct, mri, model='maximum', force=True)
+    assert scan_fusion(ct, mri, model='maximum').series[0].fused == {}
     monkeypatch.undo()
     for pair in ((ct, Scan(mri.image[:, :, 9:11], 'MR', 'two')), (Scan(ct.image[:, :, 9:11], 'CT', 'two', True), mri)):
         with pytest.raises(ValueError, match='two. has 2 slices'):
