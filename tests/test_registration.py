@@ -17,6 +17,7 @@ from medfusion.registration import (
     register,
     rigid,
     search_pose,
+    thickness,
     write_transform,
 )
 from medfusion.scans import sitk
@@ -89,11 +90,28 @@ def test_halves_of_a_wrong_pose_disagree(study):
 
 
 def test_verdicts():
-    good = {'halves_mm': 1., 'mirror_ratio': .8, 'seen_share': 1.}
+    good = {'halves_mm': 1., 'mirror_ratio': .8, 'seen_share': 1., 'seen_mm': 140.}
     for sign, value, verdict in (('halves_mm', 5., 'doubtful'), ('halves_mm', 9., 'failed'), ('mirror_ratio', .95, 'doubtful'),
-                                 ('mirror_ratio', 1.3, 'failed'), ('seen_share', .2, 'doubtful'), ('seen_share', .05, 'failed')):
+                                 ('mirror_ratio', 1.3, 'failed'), ('seen_share', .2, 'doubtful'), ('seen_share', .05, 'failed'), ('seen_mm', 30., 'doubtful'),
+                                 ('seen_mm', 0., 'doubtful')):
         assert judge(good | {sign: value})[0] == verdict
-    assert len(judge({'halves_mm': 9., 'mirror_ratio': 1.3, 'seen_share': .05})[1]) == 3
+    assert len(judge({'halves_mm': 9., 'mirror_ratio': 1.3, 'seen_share': .05, 'seen_mm': 9.})[1]) == 4
+
+
+@pytest.mark.parametrize('swap', [pytest.param(False, marks=pytest.mark.long), True])
+def test_a_thin_slab_is_never_called_good(study, swap):
+    "It lies in the other scan as a whole, and its halves agree where it is millimetres off. It may be the CT that is thin."
+    ct, mri = (study.ct[:, :, 30:37], study.mri) if swap else (study.ct, study.mri[:, :, 14:20])
+    found = register(ct, mri, start=study.truth)
+    assert found.signs['seen_share'] > .9 and 15 < found.signs['seen_mm'] < 35
+    assert found.verdict != 'good' and ' mm of the head are seen by both scans' in found.sentence
+
+
+def test_thickness_is_that_of_the_slab_however_it_lies():
+    box = np.random.default_rng(0).uniform((-80, -100, -15), (80, 100, 15), (4000, 3))
+    tilted = moved(sitk.VersorRigid3DTransform((1, 2, 3), .7, (30., 40., 50.)), box)
+    assert 29 < thickness(box) < 30 and abs(thickness(tilted) - thickness(box)) < .5
+    assert thickness(box[:0]) == thickness(box[:3]) == 0
 
 
 def test_an_image_that_shows_nothing_is_refused(study):
