@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['shrunk', 'looks_like_ct', 'graded', 'tissue_threshold', 'head_mask', 'points_in', 'quarter_turns', 'thickness',
-           'middles_along', 'pose_of', 'moved', 'distance_between', 'rigid', 'Registration', 'ScanPyramid',
-           'one_thread', 'descend', 'quietly', 'search_pose', 'seen_by', 'half_disagreement', 'mirrored',
-           'mirror_ratio', 'seen_share', 'seen_mm', 'verdict_limits', 'judge', 'register', 'resampled',
-           'write_transform', 'read_transform']
+           'stretches_along', 'middles_across', 'pose_of', 'moved', 'distance_between', 'rigid', 'Registration',
+           'ScanPyramid', 'one_thread', 'descend', 'quietly', 'starting_poses', 'search_pose', 'seen_by',
+           'half_disagreement', 'mirrored', 'mirror_ratio', 'seen_share', 'seen_mm', 'verdict_limits', 'judge',
+           'register', 'resampled', 'write_transform', 'read_transform']
 
 # %% ../nbs/32_registration.ipynb #fa15e5ad
 import tempfile
@@ -79,27 +79,40 @@ def quarter_turns() -> list[np.ndarray]:
     return sorted(found, key=lambda matrix: -np.trace(matrix))
 
 # %% ../nbs/32_registration.ipynb #02b2a987
-def _on_axes(points):
-    "Points (N, 3) on their own axes, in mm from the middle; the longest axis first."
-    centred = points - points.mean(0)
-    return centred @ np.linalg.svd(centred, full_matrices=False)[2].T
+def _axes(points):
+    "The three axes of points (N, 3), unit vectors (3, 3), the one on which they reach farthest first."
+    return np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
 
 
 def thickness(points: np.ndarray) -> float:
     "How far points (N, 3) reach along the one of their axes on which they reach least, in mm, from the 1st to the 99th percentile: of a slab its thickness, of a head about its width. 0 for fewer than four."
-    return float(np.ptp(np.percentile(_on_axes(points), [1, 99], axis=0), axis=0).min()) if len(points) > 3 else 0.
+    return float(np.ptp(np.percentile(points @ _axes(points).T, [1, 99], axis=0), axis=0).min()) if len(points) > 3 else 0.
 
 # %% ../nbs/32_registration.ipynb #45a478bd
-def middles_along(points: np.ndarray, length: float) -> list[np.ndarray]:
-    "The middles of stretches of `length` mm, at most 60 mm apart, along the longest axis of points (N, 3) of a head; one middle where the points reach no more than 60 mm farther."
-    along = _on_axes(points)[:, 0]
+def _along(points):
+    "Where points (N, 3) lie on their longest axis, in mm from the middle."
+    return (points - points.mean(0)) @ _axes(points)[0]
+
+
+def stretches_along(points: np.ndarray, length: float) -> list[np.ndarray]:
+    "The points in stretches of `length` mm, at most 60 mm apart, along the longest axis of points (N, 3) of a head; all of them where they reach no more than 60 mm farther."
+    along = _along(points)
     low, high = np.percentile(along, [1, 99])
     length = max(length, 150)                         # no head is shorter; less of one is shown by a slab
     if high - low <= length + 60:
-        return [points.mean(0)]
+        return [points]
     begins = np.linspace(low, high - length, 1 + int(np.ceil((high - length - low) / 60)))
     inside = [(along >= begin) & (along <= begin + length) for begin in begins]
-    return [points[stretch].mean(0) for stretch in inside if stretch.any()]
+    return [points[stretch] for stretch in inside if stretch.any()]
+
+# %% ../nbs/32_registration.ipynb #d68ecb6b
+def middles_across(points: np.ndarray, axis, near: float = 40.) -> list[np.ndarray]:
+    "Places (3,) on which the middle of a slab may lie in points (N, 3) of a head: their middle, and places at most 40 mm apart along the slab's normal `axis` (a unit vector), each amid the points within `near` / 2 of its height, at least 20 mm."
+    along = points @ axis
+    low, high = np.percentile(along, [1, 99])
+    edges = np.linspace(low, high, 1 + max(1, int(np.ceil((high - low) / 40))))
+    heights = [(height, np.abs(along - height) <= max(near, 40) / 2) for height in (edges[1:] + edges[:-1]) / 2]
+    return [points.mean(0)] + [points[layer].mean(0) + (height - along[layer].mean()) * axis for height, layer in heights if layer.any()]
 
 # %% ../nbs/32_registration.ipynb #5e447350
 def pose_of(matrix, ct_centre, mri_centre) -> sitk.VersorRigid3DTransform:
@@ -226,14 +239,26 @@ def quietly(steps, **told):
     return steps
 
 # %% ../nbs/32_registration.ipynb #05949981
+def starting_poses(pyramid: ScanPyramid) -> list[tuple]:
+    "Where the search starts, [(number of the turn, pose)]: 24 turns for each pair of stretches; and where one scan is a slab (less than 90 mm thick), for each place of it along its normal."
+    ct, mri = pyramid.points, pyramid.mri_points
+    pairs = list(product(stretches_along(ct, np.ptp(_along(mri))), stretches_along(mri, np.ptp(_along(ct)))))
+    turns, thick, thick_mri = list(enumerate(quarter_turns())), thickness(ct), thickness(mri)
+    if min(thick, thick_mri) >= 90:                   # whole heads reach 100 mm and more in their MRI
+        return [(number, pose_of(turn, one.mean(0), other.mean(0))) for one, other in pairs for number, turn in turns]
+    if thick < thick_mri:
+        return [(number, pose_of(turn, one.mean(0), place)) for one, other in pairs for number, turn in turns
+                for place in middles_across(other, turn @ _axes(ct)[2], thick)]
+    return [(number, pose_of(turn, place, other.mean(0))) for one, other in pairs for number, turn in turns
+            for place in middles_across(one, turn.T @ _axes(mri)[2], thick_mri)]
+
+# %% ../nbs/32_registration.ipynb #a8a4beee
 def search_pose(pyramid: ScanPyramid, progress=quietly) -> tuple:
     "The best pose on voxels of 4 mm, and what was tried: [(number of the turn, mutual information at 8 mm)], the best first. `progress` wraps the starts, as tqdm does."
-    ct, mri = pyramid.points, pyramid.mri_points
-    pairs = list(product(middles_along(ct, np.ptp(_on_axes(mri)[:, 0])), middles_along(mri, np.ptp(_on_axes(ct)[:, 0]))))
-    starts = [pose_of(matrix, *pair) for pair in pairs for matrix in quarter_turns()]
-    tried = [(number % 24, *descend(pyramid, 8, start, 8., .5, 10)) for number, start in enumerate(progress(starts, desc='trying poses'))]
+    starts = starting_poses(pyramid)
+    tried = [(number, *descend(pyramid, 8, start, 8., .5, 10)) for number, start in progress(starts, desc='trying poses')]
     tried.sort(key=lambda one: -one[2])
-    few = 6 * len(pairs)
+    few = len(starts) // 4
     better = [(number, *descend(pyramid, 8, pose, 4., .1)) for number, pose, _ in tried[:few]]
     better.sort(key=lambda one: -one[2])
     pose, _ = max((descend(pyramid, 4, pose) for _, pose, _ in better[:2]), key=lambda one: one[1])

@@ -17,6 +17,7 @@ from medfusion.registration import (
     register,
     rigid,
     search_pose,
+    starting_poses,
     thickness,
     write_transform,
 )
@@ -96,6 +97,24 @@ def test_verdicts():
                                  ('seen_mm', 0., 'doubtful')):
         assert judge(good | {sign: value})[0] == verdict
     assert len(judge({'halves_mm': 9., 'mirror_ratio': 1.3, 'seen_share': .05, 'seen_mm': 9.})[1]) == 4
+
+
+@pytest.mark.parametrize('part', ['MRI below', pytest.param('CT above', marks=pytest.mark.long), pytest.param('CT below', marks=pytest.mark.long)])
+def test_a_slab_far_from_the_middle_is_found(study, part):
+    "Laid into the middle of the other scan it is 70 to 110 mm off; the lowest part of the CT reaches out of the MRI."
+    ct = {'CT above': study.ct[:, :, 34:], 'CT below': study.ct[:, :, :19]}.get(part, study.ct)
+    pyramid = ScanPyramid.of(ct, study.mri[:, :, 2:12] if part == 'MRI below' else study.mri)
+    pose, _ = search_pose(pyramid)
+    assert distance_between(pose, study.truth, study.brain) < 4
+
+
+def test_only_slabs_start_from_more_places(study):
+    "A head starts as it always did."
+    pyramid = ScanPyramid.of(study.ct, study.mri)
+    starts = starting_poses(pyramid)
+    assert [number for number, _ in starts] == list(range(24))
+    assert all(np.allclose(moved(pose, pyramid.points.mean(0)[None])[0], pyramid.mri_points.mean(0)) for _, pose in starts)
+    assert len(starting_poses(ScanPyramid.of(study.ct[:, :, :19], study.mri))) > 72
 
 
 @pytest.mark.parametrize('swap', [pytest.param(False, marks=pytest.mark.long), True])
