@@ -35,8 +35,11 @@ def looks_like_ct(image: sitk.Image) -> bool:
 
 # %% ../nbs/32_registration.ipynb #dc5605d7
 def graded(image: sitk.Image) -> sitk.Image:
-    "The image as float32; one in Hounsfield units is clamped to −200 … 1300."
-    return sitk.Clamp(image, sitk.sitkFloat32, -200, 1300) if looks_like_ct(image) else sitk.Cast(image, sitk.sitkFloat32)
+    "The image as float32; one in Hounsfield units is clamped to −200 … 1300, any other where a few voxels lie far from all others (beyond the middle 99.8 % by more than they reach)."
+    if looks_like_ct(image):
+        return sitk.Clamp(image, sitk.sitkFloat32, -200, 1300)
+    low, high = np.percentile(sitk.GetArrayViewFromImage(image)[::2, ::2, ::2], [.1, 99.9]).tolist()
+    return sitk.Clamp(image, sitk.sitkFloat32, 2 * low - high, 2 * high - low) if high > low else sitk.Cast(image, sitk.sitkFloat32)
 
 # %% ../nbs/32_registration.ipynb #4ad8d3e0
 def tissue_threshold(image: sitk.Image) -> float:
@@ -326,7 +329,8 @@ def verdict_limits() -> dict[str, tuple[float, float]]:
 # %% ../nbs/32_registration.ipynb #3b94256f
 def judge(signs: dict) -> tuple[str, list[str]]:
     "The verdict on signs of `register`, 'good', 'doubtful' or 'failed', and why, in sentences."
-    words = {'halves_mm': (f'halves of the head, each registered for itself, come to lie {signs["halves_mm"]:.1f} mm apart',) * 2,
+    apart = f'halves of the head, each registered for itself, come to lie {signs["halves_mm"]:.1f} mm apart'
+    words = {'halves_mm': (apart, f'{apart} (an MRI without scalp and skull cannot be judged: give the one from before they were taken away)'),
              'mirror_ratio': ('the mirrored MRI fits nearly as well as the MRI as it is',
                               'the mirrored MRI fits better than the MRI as it is: its left and right may be exchanged'),
              'seen_share': (f'only {signs["seen_share"]:.0%} of the head is seen by both scans',) * 2,

@@ -7,6 +7,7 @@ from medfusion.phantom_volume import phantom_study
 from medfusion.registration import (
     ScanPyramid,
     distance_between,
+    graded,
     half_disagreement,
     judge,
     mirrored,
@@ -88,6 +89,20 @@ def test_halves_of_a_wrong_pose_disagree(study):
     pyramid = ScanPyramid.of(study.ct, study.mri)
     wrong = pose_of(quarter_turns()[7], study.brain.mean(0), moved(study.truth, study.brain.mean(0)[None])[0])
     assert np.median(half_disagreement(pyramid, study.truth)) < 4 < np.median(half_disagreement(pyramid, wrong))
+
+
+@pytest.mark.parametrize('value', [1e7, -1e7])
+def test_single_voxels_far_beyond_all_others_change_nothing_else(study, value):
+    spike = study.mri + 0
+    spike[20, 20, 10] = value
+    plain, clamped = sitk.GetArrayFromImage(study.mri), sitk.GetArrayFromImage(graded(spike))
+    assert np.array_equal(sitk.GetArrayFromImage(graded(study.mri)), plain)
+    assert (clamped != plain).sum() == 1 and np.ptp(clamped) < 3 * np.ptp(plain)
+
+
+def test_what_is_said_where_halves_fail_names_a_stripped_mri():
+    signs = {'halves_mm': 20., 'mirror_ratio': .97, 'seen_share': 1., 'seen_mm': 100.}
+    assert 'without scalp and skull' in judge(signs)[1][0] and 'without scalp' not in judge(signs | {'halves_mm': 5.})[1][0]
 
 
 def test_verdicts():
