@@ -264,7 +264,7 @@ def search_pose(pyramid: ScanPyramid, progress=quietly) -> tuple:
     few = len(starts) // 4
     better = [(number, *descend(pyramid, 8, pose, 4., .1)) for number, pose, _ in tried[:few]]
     better.sort(key=lambda one: -one[2])
-    pose, _ = max((descend(pyramid, 4, pose) for _, pose, _ in better[:2]), key=lambda one: one[1])
+    pose, _ = max((descend(pyramid, 4, pose) for _, pose, _ in better[:max(2, few // 6)]), key=lambda one: one[1])
     return pose, [(number, value) for number, _, value in [*better, *tried[few:]]]
 
 # %% ../nbs/32_registration.ipynb #2e77eb69
