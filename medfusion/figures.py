@@ -136,13 +136,14 @@ def _named(fused):
 
 
 def panel(ct, mri, fused, window=1.0, level=0.5):
-    """A matplotlib Figure with the CT, the MRI and the fused slices side by side, all in the same window.
+    """A matplotlib Figure with the CT, the MRI and the fused slices side by side (at most five in a row), all in the same window.
 
     `fused` is one slice or a mapping from a method's name to its slice; every slice is what `as_picture` takes."""
     images = {'CT': ct, 'MRI': mri, **_named(fused)}
     images = {title: as_picture(image) for title, image in images.items()}
     _aligned(*images.values())
-    return mosaic({title: window_level(image, window, level) for title, image in images.items()}, size=2.5)
+    columns = min(len(images), 5)
+    return mosaic({title: window_level(image, window, level) for title, image in images.items()}, columns, min(2.5, 10 / columns))
 
 # %% ../nbs/01_figures.ipynb #f76fa88a
 def overlay(ct, mri):
