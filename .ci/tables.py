@@ -248,7 +248,7 @@ def networks():
         network = load_model(name, 'cpu') if name in shipped_models() else load_backbone('medfusion').backbone
         kept = network.state_dict()           # a fusion network's leaves its frozen backbone out
         weights = sum(weight.numel() for key, weight in network.named_parameters() if key in kept)
-        rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.1f} MB)', f'{weights:,}',
+        rows.append((f'`{name}`', f'`{file.relative_to(shipped)}` ({file.stat().st_size / 1e6:.2g} MB)', f'{weights:,}',
                      about['epoch'], f'`{about["recipe"].split(" ")[0]}`', f'`{about["sha256"][:12]}…`'))
     columns = ['network', 'file in `medfusion/shipped/`', 'weights', 'best epoch', 'recipe', 'SHA-256']
     return render(pd.DataFrame(rows, columns=columns).set_index('network'))
@@ -256,8 +256,8 @@ def networks():
 
 def notebooks():
     "Every notebook with its module and its one line."
-    rows, told = [], {method.notebook for method in methods().values()}
-    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: '14' if path.name in told else path.name)
+    rows, told = [], [method.notebook for method in methods().values()]
+    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: ('14', told.index(path.name)) if path.name in told else (path.name, 0))
     for path in order:
         cells = [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
         line = re.search(r'^> (.*(?:\n(?=\S).*)*)', cells[0], re.MULTILINE)

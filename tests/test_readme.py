@@ -65,6 +65,18 @@ def test_tables_are_those_of_the_records():
     assert tables.stale() == [], 'text and record differ; make tables writes the pages anew'
 
 
+def test_the_order_of_notebooks_is_not_that_of_the_folder(monkeypatch):
+    "The methods stand in the order of their table, wherever a filesystem puts their files."
+    told, files = tables.notebooks(), Path.glob
+    for way in (1, -1):
+        monkeypatch.setattr(Path, 'glob', lambda folder, pattern: sorted(files(folder, pattern))[::way])
+        assert tables.notebooks() == told
+
+
+def test_no_network_weighs_nothing():
+    assert '(0.0 MB)' not in tables.networks()
+
+
 def as_run(command, monkeypatch):
     "The notebook that a train or benchmark command would run, its checked parameters, and the run's name."
     ran = []
