@@ -227,6 +227,7 @@ def test_seeds_that_are_judged_on_are_never_trained_on(tmp_path):
     assert sum(map(len, seeds.values())) == len({seed for reserved in seeds.values() for seed in reserved})
     used = [inspect.signature(maker).parameters['seed'].default for maker in (phantom_slice, write_phantom, LesionCrops, LesionTerm, synthetic_slices)]
     assert all(seed in seeds['training'] and seed + 1 in seeds['training'] for seed in used)     # LesionTerm validates on the next one
+    assert not {used[0], used[1]} & {seed + later for seed in used[2:] for later in (0, 1)}, 'the test slices of a data set are no heads from which a loss takes lesions or crops'
     for seed in (seeds['observer'][0], seeds['judged'][1]):
         for refuse in (lambda: LesionCrops(seed=seed), lambda: write_phantom(tmp_path / 'Dataset', seed=seed), lambda: synthetic_slices(seed=seed), lambda: check_training_seed(seed)):
             with pytest.raises(ValueError, match='never trained on'):

@@ -162,12 +162,40 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
-def test_no_number_of_a_result_is_typed_by_hand():
-    "Outside of the blocks that `make tables` writes, README and model card hold no decimal fractions."
+def test_no_number_of_a_table_is_typed_by_hand():
+    "Outside of the blocks that `make tables` writes, README and model card hold no decimal fractions as tables have them; those of sentences (.02) are asked for below."
     for page in ('README.md', 'MODEL_CARD.md'):
         text = (ROOT / page).read_text(encoding='utf-8')
         by_hand = re.sub(r'<!-- (.+?) -->.*?<!-- end of \1 -->', '', text, flags=re.DOTALL)
         assert re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\w)', by_hand.replace('Apache-2.0', '').replace('apache-2.0', '')) == []
+
+
+def said_in_words():
+    "[(a sentence of the model card, a group for each number, those numbers by the records)]."
+    dial, head, conditions = (pd.read_csv(ROOT / f'results/recorded/{name}.csv', comment='#') for name in ('dial', 'phantom/summary', 'conditions'))
+    folds = tables.folds_table(tables.complete_folds(tables.RECIPES | tables.BEFORE)).groupby('method')
+    mean, worst = folds.mean(numeric_only=True), 100 * folds.invented_worst.max()
+    lead, first, at_0 = mean - mean.loc['maximum'], tables.BEFORE['wavelet_table'], dial[dial.lesions == '0'].mean(numeric_only=True)
+    head, seen = head.set_index('method'), conditions.pivot(index='condition', columns='method', values='VIF')
+    kept = [head[column][name] for column in ('Qabf', 'VIF_min') for name in ('wavelet', 'maximum')]
+    return [(r'same rule, VIF and Qabf (\S+) and (\S+) above', [lead.VIF['ResNet'], lead.Qabf['ResNet']]),
+            (r'VIF that is left is (\S+) above', [lead.VIF['wavelet']]),
+            (r'first recipe \((\S+) and (\S+)\) and Qabf nearly the same \((\S+) and (\S+)\)', [at_0.VIF, mean.VIF[first], at_0.Qabf, mean.Qabf[first]]),
+            (r"VIF is (\S+) there, SCD ahead of the maximum's by (\S+); Qabf, (\S+) \((\S+)\), and VIF_min, (\S+) \((\S+)\), stay below",
+             [head.VIF['wavelet'], head.SCD['wavelet'] - head.SCD['maximum'], *kept]),
+            (r"VIF is (\S+) on the synthetic head's test slices, Qabf (\S+), VIF_min (\S+)\.", [*head.loc['resnet', ['VIF', 'Qabf', 'VIF_min']]]),
+            (r'no slice of it has more than (\S+) % .* with the dial at 0 they have (\S+) %', [worst['ResNet'], worst['ResNet@0']]),
+            (r'left-out slice of the eight patients has more than (\S+) %', [worst['wavelet']]),
+            (r'`wavelet-lite` is behind it in VIF in (\S+)', [sum(seen['wavelet-lite'] < seen.maximum)])]
+
+
+def test_what_the_model_card_says_in_words_is_what_is_recorded():
+    text, words = (ROOT / 'MODEL_CARD.md').read_text(encoding='utf-8'), {'three': 3, 'four': 4, 'five': 5, 'six': 6}
+    for sentence, numbers in said_in_words():
+        [found] = re.finditer(sentence, text)
+        for said, number in zip(found.groups(), numbers, strict=True):
+            half = 0.6 * 10 ** -len(said.partition('.')[2])    # a little more: bounds are rounded up
+            assert float(words.get(said, said)) == pytest.approx(number, abs=half), (sentence, said, number)
 
 
 def test_ratios_are_read_as_the_benchmarks_print_them():
