@@ -75,6 +75,16 @@ def test_known_efficiencies(slices):
     assert (of['joint'] > .5).all() and of['either', '0'] != of['average', '0']
 
 
+def test_an_observer_learns_from_the_other_heads_alone():
+    "One head shows its lesions in another channel than the other: who looks where the other did finds nothing."
+    rng, heads = np.random.default_rng(0), {}
+    for channel, case in enumerate(('1', '2')):
+        absent, present = rng.standard_normal((2, 300, 1, 2))
+        present[..., channel] += 3
+        heads[case] = absent, present
+    assert leave_one_head_out({'joint': heads})['d'].abs().max() < .5
+
+
 def test_a_method_for_each_case_needs_each(slices):
     with pytest.raises(ValueError, match='no method for case 1'):
         outputs_of(slices, {'folds': {'0': average}}, lesion_channels(painted_lesions()['tumour']))

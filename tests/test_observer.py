@@ -64,6 +64,14 @@ def test_statistics():
     assert all(np.isnan(interval([.5])))
 
 
+@pytest.mark.parametrize('level, errors', [(.95, 1.96), (.5, .674)])
+def test_an_interval_is_as_wide_as_its_level_says(level, errors):
+    "Of many normal values that of the mean is so many standard errors to each side."
+    values = np.random.default_rng(0).standard_normal(400)
+    low, high = interval(values, level=level)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * errors * values.std() / 20, rel=.07)
+
+
 @pytest.mark.parametrize('channels', [laguerre_gauss(33, 10), difference_of_gaussians(33), gabor(33)], ids=['LG', 'DoG', 'Gabor'])
 def test_every_kind_of_channel_sees_a_round_lesion(channels):
     rng = np.random.default_rng(1)
