@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from medfusion.cross_validation import (detection_record, fold_name, fold_record, folds_table, missing_folds, pool_slices, read_folds, run_values,
-                                        seen_before, values_sha256)
+from medfusion.cross_validation import (detection_record, fold_name, fold_networks, fold_record, folds_table, missing_folds, pool_slices, read_folds,
+                                        run_values, seen_before, values_sha256)
 from medfusion.detection import summarise_detection
-from medfusion.evaluation import reported_columns
+from medfusion.evaluation import cases_trained_on, reported_columns
 from medfusion.files import read_image, read_json, sha256_of, write_image, write_json
-from medfusion.inference import ShippedModel, methods, network_roles
+from medfusion.inference import ShippedModel, load_model, methods, network_roles
 from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, data_sha256, listed_cases, open_parts, save_checkpoint, split_of, write_metadata, write_run
 from medfusion.tables import replace_blocks
@@ -216,6 +216,19 @@ def test_of_two_folds_that_left_a_case_out_the_one_counts_that_trained_on_more(t
     table = folds_table({'mine': records})
     assert list(table.case[table.method == 'mine']) == ['1', '2', '3', '4']
     assert [round(value, 3) for value in table.VIF[table.method == 'mine']] == [0.611, 0.722, 0.733, 0.744]
+
+
+def test_each_patient_is_fused_by_the_network_that_never_saw_him():
+    folder = ROOT / 'results/recorded/cross_validation'
+    records, _ = read_folds(folder, 'wavelet-lite_shipped')
+    networks = fold_networks(folder, records)
+    assert len(networks) == 8
+    for record in records:
+        [file] = (folder / fold_name(record['recipe'], record['left_out'])).glob('*.pt')
+        own = load_model(str(file), device='cpu').state_dict()
+        assert not cases_trained_on(file) & {*record['left_out']}
+        for case in record['left_out']:
+            assert all(torch.equal(weights, own[name]) for name, weights in networks[case].state_dict().items()), case
 
 
 def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
