@@ -583,6 +583,13 @@ def test_tiles_equal_the_whole(network, size):
     assert (fuse(ct, mri, network, tile=64) - fuse(ct, mri, network)).abs().max() < 1e-5
 
 
+def test_a_tile_sees_as_far_as_the_network_does():
+    def far(ct, mri):
+        return torch.nn.functional.avg_pool2d(torch.maximum(ct, mri), 141, 1, 70)
+    ct, mri = torch.rand(2, 1, 200, 330)
+    assert receptive_radius(far) == 70 and (fuse(ct, mri, far, tile=64) - fuse(ct, mri, far)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize('model', [maximum, 'maximum', 'average'])
 def test_a_last_tile_of_a_few_pixels_is_fused(model):
     ct, mri = torch.rand(2, 1, 65, 143)
