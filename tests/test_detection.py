@@ -21,6 +21,7 @@ from medfusion.detection import (PaintedLesion, PaintedSlice, brain_region, chec
 from medfusion.files import list_images, read_image, write_image
 from medfusion.detectability import synthetic_slices
 from medfusion.losses import LesionCrops, LesionTerm
+from medfusion.observer import detectability
 from medfusion.phantom import PhantomSlice, Spot, check_training_seed, phantom_seeds, phantom_slice, write_phantom
 
 GRID = np.argwhere(np.ones((3, 3))) * 64 + 64     # nine places, 64 pixels apart
@@ -122,6 +123,19 @@ def task(heads, tmp_path_factory):
     for path in list_images(folder / 'CT'):
         write_image(fused / path.name, np.maximum(read_image(path), read_image(folder / 'MRI' / path.name)))
     return folder, fused
+
+
+def test_an_observer_of_the_phantom_learns_from_his_own_heads_alone(monkeypatch):
+    "They show a lesion in another channel than the judged ones: who looks there finds nothing."
+    rng = np.random.default_rng(0)
+
+    def outputs(task, name, method, purpose, present, lesion, contrast):
+        found = rng.standard_normal((300, 1, 2))
+        found[..., ('observer', 'judged').index(purpose)] += 3 * present
+        return [(found, found)]
+    monkeypatch.setattr(detection, 'phantom_outputs', outputs)
+    [absent], [present] = detection.phantom_verdicts(None, 'mine', None, None, 1)
+    assert abs(detectability(absent[:, 0], present[:, 0])) < .5
 
 
 def test_a_task_of_the_phantom_knows_methods_not_names():
