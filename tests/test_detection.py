@@ -267,6 +267,12 @@ def test_a_spot_changes_its_place_alone():
     assert spotted.ct[120, 90] == 1 > plain.ct[120, 90]
 
 
+def test_each_head_of_the_task_has_a_seed_for_what_it_is_asked_for():
+    heads, seeds = detection.PhantomTask(heads=1, slices=(4,)).heads, phantom_seeds()
+    drawn = {place: {slice_.key[0] for slices in of_case.values() for slice_ in slices} for place, of_case in heads.items()}
+    assert len(drawn) == 4 == len(set.union(*drawn.values())) and all(own <= {*seeds[purpose]} for (purpose, _), own in drawn.items())
+
+
 def test_heads_of_the_task_are_t2_and_places_are_in_their_regions():
     found = phantom_heads(phantom_seeds()['judged'][0], heads=2, slices=(4,))
     for slices in found.values():
