@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from medfusion.cross_validation import (detection_record, fold_name, fold_networks, fold_record, folds_table, missing_folds, pool_slices, read_folds,
-                                        run_values, seen_before, values_sha256)
+from medfusion.baselines import baselines
+from medfusion.cross_validation import (detection_record, fold_name, fold_networks, fold_numbers, fold_record, folds_table, missing_folds, pool_slices,
+                                        read_folds, run_values, seen_before, values_sha256)
+from medfusion.data import CTMRIDataset
 from medfusion.detection import summarise_detection
-from medfusion.evaluation import cases_trained_on, reported_columns
+from medfusion.evaluation import cases_trained_on, evaluate, reported_columns
 from medfusion.files import read_image, read_json, sha256_of, write_image, write_json
 from medfusion.inference import ShippedModel, load_model, methods, network_roles
 from medfusion.phantom import write_phantom
@@ -144,6 +146,14 @@ def test_slices_are_pooled_from_parts_and_nothing_else(phantom, tmp_path):
     (folders[1] / '9000.png').write_bytes((folders[1] / '1000.png').read_bytes())
     with pytest.raises(ValueError, match='9000.png is no slice of .* remove'):
         pool_slices(phantom, tmp_path / 'slices')
+
+
+def test_of_invented_edges_the_worst_slice_is_recorded(phantom):
+    slices, rule = CTMRIDataset(phantom / 'train/CT', phantom / 'train/MRI'), baselines()['wavelet']
+    found = evaluate(slices, {'network': rule}, columns=['invented', 'invented_max'])
+    numbers = fold_numbers(slices, rule)['network']
+    assert found.invented.nunique() > 1
+    assert numbers['invented_worst'] == pytest.approx(found.invented.max(), abs=1e-8) and numbers['invented_max'] == pytest.approx(found.invented_max.max(), abs=1e-7)
 
 
 def test_only_a_finished_run_is_recorded(phantom, tmp_path):
