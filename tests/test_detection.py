@@ -267,6 +267,13 @@ def test_a_spot_changes_its_place_alone():
     assert spotted.ct[120, 90] == 1 > plain.ct[120, 90]
 
 
+def test_numbers_of_the_phantom_compare_like_with_like():
+    "The method's known location with the joint observer's, its search with that one's search: d' of 1, 3, 2 and 4."
+    absent = np.random.default_rng(0).standard_normal((2000, 4))
+    area, eta, area_search, eta_search, d = detection.phantom_numbers(absent, absent + [1, 3, 2, 4])
+    assert [eta, eta_search, d] == pytest.approx([1 / 4, 9 / 16, 1], rel=.1) and .7 < area < .8 and area_search > .95
+
+
 def test_each_head_of_the_task_has_a_seed_for_what_it_is_asked_for():
     heads, seeds = detection.PhantomTask(heads=1, slices=(4,)).heads, phantom_seeds()
     drawn = {place: {slice_.key[0] for slices in of_case.values() for slice_ in slices} for place, of_case in heads.items()}
