@@ -9,7 +9,7 @@ The teacher is the network of the fold that left the test pairs out. Times are t
 the fastest of 31, of networks of these widths that nothing has trained; the means are those of each run's metrics.csv, on its test pairs.
 Writes results/recorded/lite_widths.csv, which nbs/91_ablation.ipynb shows.
 """
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -61,4 +61,6 @@ def main(folders):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='*', help='runs of wavelet-lite, one of each width')
+    main(parser.parse_args().folders)
