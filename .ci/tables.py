@@ -257,7 +257,7 @@ def networks():
 def notebooks():
     "Every notebook with its module and its one line."
     rows, told = [], [method.notebook for method in methods().values()]
-    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: ('14', told.index(path.name)) if path.name in told else (path.name, 0))
+    order = sorted((ROOT / 'nbs').glob('*.ipynb'), key=lambda path: ('19', told.index(path.name)) if path.name in told else (path.name, 0))
     for path in order:
         cells = [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
         line = re.search(r'^> (.*(?:\n(?=\S).*)*)', cells[0], re.MULTILINE)

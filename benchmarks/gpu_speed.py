@@ -18,8 +18,8 @@ import time
 import torch
 from machine import heading, ratio
 
+from medfusion.dial import without_dial
 from medfusion.inference import load_model
-from medfusion.wavelet_fusion import without_dial
 
 
 def seconds_of(call, device, calls=3):

@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 
 import medfusion
+from .dial import without_dial
 from .files import read_json, sha256_of, together, write_atomically
 from .inference import check_output, find_model, load_model
 from .runs import load_checkpoint, write_metadata
-from .wavelet_fusion import without_dial
 
 # %% ../nbs/28_exporting.ipynb #19bda32a
 def checkpoint_of(spec) -> Path:

@@ -17,12 +17,13 @@ from torch import nn
 
 from .backbone import FeatureCache, OnFrozenBackbone, TrainingPairs, backbone_stages, working_type
 from .certain_pixels import dark_gate, keep_certain, only_at_edges, pad_to_multiple
+from .dial import WithDial, check_lesions, without_dial
 from .losses import weighted_loss
 from .metrics import check_images
 from .phantom import check_synthetic_pairs, synthetic_slices
 from .processes import mean_over_step
 from .runs import resolve_path
-from .wavelet_fusion import MaskNetwork, WithDial, bounded, check_lesions, haar, mix_on_four_grids, subband_names, without_dial
+from .subbands import MaskNetwork, bounded, haar, mix_on_four_grids, subband_names
 
 # %% ../nbs/resnet_based_fusion.ipynb #2c682b91
 @dataclass

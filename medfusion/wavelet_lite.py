@@ -15,7 +15,7 @@ from torch import nn
 from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
 from .losses import weighted_loss
 from .metrics import check_images
-from .wavelet_fusion import haar, inverse_haar, subband_names
+from .subbands import haar, inverse_haar, subband_names
 
 # %% ../nbs/wavelet-lite.ipynb #ee7eb52c
 def separable(channels_in, channels, stride=1, dilation=1):

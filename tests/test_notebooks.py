@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from medfusion.inference import network_roles
+from medfusion.inference import methods, network_roles
 from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,14 @@ def test_exported_cells_keep_the_rule(path):
 @each_notebook
 def test_exported_cells_import_what_they_use(path):
     assert unused_imports(path) == [], 'imports of examples belong in a cell that is not exported'
+
+
+def test_no_method_imports_another():
+    "What two of them need stands in a notebook before them."
+    modules = {info.module.rpartition('.')[2] for info in methods().values()}
+    for module in modules:
+        found = {node.module for node in ast.walk(ast.parse((ROOT / f'medfusion/{module}.py').read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not found & modules - {module}, module
 
 
 def allowed():

@@ -8,7 +8,8 @@ import torch
 from medfusion import wavelet_lite
 from medfusion.inference import at_lesions, load_model, start_from
 from medfusion.runs import save_checkpoint
-from medfusion.wavelet_fusion import WaveletFusion, check_config, dial_step, haar, inverse_haar, training_step
+from medfusion.subbands import haar, inverse_haar
+from medfusion.wavelet_fusion import WaveletFusion, check_config, dial_step, training_step
 from medfusion.wavelet_lite import WaveletLite
 
 
