@@ -290,7 +290,8 @@ def check_same_run(checkpoint: dict, state: TrainingState, name: str, defaults: 
     if 'planned' not in checkpoint:
         raise ValueError(f'{name} was written by medfusion {checkpoint["versions"].get("medfusion")}, whose unfinished '
                          'runs this version cannot go on with; finish it with that version, or begin a new run.')
-    old, new, planned = (defaults or {}) | checkpoint['settings'], state.settings, checkpoint['planned']
+    told = {'cases': state.settings.get('cases')} | (defaults or {}) | checkpoint['settings']    # of the cases an older one says nothing
+    old, new, planned = told, state.settings, checkpoint['planned']
     if state.planned < planned:
         raise ValueError(f'{name} is of a run of {planned} epochs, and {state.planned} are asked for; '
                          'their number may only grow.')
@@ -558,7 +559,7 @@ def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: b
 def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict) -> dict:
     "What a run that goes on must share: its notebook's parameters, `settings`, arguments of `fit`, what is seen."
     parameters = {} if run is None else resume_settings(run.parameters)
-    names = 'crop', 'augment', 'vary', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
+    names = 'crop', 'augment', 'vary', 'cases', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
     seen = {name: getattr(train_set, name) for name in names if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen
 

@@ -304,6 +304,29 @@ def test_what_a_run_was_trained_on_is_recorded_and_compared(tmp_path):
         run(tmp_path, epochs=1, val_set=Slices(), resume=True)
 
 
+def test_a_case_that_was_trained_on_cannot_come_to_the_side_that_validates(tmp_path):
+    "The slices of both sides together are the same then, in the same order."
+    class Slices(Numbers):
+        def __init__(self, *cases):
+            self.cases, self.pairs = list(cases), []
+            for case in cases:
+                path = tmp_path / f'{case}001.png'
+                path.write_text(case)
+                self.pairs.append(types.SimpleNamespace(ct=path, mri=path))
+
+    def go(train, val, **more):
+        net = Net(2)
+        fit(net, step, train, val, toy_files(tmp_path), epochs=2, batch_size=4, optimizer=torch.optim.Adam(net.parameters()), method='toy',
+            config={}, progress='none', **more)
+    go(Slices('1', '2'), Slices('3'))
+    with pytest.raises(ValueError, match=r"its cases is \['1', '2'\], and \['1'\] is asked for"):
+        go(Slices('1'), Slices('2', '3'), resume=True)
+    checkpoint = load_checkpoint(path := toy_files(tmp_path).epoch(2))
+    checkpoint['settings'].pop('cases')     # one of before they were told
+    torch.save(checkpoint, path)
+    go(Slices('1', '2'), Slices('3'), resume=True)
+
+
 @pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True))])
 def test_what_is_seen_is_compared(tmp_path, name, values):
     class Slices(Numbers):
