@@ -96,9 +96,10 @@ def seen_before(values: dict) -> set[str]:
     """
     backbone, seen = values.get('backbone_weights', 'none'), set()
     for role, network in ((role, values[role]) for role in network_roles() if values.get(role)):
-        known = cases_trained_on(network_for(role, network).path)
-        if known is None:
-            raise ValueError(f'Nothing says on which cases {network} was trained; a metadata.json beside a checkpoint does.')
+        path = network_for(role, network).path
+        known = cases_trained_on(path)
+        if known is None or read_json(path.with_name('metadata.json')).get('seen_before', ()) is None:    # it knows its own, and not those of what it stands on
+            raise ValueError(f'Nothing says on which cases {network} was trained, or one on which it stands; a metadata.json beside a checkpoint does.')
         seen |= known
     if backbone != 'none' and not backbone.startswith('IMAGENET'):
         known = backbone_file(backbone).with_name('metadata.json')

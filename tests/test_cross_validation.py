@@ -316,3 +316,13 @@ def test_what_a_network_stands_on_is_found_from_nbs(tmp_path, monkeypatch):
     absolute = str(ROOT / 'nbs' / relative)
     for role in network_roles():
         assert seen_before({role: relative}) == seen_before({role: absolute}) and '34' not in seen_before({role: f'{relative}@0.3'})
+
+
+def test_nobody_knows_what_a_network_saw_that_stands_on_an_unknown_one(tmp_path):
+    path = tmp_path / 'net.pt'
+    path.touch()
+    write_json(tmp_path / 'metadata.json', {'cases': {'train': ['1']}, 'seen_before': None})
+    with pytest.raises(ValueError, match='Nothing says on which cases .*net.pt was trained'):
+        seen_before({'start': str(path)})
+    write_json(tmp_path / 'metadata.json', {'cases': {'train': ['1']}})      # of before this was told: what ships
+    assert seen_before({'start': str(path)}) == {'1'}
