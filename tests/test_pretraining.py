@@ -1,10 +1,13 @@
 """The notebook that pretrains the backbone, with other parameters than its own."""
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import run_cells
 
+from medfusion.files import write_image
 from medfusion.phantom import write_phantom
+from medfusion.runs import make_folder
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / 'nbs' / '80_pretraining.ipynb'
 
@@ -36,3 +39,17 @@ def test_a_case_that_is_trained_on_does_not_choose_the_epoch(tmp_path, heads):
     given = {f'{kind}{part}_dir': str(heads / 'train' / kind.upper()) for kind in ('ct', 'mri') for part in ('', '_val')}
     with pytest.raises(ValueError, match='is trained on and chooses the best epoch'):
         run_cells(NOTEBOOK, arguments(tmp_path, **given), until='item')
+
+
+def test_own_slices_that_validate_may_have_any_sizes(tmp_path):
+    for name, side in (('901', 70), ('902', 83)):
+        for kind in ('CT', 'MRI'):
+            write_image(make_folder(tmp_path / kind) / f'{name}001.png', np.random.default_rng(0).integers(0, 256, (side, 75), dtype=np.uint8))
+    given = {'ct_val_dir': str(tmp_path / 'CT'), 'mri_val_dir': str(tmp_path / 'MRI'), 'crop': 40}
+    assert run_cells(NOTEBOOK, arguments(tmp_path, **given))['best']['epoch'] == 1
+
+
+@pytest.mark.parametrize('wrong', [{'hidden': 0.}, {'hidden': 1.}, {'block': 0}])
+def test_some_blocks_are_hidden_and_others_seen(tmp_path, wrong):
+    with pytest.raises(ValueError, match='{} is {}'.format(*[*wrong.items()][0])):
+        run_cells(NOTEBOOK, arguments(tmp_path, **wrong), until='train_set')
