@@ -294,14 +294,16 @@ def runs_table(table, columns=None) -> pd.DataFrame:
 def over_seeds(table, over: str = 'seed', columns=None) -> pd.DataFrame:
     """Mean ± standard deviation, as text, over the finished runs that differ in one parameter alone, a row for each recipe; `runs` says how many.
 
-    Raises ValueError where no run is finished.
+    Raises ValueError where no run is finished, or none has that parameter.
     """
     ended = table[table.state == 'finished']
     if ended.empty:
         raise ValueError('None of these runs is finished, so there is nothing to put together.')
-    shown = runs_table(ended, columns)
+    ended, shown = ended.assign(epochs=ended.planned), runs_table(ended, columns)
+    over = 'epochs' if over == 'num_epochs' else column_of(ended, over)
     numbers = [name for name in shown if name.endswith((' val', ' test'))]
-    keys = [name for name in (*(['method'] if 'method' in shown else []), *varied(ended)) if name != over]
+    several = [name for name in ('method', 'epochs') if ended[name].nunique() > 1]
+    keys = [name for name in (*several, *varied(ended)) if name != over]
     recipes = [', '.join(f'{name}={value_text(row[name])}' for name in keys) or 'all' for _, row in ended.iterrows()]
     groups = ended.assign(recipe=recipes).groupby('recipe', sort=False)
     texts = with_spread(groups[numbers].mean(), groups[numbers].std()) if numbers else pd.DataFrame(index=list(groups.groups))

@@ -192,6 +192,18 @@ def test_the_table_of_runs(runs):
         S.select_runs(table, sort='VIV')
 
 
+def test_runs_of_other_lengths_are_other_recipes(tmp_path):
+    for number in range(4):
+        write_run(tmp_path / f'r{number}', method='toy', parameters={'seed': number % 2, 'num_epochs': 2 + number // 2}, state='finished', started=number,
+                  numbers={'best_epoch': 1, 'validation': {'VIF': number / 10}, 'means': {'toy': {'VIF': 0.6}}})
+    table = S.load_runs(str(tmp_path))
+    assert S.over_seeds(table, columns=['VIF']).runs.to_dict() == {'epochs=2': 2, 'epochs=3': 2}
+    for name in ('epochs', 'num_epochs'):
+        assert S.over_seeds(table, name, columns=['VIF']).runs.to_dict() == {'seed=0': 2, 'seed=1': 2}
+    with pytest.raises(ValueError, match="no column 'sede'"):
+        S.over_seeds(table, 'sede')
+
+
 def test_where_only_benchmarks_are_is_said(tmp_path):
     write_run(tmp_path / 'nc', method='benchmark', parameters={}, state='finished', started=0)
     with pytest.raises(ValueError, match='what is there is of a benchmark, not of a training'):
