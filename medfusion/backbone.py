@@ -12,6 +12,7 @@ __all__ = ['backbone_stages', 'ResNetBackbone', 'find_backbone', 'check_named_ha
 import contextlib
 import hashlib
 import math
+import os
 import pickle
 import re
 import shutil
@@ -248,7 +249,8 @@ def half_storage(count, budget_gb, folder):
     storage = torch.from_file(file, shared=True, size=count, dtype=torch.float16)
     if process.count > 1:
         connect().wait_for_everyone()
-        scratch and scratch.cleanup()    # who has mapped a file needs its name no more
+    if scratch and os.name != 'nt':
+        scratch.cleanup()    # who has mapped a file needs its name no more, and a killed training leaves none
     return storage, scratch
 
 # %% ../nbs/12_backbone.ipynb #6799d9d0
