@@ -193,17 +193,20 @@ app.add_typer(data_app, name='data')
 Root = Annotated[Path, typer.Argument(parser=typed_path, metavar='[ROOT]', help='the folder of the data set')]
 
 # %% ../nbs/50_cli.ipynb #828e6fb1
-def tell_data(root: Path) -> None:
-    "Prints what a data set that was filled holds, and the command that trains on it: with its folders, where it is not the one that training takes by itself."
+def tell_data(root: Path, values: str | None = None) -> None:
+    """Prints what a data set that was filled holds, and the command that trains on it, if it has cases to validate and to test on: with its range of
+    `values` and its folders, where these are not the ones that training takes by itself."""
     from medfusion import runs
-    from medfusion.data import inspect_dataset
+    from medfusion.data import dataset_parts, inspect_dataset
     from medfusion.inference import methods
-    typer.echo(str(inspect_dataset(root)))
+    typer.echo(str(inspect_dataset(root, value_range=read_range(values))))
+    if not all(Path(root, part).is_dir() for part in dataset_parts()):
+        return
     with suppress(FileNotFoundError):       # without the notebooks nothing is trained
         usual = runs.resolve_path(runs.notebook_parameters(methods()['wavelet'].notebook)['ct_dir'].default)
         place = f'{shlex.quote(str(root))}/train'
         where = '' if Path(root, 'train/CT').resolve() == usual.resolve() else f' -p ct_dir={place}/CT -p mri_dir={place}/MRI'
-        typer.echo(f'train on it: medfusion train wavelet{where}')
+        typer.echo(f'train on it: medfusion train wavelet{where}{f" --range {shlex.quote(values)}" if values else ""}')
 
 # %% ../nbs/50_cli.ipynb #e82b8223
 @data_app.command()
@@ -265,7 +268,7 @@ def import_slices(
     counts = {part: count for part, count in (('val', val), ('test', test)) if context.get_parameter_source(part).name == 'COMMANDLINE'}
     split = named_split(folders, val_cases, test_cases, counts)
     prepare_dataset(source, root, split, val=val, test=test, seed=seed, replace=replace, value_range=read_range(values))
-    tell_data(root)
+    tell_data(root, values)
 
 # %% ../nbs/50_cli.ipynb #2ba14aef
 @data_app.command()
@@ -283,14 +286,14 @@ def harvard(
     tell_data(root)
 
 # %% ../nbs/50_cli.ipynb #951a53c9
-def flat_folder_sentence(root: Path, cases: list[str]) -> str:
+def flat_folder_sentence(root: Path, cases: list[str], values: str | None = None) -> str:
     "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split its cases; or that it has too few."
     if len(cases) < 3:
         return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on, or two and none to validate on (-p test_cases=CASE).'
-    place, (val, test) = shlex.quote(str(root)), cases[-2:]
+    place, (val, test), drawn = shlex.quote(str(root)), cases[-2:], f' --range {shlex.quote(values)}' if values else ''
     return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
-            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}), and records the split; or make a data set with parts: '
-            f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}')
+            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}{drawn}), and records the split; or make a data set with parts: '
+            f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}{drawn}')
 
 # %% ../nbs/50_cli.ipynb #3625d514
 @data_app.command()
@@ -300,6 +303,7 @@ def check(
                                                'a folder or a list (text, JSON, CSV)')] = None,
     test: Annotated[Path | None, typer.Option(parser=typed_path, metavar='NAMES', help='its test slices, given likewise')] = None,
     case_pattern: Annotated[str | None, typer.Option(metavar='REGEX', help='how a name tells (?P<case>...) and (?P<slice>...)')] = None,
+    values: ValueRange = None,
 ):
     "Print and check what a data set holds, or whether a split leaks. Fails if a file is missing or changed, or a case is on two sides."
     from medfusion.data import audit_split, check_split, inspect_dataset, names_in_part, sort_cases
@@ -310,10 +314,10 @@ def check(
         audit = audit_split(names_in_part(train, 'train'), names_in_part(test, 'test'), case_pattern)
         typer.echo(str(audit))
         raise typer.Exit(int(audit.leaks))
-    report = inspect_dataset(root)
+    report = inspect_dataset(root, value_range=read_range(values))
     typer.echo(str(report))
     if 'all' in set(report.files.part) and not (root / 'split_info.json').is_file():
-        typer.echo(flat_folder_sentence(root, sort_cases(report.files.case)))
+        typer.echo(flat_folder_sentence(root, sort_cases(report.files.case), values))
         raise typer.Exit(int(bool(report.problems)))
     check_split(root)
     typer.echo(f'{root} is in order: every file is the recorded one, and no case is on two sides.')

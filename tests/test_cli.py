@@ -30,7 +30,7 @@ from medfusion.cli import app
 from medfusion.evaluation import GrowingTable
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
-from medfusion.runs import nbs_dir
+from medfusion.runs import make_folder, nbs_dir
 
 
 def medfusion(*arguments):
@@ -201,6 +201,19 @@ def write_flat(folder, sizes):
         (folder / kind).mkdir(parents=True)
         for name, size in sizes.items():
             write_image(folder / kind / name, np.full((size, size), 90, np.uint8))
+
+
+def test_what_is_said_of_own_slices_goes_with_their_range_and_their_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ('CT', 'MRI'):
+        for case in '123':
+            write_image(make_folder(tmp_path / 'flat' / kind) / f'{case}001.png', np.full((20, 20), 4095, np.uint16))
+    told = medfusion('data', 'import', 'flat', 'a', '--range', '0,4095').stdout
+    assert 'no problems' in told and told.splitlines()[-1] == 'train on it: medfusion train wavelet -p ct_dir=a/train/CT -p mri_dir=a/train/MRI --range 0,4095'
+    assert 'problem: ' in medfusion('data', 'check', 'a').stdout and 'no problems' in medfusion('data', 'check', 'a', '--range', '0,4095').stdout
+    flat = medfusion('data', 'check', 'flat', '--range', '0,4095')
+    assert flat.exit_code == 0 and flat.stdout.count('test_cases=3 --range 0,4095') == flat.stdout.count('--test-cases 3 --range 0,4095') == 1
+    assert 'train on it' not in medfusion('data', 'import', 'flat', 'b', '--val', '0').stdout, 'training wants cases to validate on'
 
 
 def test_data_import(tmp_path, monkeypatch):
