@@ -754,6 +754,8 @@ def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, Simple
     given = given | ({'run': time.strftime('%Y%m%d-%H%M%S') if named is None else named} if 'run' in declared else {})
     parameters = SimpleNamespace(**runs.check_parameters(notebook, given))
     runs.check_values(parameters)
+    if named is None and getattr(parameters, 'resume', False) and not getattr(parameters, 'checkpoint_dir', ''):
+        raise ValueError('resume=true goes on with a run, and none is named: give its name, as in --run NAME; `medfusion runs` lists them.')
     check_sides(declared, given)
     if {'ct_dir', 'mri_dir'} <= declared.keys():
         runs.check_folders(parameters)

@@ -279,6 +279,13 @@ def test_what_cannot_be_trained_on_is_told_with_the_parameter_that_helps(tmp_pat
     assert_sentence(medfusion('train', 'wavelet-lite', *folders), f'2 cases of {tmp_path} cannot give', '(-p test_cases=2), or add patients')
 
 
+def test_a_run_without_a_name_cannot_go_on(tmp_path):
+    write_flat(tmp_path, {f'{case}001.png': 64 for case in '123'})
+    folders = ['-p', f'ct_dir={tmp_path}/CT', '-p', f'mri_dir={tmp_path}/MRI', '-p', f'save_dir={tmp_path}/runs', '-p', 'epochs=1']
+    assert_sentence(medfusion('train', 'wavelet', *folders, '-p', 'resume=true'), 'goes on with a run, and none is named', '--run NAME')
+    assert not (tmp_path / 'runs').exists()
+
+
 def test_a_folder_without_a_record_is_told_the_command(tmp_path):
     write_flat(tmp_path / 'train', {'1001.png': 64})
     assert medfusion('data', 'check', tmp_path).stderr.count('medfusion data import') == 1
