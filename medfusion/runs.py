@@ -949,7 +949,8 @@ def needs_room(parameters, files: CheckpointFiles | None, notebook: str = '') ->
         return True
     held = f'{folder} holds a finished run.'
     if not finished or stray:
-        held = f'{files.intermediate} holds {len(epochs)} checkpoints of a run that is not finished.'
+        whose = 'a run that is not finished' if record and not stray else 'another run, or of one whose record is gone'
+        held = f'{files.intermediate} holds {len(epochs)} checkpoints of {whose}.'
     raise FileExistsError(f'{held} {ways_out(parameters, notebook, resume=bool(epochs))}')
 
 # %% ../nbs/09_runs.ipynb #23b65b42

@@ -557,10 +557,10 @@ def test_checkpoints_of_another_run_are_never_removed(tmp_path):
     "Two names, one checkpoint_dir: what the first left is not the second's to replace."
     shared = str(tmp_path / 'shared')
     train(parameters(tmp_path, run='latest', checkpoint_dir=shared), weight=1.0)
-    with pytest.raises(FileExistsError, match='holds 2 checkpoints'):
+    with pytest.raises(FileExistsError, match='holds 2 checkpoints of another run, or of one whose record is gone'):
         train(parameters(tmp_path, run='b', checkpoint_dir=shared))
     train(parameters(tmp_path, run='latest', checkpoint_dir=str(tmp_path / 'elsewhere')), weight=2.0)
-    with pytest.raises(FileExistsError, match='holds 2 checkpoints'):
+    with pytest.raises(FileExistsError, match='holds 2 checkpoints of another run, or of one whose record is gone'):
         train(parameters(tmp_path, run='latest', checkpoint_dir=shared))
 
 
