@@ -38,6 +38,8 @@ try:
 except ImportError as error:
     raise ImportError(f'Scans are read by SimpleITK and pydicom ({error}); pip install "medfusion[scans]" brings them.') from None
 
+warnings.filterwarnings('ignore', module='pydicom')      # they quote what a header holds, as a date of birth; what is wrong is found and said here
+
 # %% ../nbs/30_scans.ipynb #00a364a4
 @dataclass
 class Scan:
@@ -105,8 +107,7 @@ def dicom_header(path, pixels: bool = False) -> pydicom.Dataset | None:
     if bare and (start[:2] not in (b'\x02\x00', b'\x08\x00') or start[3:4] != b'\x00'):       # groups 0002 and 0008, and their elements below 0100
         return None
     try:
-        with warnings.catch_warnings(action='ignore'):     # what is wrong is found and said below
-            header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
+        header = pydicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
         header.get('PerFrameFunctionalGroupsSequence'), header.get('Rows')
     except Exception as error:                       # whatever a broken file makes the parser raise
         raise ValueError(f'{Path(path).name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy it again') from None

@@ -27,7 +27,8 @@ from medfusion.studies import (
     scrubbed,
 )
 
-PLANTED = ['ZQWPATIENT', 'XKID8151', '19330417', '20190228', 'VVCLINIC', 'JJDOCTOR', '1.2.826.0.99.', 'zzfamilyname']
+PLANTED = ['ZQWPATIENT', 'XKID8151', '17.04.1933',       # a date that DICOM writes in another way, which pydicom warns of
+            '20190228', 'VVCLINIC', 'JJDOCTOR', '1.2.826.0.99.', 'zzfamilyname']
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +52,7 @@ def patient(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'zzfamilyname'
     folder.mkdir()
     uid = lambda number: f'1.2.826.0.99.{number}'
-    shared = {'PatientName': 'ZQWPATIENT^HEINZ', 'PatientID': 'XKID8151', 'PatientBirthDate': '19330417', 'StudyDate': '20190228', 'SeriesDate': '20190228',
+    shared = {'PatientName': 'ZQWPATIENT^HEINZ', 'PatientID': 'XKID8151', 'PatientBirthDate': '17.04.1933', 'StudyDate': '20190228', 'SeriesDate': '20190228',
               'InstitutionName': 'VVCLINIC', 'ReferringPhysicianName': 'JJDOCTOR', 'StudyInstanceUID': uid(1), 'SamplesPerPixel': 1, 'BitsAllocated': 16,
               'PhotometricInterpretation': 'MONOCHROME2', 'BitsStored': 16, 'HighBit': 15, 'PixelRepresentation': 0, 'RescaleSlope': 1}
     for number, (name, image, modality, intercept) in enumerate((('ct', drawn.ct, 'CT', -1024), ('mri', drawn.mri, 'MR', 0)), start=2):
