@@ -9,6 +9,7 @@ from medfusion.registration import (
     distance_between,
     graded,
     half_disagreement,
+    head_mask,
     judge,
     mirrored,
     moved,
@@ -18,6 +19,7 @@ from medfusion.registration import (
     register,
     rigid,
     search_pose,
+    shrunk,
     starting_poses,
     thickness,
     write_transform,
@@ -91,10 +93,12 @@ def test_halves_of_a_wrong_pose_disagree(study):
     assert np.median(half_disagreement(pyramid, study.truth)) < 4 < np.median(half_disagreement(pyramid, wrong))
 
 
-@pytest.mark.parametrize('value', [1e7, -1e7])
+@pytest.mark.parametrize('value', [1e7, -300, -1e7])
 def test_single_voxels_far_beyond_all_others_change_nothing_else(study, value):
     spike = study.mri + 0
     spike[20, 20, 10] = value
+    heads = [sitk.GetArrayFromImage(head_mask(shrunk(graded(image), 4))) > 0 for image in (spike, study.mri)]
+    assert (heads[0] != heads[1]).mean() < .002        # of -300 all of its volume was taken for a head
     plain, clamped = sitk.GetArrayFromImage(study.mri), sitk.GetArrayFromImage(graded(spike))
     assert np.array_equal(sitk.GetArrayFromImage(graded(study.mri)), plain)
     assert (clamped != plain).sum() == 1 and np.ptp(clamped) < 3 * np.ptp(plain)
