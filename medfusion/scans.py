@@ -324,11 +324,10 @@ def fingerprint(one: Slice) -> tuple:
 # %% ../nbs/30_scans.ipynb #75bd04c9
 def without_copies(slices: list) -> list:
     "The slices without those that are a copy of another at the same place."
-    order, kept = np.argsort(places(slices), kind='stable'), []
-    where = places(slices)
-    for index in order:
+    where, kept, known = places(slices), [], lru_cache(None)(fingerprint)        # each file is read once, however many slices share a place
+    for index in np.argsort(where, kind='stable'):
         same = [other for other in kept if abs(where[index] - where[other]) <= .01]
-        if not same or fingerprint(slices[index]) not in [fingerprint(slices[other]) for other in same]:
+        if not same or known(slices[index]) not in [known(slices[other]) for other in same]:
             kept.append(index)
     return [slices[index] for index in sorted(kept)]
 

@@ -20,6 +20,7 @@ from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, Enhance
 
 from scipy.ndimage import binary_erosion
 
+from medfusion import scans
 from medfusion.scans import Scan, check_pair, decoded, dicom_header, list_series, read_scan, scan_table
 
 AXIAL = [1, 0, 0, 0, 1, 0]
@@ -246,6 +247,15 @@ def test_a_copy_that_was_compressed_is_a_copy(tmp_path):
     scan = read_scan(tmp_path)
     assert_right(scan)
     assert scan.image.GetSize()[2] == 6 and '3 of its slices were copies' in notes(scan)
+
+
+def test_slices_at_one_place_are_read_once_each(tmp_path, monkeypatch):
+    "Sixty directions of diffusion were compared in pairs, and each file read as often."
+    slices = [made(place, EchoTime=time, slope=1., values=np.full(SHAPE, time)) for place in stack_positions(3) for time in range(8)]
+    write(tmp_path, slices)
+    looked, own = [], scans.fingerprint
+    monkeypatch.setattr(scans, 'fingerprint', lambda one: looked.append(one.path) or own(one))
+    assert len(list_series(tmp_path)[0]) == 8 and len(looked) == len(set(looked)) == 24
 
 
 def test_different_slices_at_one_place_are_refused(tmp_path):
