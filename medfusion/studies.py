@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -308,7 +308,8 @@ def marked(figure, study: Study):
 # %% ../nbs/33_studies.ipynb #0c81ec7b
 def checkerboards(study: Study, before=None, label: str = ''):
     "A figure: CT and MRI as checkerboards in three planes after the registration; `before`: the MRI's values (z, y, x) without it, for a row above."
-    (one, seen), tiles = _seen(study, label), {}
+    study, one, seen = _alone(study, label)
+    tiles = {}
     ct = {plane: windows()['subdural'].of(hu) for plane, hu in middle_slices(study, study.ct).items()}
     for word, values in (('before', before), ('after', one.mri)):
         if values is not None:
@@ -317,15 +318,17 @@ def checkerboards(study: Study, before=None, label: str = ''):
     return marked(mosaic(tiles, columns=3, size=2.6), study)
 
 
-def _seen(study, label):
-    "A series, and where it is seen in the middle slices."
+def _alone(study, label):
+    "The study as if a series were its only one, that series, and where it is seen in the middle slices."
     one = next(one for one in study.series if not label or one.label == label)
-    return one, {plane: weight > 0 for plane, weight in middle_slices(study, one.weight).items()}
+    study = replace(study, series=[one])
+    return study, one, {plane: weight > 0 for plane, weight in middle_slices(study, one.weight).items()}
 
 # %% ../nbs/33_studies.ipynb #1b0fbfde
 def bone_contours(study: Study, label: str = ''):
     "A figure: the MRI in three planes with the contour of the CT's bone (300 HU) in orange; it has to lie on the dark bone of the MRI."
-    (one, seen), hu, tiles = _seen(study, label), middle_slices(study, study.ct), {}
+    study, one, seen = _alone(study, label)
+    hu, tiles = middle_slices(study, study.ct), {}
     for plane, values in middle_slices(study, one.mri).items():
         picture, inside = between(values, *one.limits) * seen[plane], hu[plane] > 300
         edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
@@ -337,7 +340,7 @@ def bone_contours(study: Study, label: str = ''):
 # %% ../nbs/33_studies.ipynb #10d5b581
 def fused_planes(study: Study, label: str = ''):
     "A figure: the fused volume of every window in three planes."
-    one = _seen(study, label)[0]
+    study, one, _ = _alone(study, label)
     tiles = {f'{name}, {plane}': picture for name, values in one.fused.items() for plane, picture in middle_slices(study, values).items()}
     return marked(mosaic(tiles, columns=3, size=2.6), study)
 
@@ -729,7 +732,8 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
             of = '' if anonymous or not one.description else f' ({one.description})'
             told = (f'CT and MRI{of} fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
                     f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
-            word = f'{study.verdict.upper()} ' if study.verdict in ('doubtful', 'failed') else ''
+            verdict = replace(study, series=[one, *study.series[:on_mri]]).verdict          # where voxels of the first MRI lie, its registration says
+            word = f'{verdict.upper()} ' if verdict in ('doubtful', 'failed') else ''
             write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', values, grid, reference, told, f'{word}fused {name} {one.label}'.strip(), anonymous)
 
 # %% ../nbs/33_studies.ipynb #c090e508

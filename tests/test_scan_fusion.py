@@ -208,6 +208,22 @@ def test_a_label_that_begins_another_keeps_its_own_volumes(scans, drawn, tmp_pat
     assert [[*one.fused] for one in read.series] == [['brain'], ['brain']]
 
 
+def test_each_series_has_its_own_verdict_and_its_own_middle(scans, drawn, patient, tmp_path, monkeypatch):
+    "The pictures of a good series were headed by the failure of another, and laid through the middle of the first."
+    ct, mri = scans
+    verdicts = iter(('failed', 'good'))
+    monkeypatch.setattr(studies, 'register', lambda *_, **__: Registration(drawn.truth, next(verdicts), ['as said']))
+    found = scan_fusion(ct, {'t1': mri, 'slab': Scan(mri.image[:, :, -8:], 'MR', 'uppermost')}, model='maximum', force=True)
+    for picture in (studies.checkerboards, studies.bone_contours, studies.fused_planes):
+        one, other = (picture(found, label=label) for label in ('t1', 'slab'))
+        assert one.get_suptitle() == 'REGISTRATION FAILED' and not other.get_suptitle()
+        assert other.axes[0].images[0].get_array().max() > 0
+    for grid, words in (('ct', ['FAILED fused brain t1', 'fused brain slab']), ('mri', ['FAILED fused brain t1', 'FAILED fused brain slab'])):
+        found.record['grid'], found.series[0].frame = grid, studies.frame_of(found.grid)
+        studies.write_dicom(tmp_path / grid, found, read_scan(patient / 'ct').reference)
+        assert [pydicom.dcmread(tmp_path / grid / f'dicom_{label}_brain' / '0001.dcm').SeriesDescription for label in ('t1', 'slab')] == words
+
+
 def test_what_is_refused_is_refused_in_a_sentence(scans):
     for label in ('t1/gd', 't1\\gd', 'x' * 300, 1):
         with pytest.raises(ValueError, match='part of file names'):
