@@ -1165,7 +1165,7 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
     check_asked(*(asked[name] for name in ('grid', 'spacing', 'plane', 'batch_size', 'device')))
     check_model(asked['model'])
     with new_folder_at(out, replace) as folder:
-        tell_replaced(out, asked['window'])
+        tell_replaced(out, asked['window'], asked['dicom'])
         executed = ExecutedNotebook(folder / 'nowhere')         # it is written once they are out of it
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -1196,14 +1196,16 @@ def scan_parameters(typed: dict) -> dict:
     return given | given_parameters('scan_fusion.ipynb', [], typed['parameter'])
 
 # %% ../nbs/50_cli.ipynb #ea7d5066
-def tell_replaced(out: Path, window: str) -> None:
-    "Says which windows of the study in a folder will be gone, since a study is replaced as a whole; nothing where none will be."
+def tell_replaced(out: Path, window: str, dicom: bool = False) -> None:
+    "Says which windows of the study in a folder, and whether its DICOM series, will be gone, since a study is replaced as a whole; nothing where none will be."
     from medfusion.files import read_json
     from medfusion.studies import windows_of
     made = [one.name for one in windows_of(window)]
-    there = read_json(out / 'run.json').get('windows', []) if (out / 'run.json').is_file() else []
-    if gone := [one['name'] for one in there if one['name'] not in made]:
+    there = read_json(out / 'run.json') if (out / 'run.json').is_file() else {}
+    if gone := [one['name'] for one in there.get('windows', []) if one['name'] not in made]:
         say(f'{out} is replaced as a whole: what was fused in it in {", ".join(gone)} goes. --window takes several, as in brain,bone.')
+    if there.get('dicom') and not dicom:
+        say(f'{out} is replaced as a whole: its DICOM series goes; --dicom, with the scans, writes one.')
 
 # %% ../nbs/50_cli.ipynb #bcbff4dc
 def tell_study(record: dict, out: Path) -> None:

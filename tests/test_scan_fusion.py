@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,13 @@ def test_a_study_is_replaced_only_if_asked_and_fused_again(written):
     assert result.exit_code == 1 and '--replace' in result.output and (written / 'fused_brain.nii.gz').is_file()
 
 
-@pytest.mark.parametrize('window, lost', [('bone', ['brain', '480_2500']), ('brain,480,2500,bone', [])])
-def test_a_study_is_fused_again_in_its_own_folder_and_what_goes_is_told_before(study, tmp_path, monkeypatch, window, lost):
+@pytest.mark.parametrize('window, dicom, lost', [('bone', '', ['brain', '480_2500']), ('brain,480,2500,bone', '', []), ('brain,480,2500', 'with its patient', ['DICOM series'])])
+def test_a_study_is_fused_again_in_its_own_folder_and_what_goes_is_told_before(study, tmp_path, monkeypatch, window, dicom, lost):
     "Without -o: not in ./study, which may be another one."
     monkeypatch.chdir(tmp_path)
     for name in ('study', 'kept'):
         with new_folder_at(name) as folder:
-            fill_study(folder, study)
+            fill_study(folder, replace(study, record=study.record | {'dicom': dicom}))
     places = []
 
     def execute(notebook, executed, given):
