@@ -803,8 +803,8 @@ def chosen_series(path, series: list, wanted=None) -> Series:
         if len(volumes) > 1:
             raise ValueError(f'{path} holds {len(volumes)} volumes ({listed}); choose one by its number, as series={volumes[0].number}.')
         return volumes[0]
-    by_number = [one for one in series if str(one.number) == str(wanted)]
-    found = by_number or [one for one in volumes if str(wanted).lower() in one.name.lower() or wanted == one.header.get('SeriesInstanceUID')]
+    found = [one for one in series if str(one.number) == str(wanted)] if str(wanted).isdigit() else [
+        one for one in volumes if str(wanted).lower() in one.name.lower() or wanted == one.header.get('SeriesInstanceUID')]
     if len(found) != 1:
         raise ValueError(f'series={wanted} means {len(found) or "none"} of the volumes of {path} ({listed}); give the number of one.')
     return found[0]

@@ -307,6 +307,14 @@ def test_two_of_something_in_a_folder_are_listed_and_chosen(tmp_path, tag, value
         (1, 'CT bone', '16×12×7', '1×1.5×3', 'axial'), (2, 'CT head', '16×12×6', '1×1.5×3', 'axial')]
 
 
+def test_a_number_that_no_series_has_is_not_looked_for_in_their_names(tmp_path):
+    "5, the number of another list, chose 'HEAD 5.0'."
+    for number, name in enumerate(('HEAD 5.0', 'BONE 1.0')):
+        write(tmp_path / name, [made(place, SeriesInstanceUID=f'1.2.9.{number}', SeriesDescription=name) for place in stack_positions()])
+    assert_refused(tmp_path, 'series=5 means none', 'HEAD 5.0', series='5')
+    assert read_scan(tmp_path, series='5.0').description == 'HEAD 5.0'
+
+
 def test_slices_of_two_patients_are_never_one_volume(tmp_path):
     places = stack_positions(8)
     write(tmp_path, [made(place, PatientID=f'P-{index // 4}', PatientName='X') for index, place in enumerate(places)])
