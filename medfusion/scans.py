@@ -35,10 +35,9 @@ from .files import missing_sentence
 try:
     import pydicom
     import SimpleITK as sitk
+    warnings.filterwarnings('ignore', module='pydicom')      # they quote what a header holds, as a date of birth; what is wrong is found and said here
 except ImportError as error:
     raise ImportError(f'Scans are read by SimpleITK and pydicom ({error}); pip install "medfusion[scans]" brings them.') from None
-
-warnings.filterwarnings('ignore', module='pydicom')      # they quote what a header holds, as a date of birth; what is wrong is found and said here
 
 # %% ../nbs/30_scans.ipynb #00a364a4
 @dataclass
