@@ -196,8 +196,8 @@ def read_image(path, color=False, value_range=None, quiet=False, data=None):
     """Pixels of an image file: (H, W) uint8, uint16 or float32, as deep as the file.
 
     RGB files become luminance (ITU-R BT.601) or, with `color=True`, an (H, W, 3) RGB array; alpha is dropped.
-    `value_range=(low, high)` maps those stored values to float32 in [0, 1]; a file whose type cannot hold `high`, 8 bits
-    beside 12, was windowed before and is read as it is. Warns of values that fill a small part of their type's range,
+    `value_range=(low, high)` maps those stored values to float32 in [0, 1]; a file of 8 or 16 bits that cannot hold both, 8
+    bits beside 12 or beside Hounsfield units, was windowed before and is read as it is. Warns of values that fill a small part of their type's range,
     unless `quiet`. Raises `FileNotFoundError`, or `ValueError` for what is not one whole slice: text, truncated, damaged
     or empty files, stacks, and, without a range, integers that are not 8 or 16 bit unsigned and floats beyond [0, 1].
     data: the bytes of the file, if they were read already.
@@ -207,7 +207,8 @@ def read_image(path, color=False, value_range=None, quiet=False, data=None):
     path, pixels = absolute_path(path), read_pixels(path, data)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if color else luminance(pixels[..., :3])
-    if value_range is not None and not (pixels.dtype.kind in 'ui' and value_range[1] > np.iinfo(pixels.dtype).max):
+    windowed = value_range is not None and pixels.dtype in (np.uint8, np.uint16) and (value_range[0] < 0 or value_range[1] > np.iinfo(pixels.dtype).max)
+    if value_range is not None and not windowed:
         try:
             return window(pixels, *value_range)
         except ValueError as error:

@@ -356,17 +356,17 @@ def array_of(image: Image.Image) -> np.ndarray:
 def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:
     """The values as float32 in [0, 1]: integers divided by the maximum of their type, floats as they are.
 
-    value_range: the (low, high) that become 0 and 1, with what lies outside clipped; a type that cannot hold `high`, 8 bits
-    beside 12, keeps its own range. Raises ValueError for types without a range, and for floats outside [0, 1].
+    value_range: the (low, high) that become 0 and 1, with what lies outside clipped; 8 or 16 bits that cannot hold both, as
+    8 beside 12 or beside Hounsfield units, keep their own range. Raises ValueError for types without a range, and for floats outside [0, 1].
     """
-    whole = not values.dtype.is_floating_point
+    whole, graded = not values.dtype.is_floating_point, values.dtype in (torch.uint8, torch.uint16)
     if values.dtype == torch.bool or values.dtype.is_complex:
         raise ValueError(f'Values of {values.dtype} are no grey values; give floats in [0, 1], such as mask * 1.0 or abs(values).')
     if value_range is not None:
         check_range(value_range)
-    if value_range is not None and not (whole and max(value_range) > torch.iinfo(values.dtype).max):
+    if value_range is not None and not (graded and (value_range[0] < 0 or value_range[1] > torch.iinfo(values.dtype).max)):
         return torch.from_numpy(window((values if whole else values.float()).cpu().numpy(), *value_range))
-    if whole and values.dtype not in (torch.uint8, torch.uint16):
+    if whole and not graded:
         raise ValueError(f'Values of {values.dtype} have no known range; give uint8, uint16, floats in [0, 1], or value_range.')
     scaled = values.to(torch.float32) / (torch.iinfo(values.dtype).max if whole else 1)
     if not whole and not (scaled.min() >= 0 and scaled.max() <= 1):     # so that NaN, which compares false, is refused too

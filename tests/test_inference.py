@@ -462,6 +462,11 @@ def test_range(pair, tmp_path):
         warnings.simplefilter('error')
         from_files = fuse(tmp_path / 'ct.png', tmp_path / 'mri.png', maximum, value_range=(0, 4095))
     assert np.abs(from_files - mapped / 65535).max() < 1e-4
+    units = (pair[0] * 300 - 100).astype(np.float32)       # Hounsfield units, of which 8 bits hold no negative ones
+    Image.fromarray(units).save(tmp_path / 'ct.tif')
+    for one, other in ((units, mri8), (tmp_path / 'ct.tif', tmp_path / 'mri.png'), (units.astype(np.int32), mri8)):
+        assert np.abs(fuse(one, other, maximum, value_range=(-100, 200)) - np.maximum(pair[0], mri8 / 255)).max() < 0.01
+    assert fuse(ct.astype(np.int16), mri8, maximum, value_range=(0, 40_000)).max() == mri8.max() / np.float32(255)
     with pytest.warns(UserWarning, match='ct.png: the largest value is .* --range 0,4095'):
         fuse(tmp_path / 'ct.png', tmp_path / 'mri.png', maximum)
     for bad in ((5, 5), (0, float('nan')), (1,), 5, 0, 'ab', (None, 4), ()):
