@@ -334,6 +334,8 @@ def ray_engine(address: str | None = None):
 # %% ../nbs/29_engines.ipynb #6b3da464
 def run_on_ray(ray, plan: Plan, pairs: list[Pair], shares: tuple[int, int, int]):
     "Yields what workers of Ray did of the pairs, as `Fuser` gives it, block by block. Raises what a worker raises."
+    if not pairs:       # as in a shard of few
+        return
     context, (workers, cores, gpus) = ray.data.DataContext.get_current(), shares
     context.enable_progress_bars = context.print_on_execution_start = False
     size = block_size(len(pairs), plan.batch_size, workers)

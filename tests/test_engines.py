@@ -26,7 +26,7 @@ from conftest import memory_of, write_slices
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.engines import block_size, fuse_on_ray, worker_shares
+from medfusion.engines import block_size, fuse_on_ray, run_on_ray, worker_shares
 from medfusion.files import read_image, sha256_of
 from medfusion.inference import fuse_folder
 
@@ -228,6 +228,10 @@ def test_without_an_engine_there_are_sentences():
     for words, part in ((['--address', 'a:1'], 'add --engine ray'), (['-m', 'maximum'], 's3://b/mri is on another filesystem; add --engine ray')):
         done = CliRunner().invoke(app, ['fuse', '.', 's3://b/mri', '-o', 'out', *words])
         assert done.exit_code == 2 and part in done.output
+
+
+def test_nothing_to_fuse_asks_nothing_of_an_engine():
+    assert list(run_on_ray(None, None, [], (2, 1, 0))) == []
 
 
 def test_what_an_engine_cannot_do_is_told():
