@@ -14,7 +14,7 @@ import pandas as pd
 from .cross_validation import folds_table, half_widths, read_folds
 from .evaluation import ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
-from .files import Pair, absolute_path, files_for, list_images, list_pairs, name_key, read_image, stem_of, suffix_of
+from .files import Pair, absolute_path, files_for, is_folder, list_images, list_pairs, name_key, read_image, stem_of, suffix_of
 from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
 from .runs import checkpoint_suffixes, read_run, resolve_path
@@ -45,14 +45,15 @@ def slice_of(pair, spec, device='auto', value_range=None, among=()):
     there = finished_slices(spec)
     if there is None:
         return as_picture(fuse(pair.ct, pair.mri, spec, device, value_range=value_range))
-    file = there.with_name(there.name.replace('{name}', stem_of(pair.name)))
-    return as_picture(file if not file.is_dir() else files_for(file, [pair.name], among)[pair.name])
+    return as_picture(there if there.is_file() else files_for(there, [pair.name], among)[pair.name])
 
 # %% ../nbs/27_paper_figures.ipynb #0c0c3bf2
 def pairs_of(sources):
     "The Pairs of (CT file, MRI file), of (CT folder, MRI folder), or of the pairs that the benchmark of the (folder,) judged."
     sources = [absolute_path(source) for source in sources]
-    if len(sources) == 2 and not sources[0].is_dir():
+    if len(sources) > 2:
+        raise ValueError(f'{len(sources)} sources were given; name a CT and an MRI, two slices or two folders, and methods by -m.')
+    if len(sources) == 2 and not is_folder(sources[0]):
         return [Pair(sources[0].name, *sources)]
     if len(sources) == 1:
         given = read_run(sources[0])['parameters']
@@ -80,6 +81,10 @@ def chosen_pairs(pairs, names=()):
 def rows_of(pairs, models, titles=('CT', 'MRI'), device='auto', value_range=None, among=()):
     "{name of a pair: {title: picture}}, both sources first, of some Pairs and methods, as `comparison` takes it. among: as of `slice_of`."
     methods = [named_method(spec) for spec in models]
+    if len(titles) != 2:
+        raise ValueError(f'The sources are two, and {", ".join(titles)} is no title for each; give two, as in CT,MRI.')
+    if single := [spec for _, spec in methods if len(pairs) > 1 and (there := finished_slices(spec)) and there.is_file()]:
+        raise ValueError(f'{single[0]} is the slice of one pair, and {len(pairs)} are shown; name its folder, or one pair.')
     columns = [*titles, *(title for title, _ in methods)]
     if repeated := [title for title in columns if columns.count(title) > 1]:
         raise ValueError(f'Two columns are called {repeated[0]}; name them, as in -m "{repeated[0]} 2=...".')
@@ -109,7 +114,7 @@ def record_table(source):
 def shown_rows(table, columns=(), methods=()):
     "The rows of some methods, the best mean rank first, and the columns that are shown, up to SSIM2 of the reported ones by default. ValueError for unknown names."
     known = reported_columns()
-    columns = list(columns) or [name for name in known[:known.index('SSIM2') + 1] if name in table]
+    columns = list(dict.fromkeys(columns)) or [name for name in known[:known.index('SSIM2') + 1] if name in table]
     for names, there in ((columns, table.columns), (methods, set(table.method))):
         if unknown := [name for name in names if name not in there]:
             raise ValueError(f'The record has no {unknown[0]}; it has {", ".join(sorted(there))}.')
@@ -229,7 +234,7 @@ def paper_figure(sources, kind='slices', models=(), pairs=(), columns=(), titles
         raise ValueError(f'{kind!r} is no kind of figure; there are {", ".join(figure_kinds())}.')
     draw = figure_kinds()[kind]
     if draw not in (comparison, difference_figure):
-        if len(sources) > 1 or layout.keys() - {'width'}:
+        if len(sources) > 1 or pairs or layout.keys() - {'width'}:
             raise ValueError(f'{kind} are drawn from the record of one benchmark, and take columns, methods and a width; name its folder alone.')
         return draw(sources[0], columns, models, **layout)
     there = pairs_of(sources)

@@ -74,7 +74,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
 def test_finished_slices_are_a_folder_a_file_or_a_pattern(folder):
     [first, _] = list_pairs(folder / 'CT', folder / 'MRI')
     for spec, file in ((folder / 'theirs', 'theirs/41003.png'), (folder / 'theirs/41003.png', 'theirs/41003.png'),
-                       (folder / 'others/{name}_fused.png', 'others/41003_fused.png')):
+                       (folder / 'others/{name}_fused.png', 'others/41003_fused.png'), (folder / 'others/{name}_fused', 'others/41003_fused.png')):
         assert np.array_equal(slice_of(first, spec), as_picture(folder / file))
     assert finished_slices('wavelet') is None and finished_slices(folder) is None
     assert slice_of(first, 'maximum').shape == (40, 32, 3)      # in the colours of the second source
@@ -94,6 +94,23 @@ def test_the_names_of_all_pairs_tell_how_finished_slices_are_named(tmp_path):
     for sources, pairs, models in ((folders, ['2'], theirs), (files, (), theirs), (folders, ['2'], [tmp_path / 'plain'])):
         with pytest.raises(ValueError, match='has no fused image for 2.png'):       # 12 is another patient's
             paper_figure(sources, models=models, pairs=pairs)
+
+
+def test_two_sources_have_two_titles_and_a_slice_one_pair(folder):
+    folders, one = [folder / 'CT', folder / 'MRI'], f'them={folder}/theirs/41003.png'
+    for titles in (['CT'], ['CT', 'MRI', 'PET'], []):
+        with pytest.raises(ValueError, match='give two, as in CT,MRI'):
+            paper_figure(folders, models=['maximum'], titles=titles)
+    with pytest.raises(ValueError, match='41003.png is the slice of one pair, and 2 are shown'):
+        paper_figure(folders, models=[one])
+    assert '41003' in words(paper_figure(folders, models=[one], pairs=['41003']))
+    with pytest.raises(ValueError, match='3 sources were given'):
+        paper_figure([*folders, folder / 'theirs'])
+
+
+def test_sources_may_have_a_pattern(folder):
+    pairs = pairs_of([folder / 'CT', folder / 'MRI'])
+    assert pairs_of([folder / 'CT/{name}.png', folder / 'MRI/{name}.png']) == pairs
 
 
 def test_pairs_are_named_with_an_ending_or_without(folder):
@@ -121,6 +138,9 @@ def test_charts_say_of_whom_they_are(benchmark, tmp_path, kind):
     assert '6 slices of 3 patients' in text and 'method 2' in text and all(column in text for column in columns)
     with pytest.raises(ValueError, match='record of one benchmark'):
         paper_figure([benchmark], kind, boxes=2)
+    with pytest.raises(ValueError, match='record of one benchmark'):
+        paper_figure([benchmark], kind, pairs=['1000'])
+    assert words(paper_figure([benchmark], kind, columns=[*columns, 'VIF'], width=4)) == text
 
 
 def test_bars_are_means_over_patients_with_their_intervals():
