@@ -473,7 +473,7 @@ def tile_margin(model) -> int:
 def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> torch.Tensor:
     """The fused (B, 1, H, W) of two batches (B, 1, H, W) in [0, 1], on the CPU; by tiles where a side exceeds `tile`.
 
-    Raises ValueError where the model returns another shape, or values that are not finite.
+    Raises ValueError where the model returns no tensor of floats, another shape, or values that are not finite.
     """
     (height, width), place = ct.shape[-2:], place_of(model)
     together = max(1, (2**16 if place['device'].type == 'cpu' else 2**22) // (height * width))    # what fits into cache, into memory
@@ -487,6 +487,9 @@ def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> 
             parts = [image[..., rows, columns].to(**place) for image in (ct, mri)]
             with torch.no_grad():
                 part = model(*parts)
+            if not (isinstance(part, torch.Tensor) and part.is_floating_point()):
+                raise ValueError(f'The model returned a {type(part).__name__}{f" of {part.dtype}" if hasattr(part, "dtype") else ""}; '
+                                 'it must return the fused slices alone, a torch tensor of floats in [0, 1].')
             if part.shape != parts[0].shape or not part.float().sum().isfinite():
                 raise ValueError(f'The model returned {"NaN or infinite values" if part.shape == parts[0].shape else "the shape"}'
                                  f' {tuple(part.shape)} for slices of {tuple(parts[0].shape)}; its weights or its code are wrong.')

@@ -447,6 +447,9 @@ def test_what_a_network_must_return(pair):
         fuse(*pair, lambda ct, mri: ct * torch.nan)
     with pytest.raises(ValueError, match='the shape'):
         fuse(*pair, lambda ct, mri: ct[..., 1:])
+    for wrong, told in (((), 'tuple'), (pair[0], 'ndarray of float32'), (torch.ones(1, 1, *pair[0].shape, dtype=torch.uint8), 'Tensor of torch.uint8')):
+        with pytest.raises(ValueError, match=f'returned a {told}; it must return the fused slices alone'):
+            fuse(*pair, lambda ct, mri: wrong)
 
 
 def test_range(pair, tmp_path):
