@@ -37,7 +37,7 @@ from PIL.PngImagePlugin import PngInfo
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
                                largest_disagreement, map_overlay, marked, overlay, window_level)
 from .files import luminance, write_atomically
-from .inference import at_lesions, has_dial, with_luminance
+from .inference import at_lesions, fuse_batch, has_dial, place_of, with_luminance
 from .metrics import grey_levels, invented_edges, lower_is_better, measure
 
 # %% ../nbs/40_explorer.ipynb #b7fb7e19
@@ -269,7 +269,7 @@ def shown_metrics():
 @torch.no_grad()
 def fused_picture(method, ct, mri):
     "What a method makes of a pair of tensors: the picture, and its luminance as a tensor (1, 1, H, W)."
-    y = torch.from_numpy(as_array(method(ct, luminance(mri))))[None, None]
+    y = fuse_batch(method, ct, luminance(mri))
     return as_picture(with_luminance(mri, y) if mri.shape[1] == 3 else y), y
 
 # %% ../nbs/40_explorer.ipynb #d7e2daa5
@@ -291,7 +291,8 @@ def where_invented(y, ct, mri):
 def maps_of(name, function, ct, mri, lesions=None):
     "The maps {'name: map': array (h, w)}, 1 where CT is chosen, that a function such as `model.maps` makes of a pair of tensors, and of `lesions` if it takes that."
     turned = {'lesions': lesions} if lesions is not None and 'lesions' in signature(function).parameters else {}
-    maps = function(ct, luminance(mri), **turned)
+    place = place_of(getattr(function, '__self__', None))       # of the network whose `maps` it is
+    maps = function(ct.to(**place), luminance(mri).to(**place), **turned)
     return {f'{name}: {part}' + ' (1: from the MRI)' * (part == 'mri'): as_array(weights) for part, weights in maps.items()}
 
 # %% ../nbs/40_explorer.ipynb #f34cb1b7

@@ -52,6 +52,23 @@ def shown(explorer):
     return cv2.imdecode(np.frombuffer(explorer.picture.value, np.uint8), cv2.IMREAD_COLOR)
 
 
+def test_a_network_is_given_slices_where_it_is(root):
+    "On a GPU, or, as here, in double precision."
+    class Mean(torch.nn.Conv2d):
+        def forward(self, ct, mri):
+            return super().forward(torch.cat([ct, mri], 1))
+
+        def maps(self, ct, mri):
+            return {'mean': self(ct, mri)}
+    network = Mean(2, 1, 1, bias=False).double().eval()
+    network.weight.data.fill_(.5)
+    explorer = explore({'test': CTMRIDataset(root / 'test/CT', root / 'test/MRI')}, {'network': network, 'average': average}, {'network': network.maps})
+    slices = explorer.slices
+    assert np.abs(slices['network'] - slices['average']).max() < 1e-6
+    explorer.controls['mode'].value = 'maps'
+    assert shown(explorer).any()
+
+
 # From a view to a PNG
 
 @pytest.mark.parametrize('mode', view_modes())
