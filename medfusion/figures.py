@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.textpath import TextPath
 
-from .codecs import pil_pixels
+from .codecs import array_of
 from .files import luminance, read_image, to_float, write_atomically
 
 # %% ../nbs/01_figures.ipynb #7b6f33d2
@@ -37,8 +37,7 @@ def _pixels(image):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return np.moveaxis(image, -3, -1) if image.shape[-3:-2] == (3,) else image
-    mode = 'RGB' if getattr(image, 'mode', '') in ('P', 'PA', 'LA', 'RGBA') else None  # a PIL image: grey or RGB
-    return pil_pixels(image, mode) if hasattr(image, 'getexif') else np.asarray(image)
+    return array_of(image) if hasattr(image, 'getexif') else np.asarray(image)  # a PIL image, or an array
 
 
 def as_picture(image):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['network_roles', 'MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'run_named', 'is_name',
            'at_sign', 'FoundModel', 'find_model', 'named_model', 'in_place', 'network_for', 'method_of', 'find_device',
-           'has_dial', 'at_lesions', 'load_model', 'check_model', 'start_from', 'array_of', 'in_unit_range', 'as_batch',
-           'as_given', 'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice',
-           'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse',
-           'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here',
-           'answer_stops', 'HeldStops', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused',
-           'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts',
-           'open_job', 'close_job', 'fuse_folder']
+           'has_dial', 'at_lesions', 'load_model', 'check_model', 'start_from', 'in_unit_range', 'as_batch', 'as_given',
+           'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
+           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
+           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'answer_stops', 'HeldStops',
+           'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled',
+           'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts', 'open_job',
+           'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
-from .codecs import pil_pixels
+from .codecs import array_of
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
 from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, resolve_path, run_checkpoint
@@ -334,23 +334,6 @@ def start_from(model, spec):
     own, found = model.state_dict(), other.state_dict()
     model.load_state_dict({name: found.get(name, weights) for name, weights in own.items()})
     return model
-
-# %% ../nbs/20_inference.ipynb #6bb295c4
-def array_of(image: Image.Image) -> np.ndarray:
-    "The array of a PIL image, (H, W) or (H, W, 3), of 8 or 16 bits or float, upright as `pil_pixels` makes it; palettes and other colours become RGB."
-    if getattr(image, 'n_frames', 1) > 1:
-        raise ValueError(f'The PIL image holds {image.n_frames} pages (a stack); give one page, a copy made after seek().')
-    if image.mode in ('L', 'RGB', 'F') or image.mode.startswith('I;16'):
-        return pil_pixels(image)
-    if image.mode == 'I':  # what Pillow makes of some 16-bit files: 32-bit integers
-        array = pil_pixels(image)
-        if array.size and (array.min() < 0 or array.max() > 65535):
-            raise ValueError('A PIL image of mode I must hold values of 16 bits, 0 to 65535.')
-        return array.astype(np.uint16)
-    try:
-        return pil_pixels(image, 'L' if image.mode in ('1', 'LA') else 'RGB')
-    except ValueError:      # Pillow does not know how
-        raise ValueError(f'A PIL image of mode {image.mode} cannot be fused; give one of mode L, RGB, F or I;16.') from None
 
 # %% ../nbs/20_inference.ipynb #36f6e3e1
 def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:

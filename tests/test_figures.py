@@ -43,6 +43,16 @@ def test_an_image_of_pil_lies_as_its_file_does(tmp_path):
         assert as_picture(image).shape == (40, 24) and np.array_equal(as_picture(image), as_picture(tmp_path / 'a.jpg'))
 
 
+def test_an_image_of_pil_is_what_fuse_takes_it_for(tmp_path):
+    red = Image.new('RGB', (24, 20), (255, 0, 0))
+    for mode in ('YCbCr', 'HSV', 'CMYK', 'P', 'RGBA'):
+        assert np.abs(as_picture(red.convert(mode)) - (1, 0, 0)).max() < 0.01, mode
+    assert np.array_equal(as_picture(Image.new('I', (24, 20), 65535)), np.ones((20, 24))) and as_picture(Image.new('LA', (24, 20))).ndim == 2
+    red.save(tmp_path / 'a.tif', save_all=True, append_images=[red])
+    with Image.open(tmp_path / 'a.tif') as stack, pytest.raises(ValueError, match='2 pages'):
+        as_picture(stack)
+
+
 @pytest.mark.parametrize('kind', [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_tensor_of_every_kind_is_scaled_by_its_type(kind):
     image = (torch.tensor([[0, 1], [1, 0]]) * (255 if kind == torch.uint8 else 1)).to(kind)[None, None]
