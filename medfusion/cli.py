@@ -452,8 +452,8 @@ Task = Annotated[Path | None, typer.Option('--task', parser=typed_path, metavar=
                                            'with painted lesions there, FUSED --task FOLDER scores what was fused of them')]
 
 # %% ../nbs/50_cli.ipynb #cd4ee3f0
-def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None) -> None:
-    "Writes the task of two folders, CT and MRI, or scores one, of fused images; `csv` gets a row for each kind, method and head."
+def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None, value_range=None) -> None:
+    "Writes the task of two folders, CT and MRI, with their range of values, or scores one, of fused images; `csv` gets a row for each kind, method and head."
     if task is None:
         raise typer.BadParameter('three paths are needed: CT, MRI and FUSED')
     if len(paths) > 2:
@@ -464,7 +464,7 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
     from medfusion.files import list_images, write_atomically
     from medfusion.inference import check_output
     if len(paths) == 2:
-        pairs = len(list_images(write_task(CTMRIDataset(*paths), check_output(task, paths)) / 'CT'))
+        pairs = len(list_images(write_task(CTMRIDataset(*paths, value_range=value_range), check_output(task, paths)) / 'CT'))
         typer.echo(f'{pairs} pairs are in {task}/CT and {task}/MRI. Fuse them into a folder of PNGs of the same names, then: '
                    f'medfusion evaluate FUSED --task {shlex.quote(str(task))}')
         return
@@ -505,7 +505,7 @@ def evaluate(
 ):
     "Measure fused slices against their sources; or, with --task, whether lesions can still be found in them."
     if task is not None or fused is None:
-        return detection_task(list(filter(None, (ct, mri, fused))), task, csv)
+        return detection_task(list(filter(None, (ct, mri, fused))), task, csv, read_range(values))
     fused = fused / pattern if pattern else fused
     check_there(ct, mri, fused)
     from medfusion.files import is_folder

@@ -890,6 +890,13 @@ def test_where_nothing_can_be_written_is_noticed_at_once(pairs, place, no_kernel
         assert sorted(Path().rglob('*')) == before and Path('file.txt').read_text() == 'mine', words
 
 
+def test_lesions_are_painted_into_the_values_that_are_said(pairs, monkeypatch):
+    ranges = []
+    monkeypatch.setattr('medfusion.detection.write_task', lambda data_set, folder: ranges.append(data_set.value_range) or Path())
+    medfusion('evaluate', 'CT', 'MRI', '--task', 'task', '--range', '0,4095')
+    assert ranges == [(0, 4095)]
+
+
 @pytest.mark.parametrize('more, words', [(['--grid', 'pet'], "'ct' or 'mri', not 'pet'"), (['-p', 'spacing=-1'], 'spacing of -1 mm'), (['-p', 'plane=oblique'], 'no plane'),
                                          (['-p', 'batch_size=0'], 'batch_size is 0'), (['-p', 'device=hpu'], "'hpu'"), (['-m', 'nobody'], "no model 'nobody'"),
                                          (['-m', 'wavelet@2'], 'a number from 0 to 1'), (['-m', 'wavelet-lite@1'], 'no dial'), (['-m', 'maximum@1'], 'no dial'),
