@@ -143,6 +143,14 @@ def test_charts_say_of_whom_they_are(benchmark, tmp_path, kind):
     assert words(paper_figure([benchmark], kind, columns=[*columns, 'VIF'], width=4)) == text
 
 
+def test_a_patient_or_method_may_be_called_what_pandas_takes_for_nothing(tmp_path):
+    table = record(3).replace({'case': {'1': 'NA', '2': 'None'}, 'method': {'method_0': 'null'}})
+    (tmp_path / 'metrics.csv').write_text('# a convention\n' + table.to_csv())
+    assert set(record_table(tmp_path).case) == {'NA', 'None', '3'} and 'null' in set(record_table(tmp_path).method)
+    shown = CliRunner().invoke(app, ['benchmark', '--record', str(tmp_path), '--columns', 'VIF'])
+    assert 'over 3 patients' in shown.stdout and 'null' in shown.stdout, shown.output
+
+
 def test_bars_are_means_over_patients_with_their_intervals():
     from scipy import stats
     table = record(patients=5, slices=3)
