@@ -54,6 +54,9 @@ class JoinedPairs(ConcatDataset):
             raise ValueError('The data sets were read with different ranges of values; give all of them one value_range.')
         self.pairs = [pair for data_set in data_sets for pair in data_set.pairs]
         self.names = [pair.name for pair in self.pairs]
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f'Two of the pairs that are joined are called {twice}; join each part once, and give each slice a name of its own.')
 
 # %% ../nbs/21_evaluation.ipynb #876d56e2
 def judged_pairs(ct_dir, mri_dir, join=()) -> JoinedPairs:

@@ -88,6 +88,16 @@ def test_twelve_bits_in_sixteen_have_a_range_and_one_warning_a_folder(tmp_path):
     assert (given.SSIM2 != without.SSIM2).all()
 
 
+def test_a_pair_is_joined_once(tmp_path):
+    for part in ('val', 'test'):
+        for kind in ('CT', 'MRI'):
+            (tmp_path / part / kind).mkdir(parents=True)
+            write_image(tmp_path / part / kind / '1000.png', np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for join in (['val'], ['test']):
+        with pytest.raises(ValueError, match='Two of the pairs that are joined are called 1000.png; join each part once'):
+            E.judged_pairs(tmp_path / 'test/CT', tmp_path / 'test/MRI', join)
+
+
 @pytest.mark.parametrize('dtype', [np.int16, np.float32, np.uint16])
 def test_fused_slices_of_values_with_a_range_are_written_and_compared(tmp_path, dtype):
     for side in ('CT', 'MRI'):
