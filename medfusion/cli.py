@@ -1076,8 +1076,8 @@ def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Pa
     check_there(folder)
     if not (folder / 'metrics.csv').is_file():
         raise FileNotFoundError(f'{folder} holds no metrics.csv; name the folder of a finished medfusion benchmark.')
-    asked = split_values(columns) if columns else read_run(folder)['parameters']['columns']
-    names = split_values(chosen) if chosen else None
+    asked = list(dict.fromkeys(split_values(columns))) if columns else read_run(folder)['parameters']['columns']
+    names = list(dict.fromkeys(split_values(chosen))) if chosen else None
     table = pd.read_csv(folder / 'metrics.csv', comment='#', dtype={'name': str, 'method': str, 'case': str}, keep_default_na=False, na_values='', index_col='name')     # NA may be a patient
     paper = paper_table(table, asked, names)
     write_texts({latex: lambda: paper.text('latex'), markdown: lambda: paper.text('markdown')})

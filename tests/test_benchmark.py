@@ -109,7 +109,7 @@ def test_without_labels_and_externals_and_with_one_column(dataset, tmp_path, cap
         (tmp_path / folder).mkdir()
         for path in sorted((dataset / 'Dataset' / 'test' / folder).iterdir())[:2]:
             write_image(tmp_path / folder / path.name, read_image(path))
-    given = arguments(dataset, ct_dir=str(tmp_path / 'CT'), mri_dir=str(tmp_path / 'MRI'), columns=['Nabf'], rules=[],
+    given = arguments(dataset, ct_dir=str(tmp_path / 'CT'), mri_dir=str(tmp_path / 'MRI'), columns=['Nabf', 'Nabf'], rules=[],
                       external_dir=str(tmp_path / 'none'), save_dir=str(tmp_path / 'results'))
     result = execute(given, until='summary')
     assert 'no lesion table' in capsys.readouterr().out

@@ -957,6 +957,9 @@ def test_a_finished_benchmark_is_shown(pairs):
     Path('toy/metrics.csv').write_text('# a convention\nname,method,case,EN,SD\n1002.png,one,1,2.5,60\n1002.png,two,1,3.5,50\n')
     result = medfusion('benchmark', '--record', 'toy', '--columns', 'EN')
     assert result.exit_code == 0 and 'EN ↑' in result.stdout and 'SD' not in result.stdout and '3.50' in result.stdout
+    once, twice = (medfusion('benchmark', '--record', 'toy', '--methods', methods, '--columns', columns).stdout
+                   for methods, columns in (('one,two', 'EN,SD'), ('one,two,one', 'EN,SD,EN')))
+    assert once == twice and 'over 1 slice' in once
 
 
 def test_a_rule_is_listed_once_with_its_other_names():

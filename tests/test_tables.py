@@ -80,6 +80,8 @@ def test_patients_are_the_samples():
     paper = T.paper_table(measured(), ['SD', 'Nabf'], ['ours', 'copy_ct', 'theirs'])
     assert paper.cells.index.tolist() == ['ours', 'copy of CT', 'theirs'] and list(paper.cells) == ['SD ↑', 'Nabf ↓']
     assert paper.cells['SD ↑']['ours'] == '62.5 ± 0.7' and paper.marked['Nabf'].tolist() == ['second', '', 'best']
+    twice = T.paper_table(measured(), ['SD', 'SD', 'Nabf'], ['ours', 'copy_ct', 'theirs', 'ours'])
+    assert twice.cells.equals(paper.cells)
     one = T.paper_table(measured(1))
     assert one.cells['SD ↑']['ours'] == '62.0' and 'Mean over 2 slices of one patient' in one.note
     for wrong in ({'columns': ['VIV']}, {'methods': ['nobody']}):
