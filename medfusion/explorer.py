@@ -358,12 +358,12 @@ class SliceStore(SliceWork):
 
 # %% ../nbs/40_explorer.ipynb #d9692d1a
 class PairList:
-    "A data set of pairs [(ct, mri), ...] as `fuse` takes them; they are one case, named by file or by number."
+    "A data set of pairs [(ct, mri), ...] as `fuse` takes them; they are one case, named by file, or by number where no file or several have the name."
 
     def __init__(self, pairs):
         self.pairs, self.cases = list(pairs), ['all']
-        self.names = [Path(ct).name if isinstance(ct, (str, Path)) else f'pair {number}'
-                      for number, (ct, _) in enumerate(self.pairs, start=1)]
+        files = [Path(ct).name if isinstance(ct, (str, Path)) else '' for ct, _ in self.pairs]
+        self.names = [name if name and files.count(name) == 1 else f'pair {number}{", " * bool(name)}{name}' for number, name in enumerate(files, start=1)]
 
     def case_of(self, name):
         "The one case."
@@ -741,7 +741,7 @@ def explore(datasets, methods, maps=None):
     name to a function `fused = fuse(ct, mri)` on tensors (1, 1, H, W) in [0, 1], and `maps`, where a method has them, its
     name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`. For networks with a dial for lesions there is a slider: each is asked where
     its own dial stands until that is moved, and then all are where it stands, the maps too if their function takes `lesions`.
-    Raises ValueError where there is no slice or no method, or where maps belong to no method."""
+    Raises ValueError where there is no slice or no method, where maps belong to no method, and for a method called CT or MRI."""
     datasets = {name: PairList(data) if isinstance(data, (list, tuple)) else data for name, data in datasets.items()}
     empty = [name for name, data in datasets.items() if not len(data)]
     if empty or not datasets:
@@ -749,6 +749,8 @@ def explore(datasets, methods, maps=None):
     if not methods or set(maps or {}) - set(methods):
         raise ValueError(f'The explorer needs methods by name, and maps by the same names; methods: {list(methods)}, '
                          f'maps: {list(maps or {})}.')
+    if {'CT', 'MRI'} & set(methods):
+        raise ValueError('CT and MRI are the sources, which the explorer shows beside the methods; give the method of that name another one.')
     explorer = Explorer(SliceStore(datasets, methods, maps))
     add_buttons(explorer)
     explorer.mouse = Mouse(explorer)

@@ -69,6 +69,26 @@ def test_a_network_is_given_slices_where_it_is(root):
     assert shown(explorer).any()
 
 
+def test_two_pairs_of_one_file_name_are_two_slices(tmp_path):
+    pairs = [(tmp_path / folder / 'ct.png', tmp_path / folder / 'mri.png') for folder in ('a', 'b')]
+    for level, (folder, _) in enumerate(pairs):
+        folder.parent.mkdir()
+        for name in ('ct.png', 'mri.png'):
+            Image.fromarray((np.add.outer(np.arange(48), np.arange(48)) + 100 * level).astype(np.uint8)).save(folder.with_name(name))
+    explorer = explore({'mine': pairs}, {'larger': torch.maximum})
+    assert len(set(explorer.store.datasets['mine'].names)) == 2
+    explorer.controls['slice'].value = 2
+    call = view_call(explorer)
+    explorer.controls['slice'].value = 1
+    eval(call)
+    assert explorer.controls['slice'].value == 2 and explorer.slices['CT'].max() > .5
+
+
+def test_no_method_is_called_like_a_source(root):
+    with pytest.raises(ValueError, match='CT and MRI are the sources'):
+        explore({'test': CTMRIDataset(root / 'test/CT', root / 'test/MRI')}, {'average': average, 'MRI': maximum})
+
+
 # From a view to a PNG
 
 @pytest.mark.parametrize('mode', view_modes())
