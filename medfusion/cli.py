@@ -1047,13 +1047,14 @@ def runs(
 
 # %% ../nbs/50_cli.ipynb #d5f14533
 def check_external(given: dict) -> None:
-    "Raises ValueError or OSError where a network of a benchmark, or its pairs, cannot be had, or a folder of fused images from outside lacks some of them."
+    "Raises ValueError or OSError where a network of a benchmark, its pairs, or what was named of others, cannot be had, or a folder of fused images from outside lacks some of them."
     from medfusion import runs
     from medfusion.evaluation import find_external, judged_pairs
     from medfusion.inference import check_model, in_place, named_model
     p = SimpleNamespace(**runs.check_parameters('90_benchmark.ipynb', given))
     for text in p.checkpoints:
         check_model(in_place(named_model(text)[1], runs.resolve_path))
+    check_there(*(runs.resolve_path(getattr(p, name)) for name in ('external_dir', 'published') if given.get(name)))
     folder = runs.resolve_path(p.external_dir)
     if folder.is_dir():
         find_external(folder, judged_pairs(runs.resolve_path(p.ct_dir), runs.resolve_path(p.mri_dir), p.join), p.external_pattern)

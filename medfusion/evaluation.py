@@ -475,13 +475,15 @@ def colour_table(data_set, methods) -> pd.DataFrame | None:
 def read_published(path, names, columns=None) -> pd.DataFrame:
     """Published numbers of a CSV (`method, name, EN, SD, ...`) for the pairs of these names, in the form of `evaluate`.
 
-    Methods that lack a pair are left out, and a warning says so. Raises ValueError for a missing column or a pair given twice.
+    Methods that lack a pair are left out, and a warning says so; another one tells of a value that is missing where the other pairs have it. Raises ValueError for a missing column, one of texts, or a pair given twice.
     """
     columns = reported_columns() if columns is None else list(columns)
-    table = pd.read_csv(path, comment='#', dtype={'name': str, 'method': str})
+    table = pd.read_csv(path, comment='#', dtype={'name': str, 'method': str}, na_values=['-', '–'])
     lacking = [column for column in ('method', 'name', *columns) if column not in table]
     if lacking:
         raise ValueError(f'{path} has no column {lacking[0]!r}; it needs method, name, {", ".join(columns)}.')
+    if texts := [column for column in columns if table[column].dtype.kind not in 'iuf']:
+        raise ValueError(f'{path} has texts in its column {texts[0]}; write numbers, and a dash or nothing where there is none.')
     if table.duplicated(['method', 'name']).any():
         raise ValueError(f'{path} holds a pair of a method twice; leave one row for each method and name.')
     name_of = {stem_of(name): name for name in names}
@@ -489,6 +491,9 @@ def read_published(path, names, columns=None) -> pd.DataFrame:
     complete = table.groupby('method').name.transform('nunique') == len(names)
     for method in table.method[~complete].unique():
         warnings.warn(f'{method} is left out: {path} has not all {len(names)} pairs of it.', stacklevel=2)
+    missing = table[complete].groupby('method')[columns].agg(lambda values: values.isna().sum()).stack()
+    for (method, column), count in missing[(missing > 0) & (missing < len(names))].items():
+        warnings.warn(f'{column} of {count} of {len(names)} pairs of {method} is missing in {path}; its mean is over the others.', stacklevel=2)
     table = table[complete].set_index('name').drop(columns='case', errors='ignore')
     table.insert(1, 'case', [case_of(name) for name in table.index])
     return table

@@ -950,6 +950,11 @@ class StoppedAt:
         return getattr(os, name)
 
 
+@pytest.mark.parametrize('name', ['external_dir', 'published'])
+def test_a_benchmark_looks_for_what_was_named_at_once(pairs, no_kernel, name):
+    assert_sentence(medfusion('benchmark', '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', f'{name}=nowhere'), 'no file or folder', 'nowhere')
+
+
 def test_a_finished_benchmark_is_shown(pairs):
     Path('toy').mkdir()
     assert_sentence(medfusion('benchmark', '--record', 'nowhere'), 'no file or folder', 'nowhere')

@@ -257,6 +257,22 @@ def test_a_table_of_a_benchmark_is_one_of_published_numbers(pairs, tmp_path):
     assert E.read_published(tmp_path / 'metrics.csv', pairs.names, ['EN', 'SD']).case.tolist() == table.case.tolist()
 
 
+def test_a_published_value_that_is_missing_is_told(tmp_path):
+    (tmp_path / 'published.csv').write_text('method,name,EN,SD\nold,1,5,\nold,2,5,\nnew,1,5,60\nnew,2,5,\n')
+    with pytest.warns(UserWarning, match='SD of 1 of 2 pairs of new is missing in .*published.csv; its mean is over the others') as said:
+        E.read_published(tmp_path / 'published.csv', ['1.png', '2.png'], ['EN', 'SD'])
+    assert len(said) == 1, 'old never had it, and gets a dash'
+
+
+def test_a_dash_is_no_published_value(tmp_path):
+    for text, sd in (('-', 'nan'), ('–', 'nan'), ('60', '60.0')):
+        (tmp_path / 'published.csv').write_text(f'method,name,EN,SD\nold,1,5,{text}\n', encoding='utf-8')
+        assert [str(float(value)) for value in E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD']).SD] == [sd]
+    (tmp_path / 'published.csv').write_text('method,name,EN,SD\nold,1,5,60*\n')
+    with pytest.raises(ValueError, match='published.csv has texts in its column SD'):
+        E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD'])
+
+
 def test_files_in_colour_are_judged_in_luminance_and_by_their_colour(tmp_path):
     rng = np.random.default_rng(0)
     colour = rng.integers(60, 190, (48, 40, 3)).astype(np.uint8)
