@@ -127,8 +127,8 @@ def find_fused(folder, data_set, pattern='') -> dict[str, Path]:
 
 # %% ../nbs/21_evaluation.ipynb #6e2c6007
 def find_external(folder, data_set, pattern='') -> dict[str, dict[str, Path]]:
-    "{name of a subfolder: its files, as of `find_fused`}; none where the folder does not exist. ValueError for an image of another size than its sources."
-    found = sorted(path for path in Path(folder).iterdir() if path.is_dir()) if Path(folder).is_dir() else []
+    "{name of a subfolder that is not hidden: its files, as of `find_fused`}; none where the folder does not exist. ValueError for an image of another size than its sources."
+    found = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith('.')) if Path(folder).is_dir() else []
     methods = {path.name: find_fused(path, data_set, pattern) for path in found}
     for files in methods.values():
         for pair in data_set.pairs:

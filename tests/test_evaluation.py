@@ -257,6 +257,12 @@ def test_a_table_of_a_benchmark_is_one_of_published_numbers(pairs, tmp_path):
     assert E.read_published(tmp_path / 'metrics.csv', pairs.names, ['EN', 'SD']).case.tolist() == table.case.tolist()
 
 
+def test_hidden_folders_are_no_methods(pairs, tmp_path):
+    E.write_fused(tmp_path / 'theirs', pairs, E.fuse_pairs(pairs, {'m': maximum})['m'])
+    (tmp_path / '.ipynb_checkpoints').mkdir()       # JupyterLab leaves them
+    assert list(E.find_external(tmp_path, pairs)) == ['theirs']
+
+
 def test_a_published_value_that_is_missing_is_told(tmp_path):
     (tmp_path / 'published.csv').write_text('method,name,EN,SD\nold,1,5,\nold,2,5,\nnew,1,5,60\nnew,2,5,\n')
     with pytest.warns(UserWarning, match='SD of 1 of 2 pairs of new is missing in .*published.csv; its mean is over the others') as said:
