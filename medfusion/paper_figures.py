@@ -242,5 +242,5 @@ def paper_figure(sources, kind='slices', models=(), pairs=(), columns=(), titles
     among = [pair.name for pair in there] if absolute_path(sources[0]) != there[0].ct else [path.name for path in list_images(beside)]
     if len(sources) == 1:
         fused = absolute_path(sources[0]) / 'fused'
-        models = [f'{name}={fused / name}' for name in models or sorted(path.name for path in fused.iterdir())]
+        models = [f'{name}={fused / name}' for name in models or sorted(path.name for path in fused.iterdir() if not path.name.startswith('.'))]
     return draw(rows_of(found, models, titles, device, value_range, among), **layout)

@@ -126,6 +126,7 @@ def test_pairs_are_named_with_an_ending_or_without(folder):
 def test_a_figure_of_folders_and_of_a_record(folder, benchmark, kind):
     given = paper_figure([folder / 'CT', folder / 'MRI'], kind, models=['maximum', f'them={folder}/theirs'], boxes=[Box(4, 4, 9, 9)], width=5)
     assert {'maximum', 'them'} <= set(words(given).split()) and '41003' in words(given)
+    (benchmark / 'fused/.ipynb_checkpoints').mkdir()        # JupyterLab leaves them
     shown = words(paper_figure([benchmark], kind, pairs=['41004'], width=5))
     assert 'network' in shown and 'theirs' in shown and '41004' in shown and '41003' not in shown
     assert 'network' not in words(paper_figure([benchmark], kind, models=['theirs'], width=5))
