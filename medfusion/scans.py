@@ -323,11 +323,14 @@ def fingerprint(one: Slice) -> tuple:
 # %% ../nbs/30_scans.ipynb #75bd04c9
 def without_copies(slices: list) -> list:
     "The slices without those that are a copy of another at the same place."
-    where, kept, known = places(slices), [], lru_cache(None)(fingerprint)        # each file is read once, however many slices share a place
-    for index in np.argsort(where, kind='stable'):
-        same = [other for other in kept if abs(where[index] - where[other]) <= .01]
-        if not same or known(slices[index]) not in [known(slices[other]) for other in same]:
+    where, kept, last = places(slices), [], {}                  # where the last slice of a fingerprint is
+    order = np.argsort(where, kind='stable')
+    near = np.pad(np.diff(where[order]) <= .01, 1)              # a slice that is alone at its place is not read
+    for index, shared in zip(order, near[1:] | near[:-1]):
+        known = fingerprint(slices[index]) if shared else None
+        if not shared or where[index] - last.get(known, -np.inf) > .01:
             kept.append(index)
+            last[known] = where[index]
     return [slices[index] for index in sorted(kept)]
 
 # %% ../nbs/30_scans.ipynb #4d8c19be
