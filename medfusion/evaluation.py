@@ -482,7 +482,7 @@ def read_published(path, names, columns=None) -> pd.DataFrame:
     lacking = [column for column in ('method', 'name', *columns) if column not in table]
     if lacking:
         raise ValueError(f'{path} has no column {lacking[0]!r}; it needs method, name, {", ".join(columns)}.')
-    if texts := [column for column in columns if table[column].dtype.kind not in 'iuf']:
+    if texts := [column for column in columns if len(table) and table[column].dtype.kind not in 'iuf']:
         raise ValueError(f'{path} has texts in its column {texts[0]}; write numbers, and a dash or nothing where there is none.')
     if table.duplicated(['method', 'name']).any():
         raise ValueError(f'{path} holds a pair of a method twice; leave one row for each method and name.')

@@ -1,6 +1,8 @@
 """The frozen backbone: equal to torchvision's, its weights found, downloaded and checked, its features kept once."""
+import errno
 import http.server
 import json
+import os
 import shutil
 import threading
 
@@ -11,7 +13,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import medfusion
 from medfusion import backbone as module
-from medfusion.backbone import (FeatureCache, OnFrozenBackbone, ResNetBackbone, TrainingPairs, find_backbone, frozen_features,
+from medfusion.backbone import (FeatureCache, OnFrozenBackbone, ResNetBackbone, TrainingPairs, find_backbone, frozen_features, half_storage,
                                 load_backbone)
 from medfusion.data import CTMRIDataset
 from medfusion.files import sha256_of
@@ -202,6 +204,14 @@ def test_cache_holds_the_features(small, dataset, tmp_path, budget):
             for stage, feature in frozen_features(small, dataset[index], mirror).items():
                 assert (cache.get(index, mirror)[stage] - feature).abs().max() < 1e-3 * feature.abs().max()
     assert not list(tmp_path.iterdir())        # the file has no name, so that a killed training leaves nothing
+
+
+def test_a_disk_that_keeps_a_mapped_file_stops_no_training(tmp_path, monkeypatch):
+    "NFS gives a file that is removed and mapped another name, so that its folder cannot go."
+    def full(path, **_):
+        raise OSError(errno.ENOTEMPTY, 'Directory not empty', path)
+    monkeypatch.setattr(os, 'rmdir', full)
+    assert len(half_storage(1000, 0, tmp_path)[0]) == 1000
 
 
 def test_no_room_for_the_cache(small, dataset, tmp_path, monkeypatch):

@@ -271,6 +271,8 @@ def test_a_published_value_that_is_missing_is_told(tmp_path):
 
 
 def test_a_dash_is_no_published_value(tmp_path):
+    (tmp_path / 'published.csv').write_text('method,name,EN,SD\n')     # none at all yet
+    assert E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD']).empty
     for text, sd in (('-', 'nan'), ('–', 'nan'), ('60', '60.0')):
         (tmp_path / 'published.csv').write_text(f'method,name,EN,SD\nold,1,5,{text}\n', encoding='utf-8')
         assert [str(float(value)) for value in E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD']).SD] == [sd]
