@@ -243,7 +243,7 @@ def half_storage(count, budget_gb, folder):
         if shutil.disk_usage(folder).free < 2 * count:
             raise OSError(f'The features need {2 * count / 2 ** 30:.1f} GB and {folder} has less; '
                           'set cache_gb=0 to compute them in every epoch.')
-        scratch = tempfile.TemporaryDirectory(prefix='features_', dir=folder, ignore_cleanup_errors=True)    # a network's disk keeps a mapped file
+        scratch = tempfile.TemporaryDirectory(prefix='features_', dir=folder, ignore_cleanup_errors=True)    # NFS keeps a file that is mapped
         file = str(Path(scratch.name) / 'features.bin')
     file = from_first_here(file)
     storage = torch.from_file(file, shared=True, size=count, dtype=torch.float16)
