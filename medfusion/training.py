@@ -8,8 +8,8 @@ __all__ = ['random_states', 'restore_random_states', 'EpochSampler', 'SharedBatc
            'advance', 'remember', 'save_state', 'first_difference', 'check_same_run', 'replay_schedule',
            'restore_state', 'newest_checkpoint', 'continue_run', 'best_checkpoint', 'write_epoch', 'progress_mode',
            'Progress', 'check_request', 'check_optimizer', 'short', 'what_is_kept', 'interruptible', 'History',
-           'agreed', 'Loop', 'claim_for_fit', 'settings_of', 'tracked', 'prepare', 'close_training', 'settings_before',
-           'begin_training', 'finish_epoch', 'fit']
+           'agreed', 'Loop', 'claim_for_fit', 'networks_of', 'settings_of', 'tracked', 'prepare', 'close_training',
+           'settings_before', 'begin_training', 'finish_epoch', 'fit']
 
 # %% ../nbs/10_training.ipynb #28c466ad
 import contextlib
@@ -37,6 +37,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 from tqdm.auto import tqdm
 
 from .files import plain, sha256_of, write_atomically
+from .inference import model_sha256, network_for, network_roles
 from .processes import (Process, ProcessLost, Share, check_processes, connect, from_first, noticing_loss,
                                  this_process)
 from .runs import (CheckpointFiles, Run, check_parameters, claim_places, command_again, copied, data_sha256,
@@ -291,6 +292,9 @@ def check_same_run(checkpoint: dict, state: TrainingState, name: str, defaults: 
         raise ValueError(f'{name} was written by medfusion {checkpoint["versions"].get("medfusion")}, whose unfinished '
                          'runs this version cannot go on with; finish it with that version, or begin a new run.')
     told = {'cases': state.settings.get('cases')} | (defaults or {}) | checkpoint['settings']    # of the cases an older one says nothing
+    if 'networks' in state.settings:    # nor of these
+        networks = state.settings['networks']
+        told['networks'] = networks | {role: known for role, known in told.get('networks', {}).items() if role in networks}
     old, new, planned = told, state.settings, checkpoint['planned']
     if state.planned < planned:
         raise ValueError(f'{name} is of a run of {planned} epochs, and {state.planned} are asked for; '
@@ -555,10 +559,21 @@ def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: b
         raise FileExistsError(f'{files.intermediate} holds {len(epochs)} checkpoints of an earlier run; '
                               'go on with it by resume=True, or name another folder.')
 
+# %% ../nbs/10_training.ipynb #8051eb2a
+def networks_of(run: Run) -> dict:
+    "{role: SHA-256} of the networks on which a run stands, by `network_roles`; one in its own folder, whose place it took, and what names none are left out."
+    known = {}
+    for role in network_roles():
+        with contextlib.suppress(ValueError, OSError):
+            if spec := getattr(run.parameters, role, ''):
+                network = network_for(role, spec)
+                known |= {} if network.path.parent.resolve() == run.files.final.resolve() else {role: model_sha256(network)}
+    return known
+
 # %% ../nbs/10_training.ipynb #985b20c1
 def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict) -> dict:
     "What a run that goes on must share: its notebook's parameters, `settings`, arguments of `fit`, what is seen."
-    parameters = {} if run is None else resume_settings(run.parameters)
+    parameters = {} if run is None else resume_settings(run.parameters) | {'networks': networks_of(run)}
     names = 'crop', 'augment', 'vary', 'cases', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
     seen = {name: getattr(train_set, name) for name in names if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen

@@ -1,5 +1,6 @@
 """What the training notebook cannot show: kills at every point, full disks, damaged files, signals, papermill."""
 import csv
+import hashlib
 import json
 import os
 import random
@@ -325,6 +326,30 @@ def test_a_case_that_was_trained_on_cannot_come_to_the_side_that_validates(tmp_p
     checkpoint['settings'].pop('cases')     # one of before they were told
     torch.save(checkpoint, path)
     go(Slices('1', '2'), Slices('3'), resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_network_that_has_the_name_of_the_first(tmp_path):
+    run(tmp_path, epochs=1, given={'run': 'first'})
+    first = toy_files(tmp_path, run='first').best()
+    given, before = {'teacher': str(first), 'run': 'second'}, first.read_bytes()
+    run(tmp_path, epochs=1, given=given)
+    run(tmp_path, epochs=1, given={'run': 'other', 'w_ssim': 2.0}, lr=0.2)
+    first.write_bytes(toy_files(tmp_path, run='other').best().read_bytes())
+    with pytest.raises(ValueError, match=f"its networks teacher is '{hashlib.sha256(before).hexdigest()}', and '{sha256_of(first)}'"):
+        run(tmp_path, epochs=2, given=given, resume=True)
+    checkpoint = load_checkpoint(path := toy_files(tmp_path, **given).epoch(1))
+    assert checkpoint['settings'].pop('networks')
+    torch.save(checkpoint, path)    # one of before they were told
+    run(tmp_path, epochs=2, given=given, resume=True)
+
+
+def test_a_run_that_began_with_the_one_whose_place_it_took_goes_on(tmp_path):
+    "What `start` names is its own best network by then, which is nothing to compare."
+    given = {'run': 'latest', 'checkpoint_dir': str(tmp_path / 'checkpoints')}
+    run(tmp_path, epochs=1, given=given)
+    given['start'] = str(toy_files(tmp_path, **given).best())
+    run(tmp_path, epochs=1, given=given)
+    run(tmp_path, epochs=2, given=given, resume=True)
 
 
 @pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True))])
