@@ -349,6 +349,7 @@ class TrainingPairs(Dataset):
         self.grid = grid_of_crops(dataset, cache, crop, vary, others, share)
         self.dataset, self.cache, self.crop, self.mirror, self.seed = dataset, cache, crop or None, mirror, seed
         self.vary, self.others, self.share = vary, others, share
+        self.features = 'of crops (cache_gb 0)' if crop and cache is None else 'of whole slices'    # which differ: around a crop nothing is seen
         self.pairs, self.names, self.cases, self.sizes = dataset.pairs, dataset.names, dataset.cases, dataset.sizes
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()           # workers see set_epoch too
 

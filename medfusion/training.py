@@ -291,7 +291,7 @@ def check_same_run(checkpoint: dict, state: TrainingState, name: str, defaults: 
     if 'planned' not in checkpoint:
         raise ValueError(f'{name} was written by medfusion {checkpoint["versions"].get("medfusion")}, whose unfinished '
                          'runs this version cannot go on with; finish it with that version, or begin a new run.')
-    told = {'cases': state.settings.get('cases')} | (defaults or {}) | checkpoint['settings']    # of the cases an older one says nothing
+    told = {name: state.settings.get(name) for name in ('cases', 'features')} | (defaults or {}) | checkpoint['settings']    # of these an older one says nothing
     if 'networks' in state.settings:    # nor of these
         networks = state.settings['networks']
         told['networks'] = networks | {role: known for role, known in told.get('networks', {}).items() if role in networks}
@@ -574,7 +574,7 @@ def networks_of(run: Run) -> dict:
 def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict) -> dict:
     "What a run that goes on must share: its notebook's parameters, `settings`, arguments of `fit`, what is seen."
     parameters = {} if run is None else resume_settings(run.parameters) | {'networks': networks_of(run)}
-    names = 'crop', 'augment', 'vary', 'cases', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
+    names = 'crop', 'augment', 'vary', 'cases', 'features', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
     seen = {name: getattr(train_set, name) for name in names if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen
 

@@ -240,6 +240,8 @@ def test_training_pairs(small, dataset):
     assert len(set(seen)) > 1
     with pytest.raises(ValueError, match='multiple of 16'):
         TrainingPairs(dataset, crop=40)
+    told = [TrainingPairs(dataset, one, crop=crop).features.split(' (')[0] for crop in (32, 0) for one in (cache, None)]
+    assert told == ['of whole slices', 'of crops', 'of whole slices', 'of whole slices']    # which a run that goes on must share
 
 
 def test_training_pairs_of_others(small, dataset):

@@ -325,6 +325,7 @@ def test_a_case_that_was_trained_on_cannot_come_to_the_side_that_validates(tmp_p
     checkpoint = load_checkpoint(path := toy_files(tmp_path).epoch(2))
     checkpoint['settings'].pop('cases')     # one of before they were told
     torch.save(checkpoint, path)
+    Slices.features = 'of crops'            # nor this
     go(Slices('1', '2'), Slices('3'), resume=True)
 
 
@@ -352,7 +353,7 @@ def test_a_run_that_began_with_the_one_whose_place_it_took_goes_on(tmp_path):
     run(tmp_path, epochs=2, given=given, resume=True)
 
 
-@pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True))])
+@pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True)), ('features', ('of whole slices', 'of crops'))])
 def test_what_is_seen_is_compared(tmp_path, name, values):
     class Slices(Numbers):
         def __init__(self, value):
@@ -362,7 +363,7 @@ def test_what_is_seen_is_compared(tmp_path, name, values):
         arguments = dict(epochs=1, batch_size=3, method='toy', config={}, progress='none', resume=value == values[1],
                          optimizer=torch.optim.Adam(net.parameters(), lr=0.1))
         if value == values[1]:
-            with pytest.raises(ValueError, match=f'{name} is {values[0]}, and {value}'):
+            with pytest.raises(ValueError, match=f'{name} is {values[0]!r}, and {value!r}'):
                 fit(net, step, Slices(value), None, toy_files(tmp_path), **arguments)
         else:
             fit(net, step, Slices(value), None, toy_files(tmp_path), **arguments)
