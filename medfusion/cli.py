@@ -8,14 +8,14 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'network_words', 'ModelName'
            'common', 'typed_path', 'typed_place', 'read_range', 'check_there', 'tell_data', 'phantom', 'named_split',
            'import_slices', 'harvard', 'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local',
            'two_files', 'tell_report', 'fuse', 'Preset', 'some_names', 'metric_summary', 'evaluation_text',
-           'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model', 'absolute_path',
-           'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook', 'place_of_cell',
-           'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run', 'open_run_folder',
-           'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text', 'NotebookCommand', 'method_named',
-           'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table', 'check_tables', 'write_texts',
-           'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark', 'phantom_scans', 'scans',
-           'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan', 'view', 'models', 'export',
-           'run_as_module']
+           'refuse_vain', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model',
+           'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
+           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
+           'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
+           'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
+           'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
+           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan',
+           'view', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -451,6 +451,13 @@ def evaluation_text(table) -> str:
 Task = Annotated[Path | None, typer.Option('--task', parser=typed_path, metavar='FOLDER', help='detection: CT MRI --task FOLDER writes pairs '
                                            'with painted lesions there, FUSED --task FOLDER scores what was fused of them')]
 
+# %% ../nbs/50_cli.ipynb #a3301353
+def refuse_vain(context: typer.Context, way: str, names: list[str]) -> None:
+    "Raises BadParameter where an option was typed that does nothing beside the option `way`; `names` are those of the parameters of the command."
+    vain = [option.opts[0] for option in context.command.params if option.name in names and context.get_parameter_source(option.name).name == 'COMMANDLINE']
+    if vain:
+        raise typer.BadParameter(f'{", ".join(vain)} would do nothing with {way}; leave it out')
+
 # %% ../nbs/50_cli.ipynb #cd4ee3f0
 def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None, value_range=None) -> None:
     "Writes the task of two folders, CT and MRI, with their range of values, or scores one, of fused images; `csv` gets a row for each kind, method and head."
@@ -504,6 +511,8 @@ def evaluate(
     pattern: Annotated[str, typer.Option(metavar='PATTERN', help='how the files of FUSED are named, as in {name}_fused.png')] = '',
 ):
     "Measure fused slices against their sources; or, with --task, whether lesions can still be found in them."
+    if task is not None:
+        refuse_vain(context, '--task', ['preset', 'jobs', 'pattern', 'values' if mri is None else 'csv'])
     if task is not None or fused is None:
         return detection_task(list(filter(None, (ct, mri, fused))), task, csv, read_range(values))
     fused = fused / pattern if pattern else fused
@@ -1109,7 +1118,9 @@ def benchmark(
     Example: medfusion benchmark -m ours=mine.pt -m wavelet -p ct_dir=Dataset/val/CT -p mri_dir=Dataset/val/MRI --latex table.tex
     """
     check_tables(None, latex, markdown)
-    if record is None:
+    if record is not None:
+        refuse_vain(context, '--record', ['parameter', 'file', 'run', 'model', 'pattern', 'detection'])
+    else:
         more = {'checkpoints': model, 'columns': columns and columns.split(','), 'external_pattern': pattern, 'detection': detection}
         given = given_parameters('90_benchmark.ipynb', file, parameter) | {name: value for name, value in more.items() if value}
         given |= {'checkpoints': named_models(given['checkpoints'])} if isinstance(given.get('checkpoints'), list) else {}

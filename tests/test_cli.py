@@ -967,6 +967,17 @@ def test_a_finished_benchmark_is_shown(pairs):
     assert once == twice and 'over 1 slice' in once
 
 
+@pytest.mark.parametrize('typed, vain', [
+    (['benchmark', '--record', 'toy', '-m', 'maximum', '-p', 'ct_dir=CT', '--run', 'a', '--detection', '--columns', 'EN'], '--parameter, --run, --model, --detection'),
+    (['evaluate', 'CT', '--task', 'task', '--jobs', '1', '--preset', 'cvpr', '--pattern', '{name}_f.png', '--range', '0,1'], '--preset, --range, --jobs, --pattern'),
+    (['evaluate', 'CT', 'MRI', '--task', 'task', '--csv', 'a.csv', '--range', '0,1'], '--csv')])
+def test_an_option_that_would_do_nothing_is_refused(pairs, typed, vain):
+    before = sorted(Path().rglob('*'))
+    result = medfusion(*typed)
+    assert result.exit_code == 2 and f'{vain} would do nothing with {"--record" if "toy" in typed else "--task"}' in ' '.join(result.stderr.replace('│', ' ').split())
+    assert sorted(Path().rglob('*')) == before
+
+
 def test_a_rule_is_listed_once_with_its_other_names():
     [rules] = [line for line in medfusion('models').stdout.splitlines() if line.startswith('Rules: ')]
     assert 'laplacian (laplacian_pyramid or pyramid)' in rules and 'wavelet_maximum (wavelet-max)' in rules and 'maximum, ' in rules
