@@ -287,11 +287,13 @@ class Grid(NamedTuple):
 def grid_of(columns, pixels, width=7.0, labels=False, dpi=150):
     """The Grid of some columns on `width` inches, each pixel of `pixels` across a tile the same whole number of dots.
 
-    It has `dpi` dots an inch or more; `labels` asks for room at the left. Raises ValueError where a tile has less than half an inch."""
+    It has `dpi` dots an inch or more; `labels` asks for room at the left. Raises ValueError where a tile has less than half an inch, or a number is none."""
     gap, left = 0.04, 0.22 if labels else 0.04
     inches = (width - left) / columns - gap
     if not inches >= 0.5:
         raise ValueError(f'{columns} columns have less than half an inch each on {width} inches; give a larger width, or fewer methods.')
+    if not 0 < dpi * inches < np.inf:
+        raise ValueError(f'{dpi:g} dots an inch on {width:g} inches make no figure; give a number of dots above 0, as in dpi=300.')
     tile = pixels * int(np.ceil(dpi * inches / pixels))
     gap, left = (max(2, round(part * tile / inches)) for part in (gap, left))
     return Grid(tile, gap, left, columns, (left + columns * (tile + gap)) / width)
@@ -352,10 +354,10 @@ def part_scale(boxes, shape, scale=None, inside=False):
     room = [(width / box.width, height / box.height) for box in boxes]
     beside = (1 - 0.03 * (len(boxes) - 1)) / len(boxes)     # the share of the row below that one of them has
     most = 0.75 * min(map(min, room)) if inside else beside * min(across for across, _ in room)
-    scale = scale or (most * 0.4 / 0.75 if inside else most)
+    scale = (most * 0.4 / 0.75 if inside else most) if scale is None else scale
     if not 0 < scale <= most + 1e-6:
         raise ValueError(f'{len(boxes)} boxes of {boxes[0].height} × {boxes[0].width} pixels can be enlarged {most:.2g} times here, '
-                         f'not {scale:g} times; give a smaller scale, or smaller boxes.')
+                         f'not {scale:g} times; give a scale above 0 and no larger, or smaller boxes.')
     return scale
 
 # %% ../nbs/01_figures.ipynb #fc1731ae

@@ -216,7 +216,8 @@ def drawn_all(figure):
 
 @pytest.mark.parametrize('wrong, words', [
     ({'boxes': [Box(60, 0, 8, 8)]}, 'not inside a slice of 64 × 64'), ({'scale': 9, 'size': 16}, 'can be enlarged 4 times'),
-    ({'scale': 9, 'size': 16, 'inside': True}, 'can be enlarged 3 times'), ({'width': 1}, 'larger width')])
+    ({'scale': 9, 'size': 16, 'inside': True}, 'can be enlarged 3 times'), ({'width': 1}, 'larger width'),
+    ({'scale': 0, 'size': 16}, 'not 0 times; give a scale above 0'), ({'width': np.inf}, 'inf inches'), *(({'dpi': dpi}, 'dots an inch') for dpi in (0, -5, np.nan, np.inf))])
 def test_what_does_not_fit_is_said(wrong, words):
     with pytest.raises(ValueError, match=words):
         comparison(dict(zip(('CT', 'MRI', 'a', 'b'), random_slices((64, 64), 4))), **wrong)
