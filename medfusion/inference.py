@@ -6,12 +6,12 @@
 __all__ = ['network_roles', 'MethodInfo', 'methods', 'ShippedModel', 'shipped_models', 'rules', 'best_in', 'run_named', 'is_name',
            'at_sign', 'FoundModel', 'find_model', 'named_model', 'in_place', 'network_for', 'method_of', 'find_device',
            'has_dial', 'at_lesions', 'load_model', 'check_model', 'start_from', 'in_unit_range', 'as_batch', 'as_given',
-           'with_luminance', 'place_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice', 'check_pair',
-           'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse', 'model_sha256',
-           'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here', 'answer_stops', 'HeldStops',
-           'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused', 'ahead', 'settled',
-           'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts', 'open_job',
-           'close_job', 'fuse_folder']
+           'with_luminance', 'place_of', 'answer_of', 'receptive_radius', 'tile_margin', 'fuse_batch', 'read_slice',
+           'check_pair', 'model_of', 'displaced_in', 'fuse', 'FolderReport', 'shard_of', 'pairs_to_fuse',
+           'model_sha256', 'result_key', 'read_record_line', 'FusedRecord', 'claim_record', 'cores_here',
+           'answer_stops', 'HeldStops', 'FolderJob', 'Slices', 'is_there', 'read_slices', 'fuse_slices', 'write_fused',
+           'ahead', 'settled', 'fuse_and_write', 'lost_results', 'check_output', 'run_job', 'oddities', 'check_counts',
+           'open_job', 'close_job', 'fuse_folder']
 
 # %% ../nbs/20_inference.ipynb #c11965f4
 import hashlib
@@ -420,6 +420,18 @@ def place_of(model) -> dict:
     first = next((parameter for parameter in parameters), torch.empty(0))
     return {'device': first.device, 'dtype': first.dtype}
 
+# %% ../nbs/20_inference.ipynb #e7baa864
+def answer_of(model, ct: torch.Tensor, mri: torch.Tensor) -> torch.Tensor:
+    "What a model makes of two batches (B, 1, H, W). Raises ValueError where that is no tensor of floats of their shape."
+    with torch.no_grad():
+        fused = model(ct, mri)
+    if not (isinstance(fused, torch.Tensor) and fused.is_floating_point()):
+        raise ValueError(f'The model returned a {type(fused).__name__}{f" of {fused.dtype}" if hasattr(fused, "dtype") else ""}; '
+                         'it must return the fused slices alone, a torch tensor of floats in [0, 1].')
+    if fused.shape != ct.shape:
+        raise ValueError(f'The model returned the shape {tuple(fused.shape)} for slices of {tuple(ct.shape)}; its weights or its code are wrong.')
+    return fused
+
 # %% ../nbs/20_inference.ipynb #839ca538
 @lru_cache(maxsize=4)
 def receptive_radius(model) -> int | None:
@@ -432,8 +444,7 @@ def receptive_radius(model) -> int | None:
         image = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0)).to(**place_of(model))
         first = side // 2 - 32
         image[..., first:first + 64, first:first + 64] = torch.nan
-        with torch.no_grad():
-            touched = model(image, image.flip(-1)).isnan()[0, 0]
+        touched = answer_of(model, image, image.flip(-1)).isnan()[0, 0]
         rows, columns = touched.any(1).nonzero()[:, 0], touched.any(0).nonzero()[:, 0]
         if not len(rows):
             return 0
@@ -468,14 +479,9 @@ def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> 
         for left in range(0, width, tile):
             rows, columns = (slice(max(0, start - margin), start + tile + margin) for start in (top, left))
             parts = [image[..., rows, columns].to(**place) for image in (ct, mri)]
-            with torch.no_grad():
-                part = model(*parts)
-            if not (isinstance(part, torch.Tensor) and part.is_floating_point()):
-                raise ValueError(f'The model returned a {type(part).__name__}{f" of {part.dtype}" if hasattr(part, "dtype") else ""}; '
-                                 'it must return the fused slices alone, a torch tensor of floats in [0, 1].')
-            if part.shape != parts[0].shape or not part.float().sum().isfinite():
-                raise ValueError(f'The model returned {"NaN or infinite values" if part.shape == parts[0].shape else "the shape"}'
-                                 f' {tuple(part.shape)} for slices of {tuple(parts[0].shape)}; its weights or its code are wrong.')
+            part = answer_of(model, *parts)
+            if not part.float().sum().isfinite():
+                raise ValueError(f'The model returned NaN or infinite values for slices of {tuple(part.shape)}; its weights or its code are wrong.')
             inner = part[..., top - rows.start:, left - columns.start:][..., :tile, :tile]
             fused[..., top:top + tile, left:left + tile] = inner.float().clamp(0, 1).cpu()
     return fused

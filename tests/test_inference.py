@@ -450,6 +450,10 @@ def test_what_a_network_must_return(pair):
     for wrong, told in (((), 'tuple'), (pair[0], 'ndarray of float32'), (torch.ones(1, 1, *pair[0].shape, dtype=torch.uint8), 'Tensor of torch.uint8')):
         with pytest.raises(ValueError, match=f'returned a {told}; it must return the fused slices alone'):
             fuse(*pair, lambda ct, mri: wrong)
+        with pytest.raises(ValueError, match=f'returned a {told}; it must return the fused slices alone'):
+            fuse(*pair, lambda ct, mri: wrong, tile=64)      # of which it is asked first how far the model looks
+    with pytest.raises(ValueError, match='the shape'):
+        fuse(*pair, lambda ct, mri: ct[0, 0], tile=64)
 
 
 def test_range(pair, tmp_path):
