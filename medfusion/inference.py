@@ -47,7 +47,7 @@ from .baselines import baselines
 from .codecs import array_of
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
-from .runs import build_model, checkpoint_suffixes, find_run, load_checkpoint, resolve_path, run_checkpoint
+from .runs import build_model, checkpoint_suffixes, checkpoints_in, find_run, load_checkpoint, resolve_path, run_checkpoint
 
 # %% ../nbs/20_inference.ipynb #9ba9156a
 def network_roles() -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def best_in(folder: Path) -> Path:
     starts = [folder / start for start in ('', 'final', 'checkpoints/final')]
     names = [Path(place) / method.best_name for method in methods().values() for place in ('', method.directory)]
     found = [start / name for start in starts for name in names if (start / name).is_file()]
-    found = found or sorted(path for path in folder.iterdir() if path.suffix in checkpoint_suffixes() and path.is_file())
+    found = found or checkpoints_in(folder)
     if not found:
         raise FileNotFoundError(f'The folder {folder} holds no checkpoint (*{", *".join(checkpoint_suffixes())}); name the folder of a run, or a file.')
     if len(found) > 1:

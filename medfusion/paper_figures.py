@@ -14,10 +14,10 @@ import pandas as pd
 from .cross_validation import folds_table, half_widths, read_folds
 from .evaluation import ranks, reported_columns, summarise
 from .figures import Box, as_picture, comparison, difference_figure, new_figure, palette
-from .files import Pair, absolute_path, files_for, is_folder, list_images, list_pairs, name_key, read_image, stem_of, suffix_of
+from .files import Pair, absolute_path, files_for, is_folder, is_slice_name, list_images, list_pairs, name_key, read_image, stem_of, suffix_of
 from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
-from .runs import checkpoint_suffixes, read_run, resolve_path
+from .runs import checkpoints_in, read_run, resolve_path
 
 # %% ../nbs/27_paper_figures.ipynb #709a427a
 def named_method(spec):
@@ -34,8 +34,8 @@ def finished_slices(spec):
         return None
     if '{name}' in path.name or path.is_file() and suffix_of(path):
         return path
-    models = path.is_dir() and ((path / 'run.json').exists() or any(file.suffix in checkpoint_suffixes() for file in path.iterdir()))
-    return path if path.is_dir() and not models and any(suffix_of(file) for file in path.iterdir()) else None
+    models = path.is_dir() and ((path / 'run.json').exists() or checkpoints_in(path))
+    return path if path.is_dir() and not models and any(is_slice_name(file.name) for file in path.iterdir()) else None
 
 # %% ../nbs/27_paper_figures.ipynb #26c45a9a
 def slice_of(pair, spec, device='auto', value_range=None, among=()):

@@ -6,10 +6,10 @@
 __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_parameters', 'accepts', 'as_meant', 'wrong_type',
            'check_parameters', 'check_run_name', 'check_values', 'in_test', 'names_made_by', 'unknown_names',
            'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack', 'read_safetensors',
-           'checkpoint_suffixes', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault', 'build_model',
-           'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs', 'run_folder',
-           'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases', 'named_cases',
-           'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
+           'checkpoint_suffixes', 'checkpoints_in', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault',
+           'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
+           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
+           'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
            'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
            'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
            'resume_settings', 'warn_of_changes', 'Run', 'cases_before', 'SharedRun', 'claim_places', 'open_run']
@@ -384,6 +384,11 @@ def read_safetensors(path: Path) -> dict:
 def checkpoint_suffixes() -> tuple[str, ...]:
     "The endings of the files that `load_checkpoint` reads."
     return '.pt', '.safetensors'
+
+# %% ../nbs/09_runs.ipynb #37d1265e
+def checkpoints_in(folder: Path) -> list[Path]:
+    "The checkpoint files in a folder, by name; hidden ones, as macOS leaves beside each file it copies, are none."
+    return sorted(path for path in folder.iterdir() if path.suffix in checkpoint_suffixes() and not path.name.startswith('.') and path.is_file())
 
 # %% ../nbs/09_runs.ipynb #c8e65327
 def load_checkpoint(path: str | Path, method: str | None = None) -> dict:

@@ -787,7 +787,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
     refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
     others = f'It holds {len(found.others)} DICOM file(s) that are no scans ({", ".join(sorted(set(found.others)))}). ' if found.others else ''
-    there = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    there = sorted(Path(path).glob('[!.]*')) if Path(path).is_dir() else [Path(path)]
     files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (
         format_reader, lambda file: file.suffix.lower() in ('.zip', '.gz', '.tgz', '.tar', '.bz2', '.xz', '.7z', '.rar'), lambda file: file.suffix.lower() in ('.hdr', '.img')))
     broken = ' '.join(f'{sentence}.' for sentence in found.broken[:5])
@@ -863,7 +863,7 @@ def scan_table(path) -> list[dict]:
     path = Path(path)
     series, found = list_series(path) if not format_reader(path) else ([], Folder([], [], []))
     rows = [series_row(one, path) for one in series]
-    for file in [path] if format_reader(path) else sorted(file for file in path.rglob('*') if format_reader(file)) if path.is_dir() else []:
+    for file in [path] if format_reader(path) else sorted(file for file in path.rglob('[!.]*') if format_reader(file)) if path.is_dir() else []:
         try:
             rows.append(scan_row('', '', where_in(path, [file]), format_reader(file)(file)))
         except ValueError as error:

@@ -216,6 +216,7 @@ def test_a_folder_means_the_best_in_it(trained, tmp_path):
         (place / best).write_bytes(trained.read_bytes())
         (place / 'wavelet_fusion_spatial_final.pt').write_bytes(b'another')
         assert find_model(tmp_path / f'run{len(start)}').path == place / best
+    (tmp_path / '._mine.pt').write_bytes(b'of macOS')
     assert find_model(tmp_path).path == trained                         # the only .pt
     (tmp_path / 'second.pt').write_bytes(b'')
     with pytest.raises(ValueError, match='holds 2 checkpoints .mine.pt, second.pt'):

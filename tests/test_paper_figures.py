@@ -80,6 +80,14 @@ def test_finished_slices_are_a_folder_a_file_or_a_pattern(folder):
     assert slice_of(first, 'maximum').shape == (40, 32, 3)      # in the colours of the second source
 
 
+def test_hidden_files_decide_nothing(tmp_path):
+    for name in ('._a.png', '._mine.pt'):
+        (tmp_path / name).write_bytes(b'of macOS')
+    assert finished_slices(tmp_path) is None
+    (tmp_path / 'a.png').touch()
+    assert finished_slices(tmp_path) == tmp_path
+
+
 def test_the_names_of_all_pairs_tell_how_finished_slices_are_named(tmp_path):
     for number in range(1, 13):
         for part, name in (('CT', '{}'), ('MRI', '{}'), ('plain', '{}'), ('theirs', '{}_fused')):
