@@ -385,7 +385,7 @@ def fuse(
     lesions: Annotated[float | None, typer.Option(min=0, max=1, help='where the dial of a network stands, as -m wavelet@1: 0 as metrics like it, 1 every lesion')] = None,
     device: Annotated[str, typer.Option(help='auto, cpu or cuda')] = 'auto',
     batch_size: Annotated[int, typer.Option(min=1, help='slices that go through the network together')] = 8,
-    replace: Annotated[bool, typer.Option('--replace', help='fuse again what is there already')] = False,
+    replace: Annotated[bool, typer.Option('--replace', help='fuse again what is there already: any file, and in a folder the results of another network too')] = False,
     shard: Annotated[str | None, typer.Option(metavar='K/N', help='of folders, the K-th of N parts only, as for array jobs: 3/16')] = None,
     engine: Annotated[Engine | None, typer.Option(help='of folders, also s3://… and gs://…, the engine whose workers fuse')] = None,
     address: Annotated[str | None, typer.Option(help='of the cluster of the engine, HOST:PORT; else this machine')] = None,

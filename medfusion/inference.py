@@ -965,7 +965,8 @@ def fuse_folder(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_
 
     Fused files have the CT's name and depth, and are PNG (`34010.tif` gives `34010.png`). Slices that follow each other
     and are of one size go through the network together, up to `batch_size`. What `out_dir` holds already (from these
-    slices, by this model, if that has a name) is skipped, unless `replace`. A pair that cannot be fused does not stop the others: its
+    slices in this `value_range`, by this model, if that has a name) is skipped, unless `replace`; a result of its own from others is made again; other files, and the
+    results of another model, give way to `replace` alone. A pair that cannot be fused does not stop the others: its
     reason is in the report. `workers` threads read and write. `shard` '3/16' takes the third of sixteen parts. Raises ValueError or an OSError with a sentence where nothing at all can be done.
     """
     start, value_range = time.perf_counter(), None if value_range is None else check_range(value_range)
