@@ -6,12 +6,12 @@
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
            'file_slices', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'told_apart',
            'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
-           'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'list_series', 'meant_values', 'in_hounsfield',
-           'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
-           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats',
-           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
-           'scan_table', 'table_text']
+           'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts', 'list_series', 'meant_values',
+           'in_hounsfield', 'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack',
+           'read_series', 'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry',
+           'image_scan', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
+           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
+           'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -459,6 +459,13 @@ def judged(slices: list, told='') -> list[Series]:
         found.append(Series(stack.slices, label, fault, 'fill_gaps' in fault, list(notes)))
     return found
 
+# %% ../nbs/30_scans.ipynb #fe5c9d6e
+def notes_on_parts(others: list[Series]) -> list[str]:
+    "Sentences on the other parts of a series that was split: on each of three, and one on all the rest, which may be hundreds."
+    told = [(len(other.slices), f'another volume, {other.name}' if other.is_volume else other.fault) for other in others[:3]]
+    told += [(sum(len(other.slices) for other in others[3:]), f'{len(others) - 3} more such parts')] if len(others) > 3 else []
+    return [f'{count} slice(s) of its series were left aside ({what}).' for count, what in told]
+
 # %% ../nbs/30_scans.ipynb #fcde4ca3
 def list_series(path) -> tuple[list[Series], Folder]:
     "The series of a folder or file of DICOM, numbered from 1 and the largest volumes first, and what else was found there."
@@ -467,10 +474,12 @@ def list_series(path) -> tuple[list[Series], Folder]:
         groups.setdefault(slice_group(one), []).append(one)
     series = [part for slices in groups.values() for group in parallel(slices) for part in judged(group)]
     series.sort(key=lambda one: (not one.is_volume, -len(one.slices) * one.header.Rows * one.header.Columns, one.name))
+    parts = {}
+    for one in series:
+        parts.setdefault(one.header.get('SeriesInstanceUID'), []).append(one)
     for number, one in enumerate(series, start=1):
         one.number = number
-        same = [other for other in series if other is not one and other.header.get('SeriesInstanceUID') == one.header.get('SeriesInstanceUID')]
-        one.notes += [f'{len(other.slices)} slice(s) of its series were left aside ({"another volume, " + other.name if other.is_volume else other.fault}).' for other in same]
+        one.notes += notes_on_parts([other for other in parts[one.header.get('SeriesInstanceUID')] if other is not one])
         one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 

@@ -284,6 +284,14 @@ def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
     np.testing.assert_allclose(np.abs(found[0] - found[1]), 1)
 
 
+def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
+    for number in range(7):
+        write(tmp_path / str(number), [made(place, values=np.full(SHAPE, 9. * number), EchoTime=10 + number) for place in stack_positions(3)])
+    rows = scan_table(tmp_path)
+    assert len(rows) == 7 and all(row['notes'].count('left aside') == 4 for row in rows)
+    assert rows[6]['notes'].endswith('9 slice(s) of its series were left aside (3 more such parts).')
+
+
 def test_slices_at_one_place_only(tmp_path):
     write(tmp_path, [made(stack_positions()[0], AcquisitionNumber=number, values=np.full(SHAPE, number)) for number in range(4)])
     assert_refused(tmp_path, 'all its slices are at one place')
