@@ -949,7 +949,8 @@ def train(
     if process.number > 0:
         return run_beside(notebook, given)
     folder = run_notebook(notebook, given, run, context)
-    typer.echo(f'{means_text(folder)}done: {folder}\nfuse with it: medfusion fuse CT MRI -o OUT -m {short_name(folder)}')
+    drawn = f' --range {shlex.quote(given["value_range"])}' if given.get('value_range') else ''
+    typer.echo(f'{means_text(folder)}done: {folder}\nfuse with it: medfusion fuse CT MRI -o OUT -m {short_name(folder)}{drawn}')
 
 # %% ../nbs/50_cli.ipynb #b65eb49b
 def read_grid(notebook: str, files: list[Path], typed: list[str]) -> tuple[dict, dict]:

@@ -1090,6 +1090,7 @@ def test_a_range_for_training(pairs, monkeypatch):
     monkeypatch.setattr(cli, 'execute', lambda notebook, executed, parameters: given.update(parameters))
     result = medfusion('train', 'wavelet', '-p', 'ct_dir=CT', '-p', 'mri_dir=MRI', '-p', 'save_dir=results', '--range', '0,4095')
     assert result.exit_code == 0 and given['value_range'] == '0,4095', result.output
+    assert result.stdout.splitlines()[-1].endswith(' --range 0,4095')     # with which to fuse by the new network
 
 
 def test_train_and_benchmark_outside_a_clone(monkeypatch, tmp_path):
