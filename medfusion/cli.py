@@ -1079,17 +1079,15 @@ def named_models(texts: list[str]) -> list[str]:
 # %% ../nbs/50_cli.ipynb #160264ee
 def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Path | None = None, markdown: Path | None = None) -> None:
     "Prints the table of a benchmark, writes it in its forms, and where methods are chosen, prints the tests of any two of them. Raises FileNotFoundError where no benchmark is."
-    import pandas as pd
-
     from medfusion.evaluation import pairwise, reading_notes
     from medfusion.runs import read_run
-    from medfusion.tables import paper_table, split_values
+    from medfusion.tables import paper_table, read_rows, split_values
     check_there(folder)
     if not (folder / 'metrics.csv').is_file():
         raise FileNotFoundError(f'{folder} holds no metrics.csv; name the folder of a finished medfusion benchmark.')
     asked = list(dict.fromkeys(split_values(columns))) if columns else read_run(folder)['parameters']['columns']
     names = list(dict.fromkeys(split_values(chosen))) if chosen else None
-    table = pd.read_csv(folder / 'metrics.csv', comment='#', dtype={'name': str, 'method': str, 'case': str}, keep_default_na=False, na_values='', index_col='name')     # NA may be a patient
+    table = read_rows(folder / 'metrics.csv', comment='#', index_col='name')
     paper = paper_table(table, asked, names)
     write_texts({latex: lambda: paper.text('latex'), markdown: lambda: paper.text('markdown')})
     typer.echo(f'{paper.cells.to_string()}\n{paper.note}')

@@ -18,6 +18,7 @@ from .files import Pair, absolute_path, files_for, is_folder, is_slice_name, lis
 from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
 from .runs import checkpoints_in, read_run, resolve_path
+from .tables import read_rows
 
 # %% ../nbs/27_paper_figures.ipynb #709a427a
 def named_method(spec):
@@ -107,7 +108,7 @@ def record_table(source):
         return folds_table({recipe.replace('_shipped', ''): read_folds(path, recipe)[0] for recipe in folds})
     if found is None:
         raise FileNotFoundError(f'{path} holds no metrics.csv or summary.csv; name the folder of a medfusion benchmark.')
-    table = pd.read_csv(found, comment='#', dtype={'name': str, 'method': str, 'case': str}, keep_default_na=False, na_values='')     # NA may be a patient
+    table = read_rows(found, comment='#')
     return table.set_index('name') if 'name' in table else table.assign(case=None, name='mean').set_index('name')
 
 # %% ../nbs/27_paper_figures.ipynb #d264ad9a

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['number_text', 'with_spread', 'marks', 'Form', 'latex_text', 'latex_lines', 'markdown_lines', 'forms', 'render',
            'titles', 'chosen', 'PaperTable', 'paper_table', 'split_values', 'replace_blocks', 'write_tables',
-           'write_record', 'read_record']
+           'read_rows', 'write_record', 'read_record']
 
 # %% ../nbs/25_tables.ipynb #3a02e1a8
 import re
@@ -178,6 +178,11 @@ def write_tables(path, blocks) -> bool:
         write_atomically(path, new.encode())
     return new != old
 
+# %% ../nbs/25_tables.ipynb #60c9ebaf
+def read_rows(file, **more) -> pd.DataFrame:
+    "The table in a CSV file whose rows are of patients and methods; `more` as of pandas' `read_csv`. Nothing but an empty field is missing: a patient may be called NA."
+    return pd.read_csv(file, **{'dtype': {'name': str, 'method': str, 'case': str}} | more, keep_default_na=False, na_values='')
+
 # %% ../nbs/25_tables.ipynb #a11f3274
 def write_record(path, told: str, notebook: str, table, digits: int = 5) -> Path:
     "The path, at which a table now stands as CSV, numbers to so many places, below a line that tells what it holds and which notebook of nbs/ made it."
@@ -197,6 +202,6 @@ def read_record(path, stamp: str = '', dtype=None) -> pd.DataFrame | None:
         first, _, text = path.read_text(encoding='utf-8').partition('\n')
         if stamp not in first:
             print(f'{path.name} was made with other networks or cases than those that are named here; make it anew.')
-        return pd.read_csv(StringIO(text if first.startswith('# ') else ''), dtype=dtype)
+        return read_rows(StringIO(text if first.startswith('# ') else ''), dtype=dtype)
     except ValueError as error:    # not UTF-8, or not a table
         raise ValueError(f'{path} is no record of a table ({error}); remove it, and make it anew.') from None

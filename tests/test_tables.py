@@ -105,6 +105,9 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     path = T.write_record(tmp_path / 'record.csv', 'two\npatients', 'none.ipynb', table)
     assert path.read_text(encoding='utf-8').splitlines()[:2] == ['# two patients; made by nbs/none.ipynb', 'case,kind,VIF']
     pd.testing.assert_frame_equal(T.read_record(path, 'patients', dtype={'case': str}), table.round(5))
+    table = pd.DataFrame({'case': ['NA', '007'], 'method': ['null', 'None'], 'VIF': [.5, np.nan]})      # they may be called so
+    pd.testing.assert_frame_equal(T.read_record(T.write_record(path, 'patients', 'none.ipynb', table), 'patients', dtype={'case': str}), table)
+    pd.testing.assert_frame_equal(T.read_rows(path, comment='#'), table)
     for content in (b'', b'# a line alone\n', b'VIF\n0.5\n', b'# \xff\xfe\nVIF\n0.5\n'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r'record\.csv is no record of a table .* make it anew'):
