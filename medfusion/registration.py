@@ -34,18 +34,18 @@ def looks_like_ct(image: sitk.Image) -> bool:
     return bool(np.percentile(sitk.GetArrayViewFromImage(image)[::4, ::8, ::8], 2) < -500)
 
 # %% ../nbs/32_registration.ipynb #dc5605d7
-def graded(image: sitk.Image) -> sitk.Image:
-    "The image as float32; one in Hounsfield units is clamped to −200 … 1300, any other where a few voxels lie far from all others (beyond the middle 99.8 % by more than they reach)."
-    if looks_like_ct(image):
+def graded(image: sitk.Image, mri: bool = False) -> sitk.Image:
+    "The image as float32; one that looks like a CT, and is not said to be an `mri`, is clamped to −200 … 1300, any other where a few voxels lie far from all others (beyond the middle 99.8 % by more than they reach)."
+    if not mri and looks_like_ct(image):
         return sitk.Clamp(image, sitk.sitkFloat32, -200, 1300)
     low, high = np.percentile(sitk.GetArrayViewFromImage(image)[::2, ::2, ::2], [.1, 99.9]).tolist()
     return sitk.Clamp(image, sitk.sitkFloat32, 2 * low - high, 2 * high - low) if high > low else sitk.Cast(image, sitk.sitkFloat32)
 
 # %% ../nbs/32_registration.ipynb #4ad8d3e0
-def tissue_threshold(image: sitk.Image) -> float:
-    "The value above which a graded image shows tissue and not air: −150 HU, or for an MRI a quarter of the way from background to tissue."
+def tissue_threshold(image: sitk.Image, mri: bool = False) -> float:
+    "The value above which a graded image shows tissue and not air: −150 HU, or for one that is an `mri`, or looks like one, a quarter of the way from background to tissue."
     values = sitk.GetArrayViewFromImage(image)
-    if np.percentile(values, 1) <= -199:                                        # air of a CT, and not one dark voxel of an MRI
+    if not mri and np.percentile(values, 1) <= -199:                                        # air of a CT, and not one dark voxel of an MRI
         return -150.
     flat = sitk.Clamp(image, sitk.sitkFloat32, float(values.min()), float(np.percentile(values, 99)))   # one bright vessel decides nothing
     inside = sitk.GetArrayFromImage(sitk.OtsuThreshold(flat, 0, 1, 64)) > 0
@@ -57,9 +57,9 @@ def _ball(image, mm):
     return [max(0, round(mm / step)) for step in image.GetSpacing()]
 
 # %% ../nbs/32_registration.ipynb #d03aaac3
-def head_mask(image: sitk.Image) -> sitk.Image:
-    "1 inside the head and 0 elsewhere (uint8), on the grid of a graded image."
-    tissue = sitk.BinaryMorphologicalOpening(image > tissue_threshold(image), _ball(image, 6), sitk.sitkBall)
+def head_mask(image: sitk.Image, mri: bool = False) -> sitk.Image:
+    "1 inside the head and 0 elsewhere (uint8), on the grid of a graded image; `mri`: it is one, whatever it looks like."
+    tissue = sitk.BinaryMorphologicalOpening(image > tissue_threshold(image, mri), _ball(image, 6), sitk.sitkBall)
     largest = sitk.RelabelComponent(sitk.ConnectedComponent(tissue), sortByObjectSize=True) == 1
     return sitk.BinaryMorphologicalClosing(largest, _ball(image, 12), sitk.sitkBall)
 
@@ -187,10 +187,10 @@ class ScanPyramid:
             values = sitk.GetArrayViewFromImage(image)[::2, ::4, ::4]
             if not np.ptp(values) > 0 or not np.isfinite(np.ptp(values)):
                 raise ValueError(f'The {name} holds one value only, or values that are no numbers; there is nothing to register.')
-        first, second = ({2: shrunk(graded(image), 2)} for image in (ct, mri))
+        first, second = {2: shrunk(graded(ct), 2)}, {2: shrunk(graded(mri, mri=True), 2)}
         for images, mm in product((first, second), (4, 8)):
             images[mm] = shrunk(images[2], mm)
-        heads = [head_mask(images[4]) for images in (first, second)]
+        heads = [head_mask(first[4]), head_mask(second[4], mri=True)]
         if min(sitk.GetArrayViewFromImage(head).sum() for head in heads) < 100:
             raise ValueError('No head was found in the CT or in the MRI: nothing of 6 mm and more stands out from the background.')
         near = sitk.BinaryDilate(heads[0], _ball(heads[0], 12), sitk.sitkBall)

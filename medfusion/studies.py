@@ -90,8 +90,8 @@ def windows_of(text: str) -> list[Window]:
 # %% ../nbs/33_studies.ipynb #83c551c1
 def mri_limits(image: sitk.Image) -> tuple[float, float]:
     "The values of an MRI that become black and white: percentiles 1 and 99.5 inside the head."
-    small = shrunk(graded(image), 4)
-    inside = sitk.GetArrayFromImage(small)[sitk.GetArrayFromImage(head_mask(small)) > 0]
+    small = shrunk(graded(image, mri=True), 4)
+    inside = sitk.GetArrayFromImage(small)[sitk.GetArrayFromImage(head_mask(small, mri=True)) > 0]
     low, high = np.percentile(inside, [1, 99.5]) if inside.size else (0., 1.)
     return float(low), float(max(high, low + 1e-6))
 
@@ -101,7 +101,7 @@ def bias_corrected(mri: sitk.Image) -> sitk.Image:
     small = shrunk(mri, 4)
     correct = sitk.N4BiasFieldCorrectionImageFilter()
     correct.SetMaximumNumberOfIterations([30, 30, 20])
-    correct.Execute(sitk.Clamp(small, sitk.sitkFloat32, 1e-3), head_mask(graded(small)))
+    correct.Execute(sitk.Clamp(small, sitk.sitkFloat32, 1e-3), head_mask(graded(small, mri=True), mri=True))
     return mri / sitk.Exp(correct.GetLogBiasFieldAsImage(mri))
 
 # %% ../nbs/33_studies.ipynb #fe8bcd77
@@ -385,7 +385,7 @@ def seen_by_given(ct: sitk.Image, mri: sitk.Image, given=None) -> tuple[dict, li
 
     Raises ValueError where the share is too small for fusing; see `registration.verdict_limits`."""
     pose = rigid(sitk.Transform(3, sitk.sitkIdentity) if given is None else given)
-    points, mri_points = (points_in(head_mask(shrunk(graded(image), 4))) for image in (ct, mri))
+    points, mri_points = (points_in(head_mask(shrunk(graded(image, mri=image is mri), 4), mri=image is mri)) for image in (ct, mri))
     if not len(points) or not len(mri_points):
         return {}, ['no head was found by which it could be checked']
     there, back = (seen_by(mri, way, points).mean() for way in (pose, rigid(pose.GetInverse())))

@@ -11,6 +11,7 @@ from medfusion.registration import (
     half_disagreement,
     head_mask,
     judge,
+    looks_like_ct,
     mirrored,
     moved,
     pose_of,
@@ -25,6 +26,7 @@ from medfusion.registration import (
     write_transform,
 )
 from medfusion.scans import sitk
+from medfusion.studies import mri_limits
 
 COARSE = {'ct_spacing': (3., 3., 4.), 'mri_spacing': (3., 3., 5.)}
 
@@ -102,6 +104,16 @@ def test_single_voxels_far_beyond_all_others_change_nothing_else(study, value):
     plain, clamped = sitk.GetArrayFromImage(study.mri), sitk.GetArrayFromImage(graded(spike))
     assert np.array_equal(sitk.GetArrayFromImage(graded(study.mri)), plain)
     assert (clamped != plain).sum() == 1 and np.ptp(clamped) < 3 * np.ptp(plain)
+
+
+def test_an_mri_of_signed_values_is_no_ct(study):
+    "Real and phase-sensitive inversion recovery reach far below 0."
+    signed = sitk.Cast(study.mri, sitk.sitkFloat32) * 4 - 2000
+    assert looks_like_ct(signed)
+    plain, of_signed = (ScanPyramid.of(study.ct, image) for image in (study.mri, signed))
+    assert np.array_equal(of_signed.mri_points, plain.mri_points)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(of_signed.mri[4]), sitk.GetArrayFromImage(plain.mri[4]) * 4 - 2000, atol=.1)
+    np.testing.assert_allclose(mri_limits(signed), np.array(mri_limits(study.mri)) * 4 - 2000, atol=.5)
 
 
 def test_what_is_said_where_halves_fail_names_a_stripped_mri():
