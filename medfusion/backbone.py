@@ -346,11 +346,10 @@ class TrainingPairs(Dataset):
 
     Without a cache a share `vary` is made by `cut_or_varied`, and a share `share` shows `others`: see `item_of_others`."""
     def __init__(self, dataset, cache=None, crop=0, mirror=False, seed=0, vary=0.0, others=(), share=0.0):
-        self.grid = grid_of_crops(dataset, cache, crop, vary, others, share)
+        self.grid, self.vary, self.others, self.share = grid_of_crops(dataset, cache, crop, vary, others, share), vary, others, share
         self.dataset, self.cache, self.crop, self.mirror, self.seed = dataset, cache, crop or None, mirror, seed
-        self.vary, self.others, self.share = vary, others, share
-        self.features = 'of crops (cache_gb 0)' if crop and cache is None else 'of whole slices'    # which differ: around a crop nothing is seen
         self.pairs, self.names, self.cases, self.sizes = dataset.pairs, dataset.names, dataset.cases, dataset.sizes
+        self.features = 'of crops (cache_gb 0)' if crop and cache is None else 'of whole slices'    # which differ: around a crop nothing is seen
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()           # workers see set_epoch too
 
     def set_epoch(self, epoch):

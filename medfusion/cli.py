@@ -1117,9 +1117,8 @@ def benchmark(
     Example: medfusion benchmark -m ours=mine.pt -m wavelet -p ct_dir=Dataset/val/CT -p mri_dir=Dataset/val/MRI --latex table.tex
     """
     check_tables(None, latex, markdown)
-    if record is not None:
-        refuse_vain(context, '--record', ['parameter', 'file', 'run', 'model', 'pattern', 'detection'])
-    else:
+    record and refuse_vain(context, '--record', ['parameter', 'file', 'run', 'model', 'pattern', 'detection'])
+    if record is None:
         more = {'checkpoints': model, 'columns': columns and columns.split(','), 'external_pattern': pattern, 'detection': detection}
         given = given_parameters('90_benchmark.ipynb', file, parameter) | {name: value for name, value in more.items() if value}
         given |= {'checkpoints': named_models(given['checkpoints'])} if isinstance(given.get('checkpoints'), list) else {}
