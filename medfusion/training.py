@@ -37,7 +37,6 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 from tqdm.auto import tqdm
 
 from .files import plain, sha256_of, write_atomically
-from .inference import model_sha256, network_for, network_roles
 from .processes import (Process, ProcessLost, Share, check_processes, connect, from_first, noticing_loss,
                                  this_process)
 from .runs import (CheckpointFiles, Run, check_parameters, claim_places, command_again, copied, data_sha256,
@@ -562,6 +561,7 @@ def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: b
 # %% ../nbs/10_training.ipynb #8051eb2a
 def networks_of(run: Run) -> dict:
     "{role: SHA-256} of the networks on which a run stands, by `network_roles`; one in its own folder, whose place it took, and what names none are left out."
+    from medfusion.inference import model_sha256, network_for, network_roles    # imported only now: it stands above training
     known = {}
     for role in network_roles():
         with contextlib.suppress(ValueError, OSError):
