@@ -1283,7 +1283,7 @@ def models():
     from medfusion.inference import rules, shipped_models
     conventions = {}
     for model in shipped_models().values():
-        size = f'{model.path.stat().st_size / 1e6:.1f} MB' if model.path.is_file() else 'missing'
+        size = f'{model.path.stat().st_size / 1e6:.2g} MB' if model.path.is_file() else 'missing'
         state = 'as shipped' if model.whole else 'not the file that was shipped: install medfusion again'
         typer.echo(f'{model.name}: {model.method}, {size}, {state}\n  {model.path}')
         cases, means = model.numbers()
