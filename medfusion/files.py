@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
-           'scan_words', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'read_image', 'temporary_name',
-           'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders', 'clear_scratch',
-           'new_parents', 'whole_folder', 'write_synced', 'way_to_write', 'write_atomically', 'encode_image',
-           'write_image', 'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line',
-           'add_whole', 'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names',
-           'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders', 'match_images',
-           'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
+           'scan_words', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'windowed_before', 'read_image',
+           'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders',
+           'clear_scratch', 'new_parents', 'whole_folder', 'write_synced', 'way_to_write', 'write_atomically',
+           'encode_image', 'write_image', 'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file',
+           'cut_torn_line', 'add_whole', 'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name',
+           'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders',
+           'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -191,6 +191,12 @@ def check_graded(path, pixels):
         raise ValueError(f'{path} holds float pixels that are NaN or outside [0, 1]; window it to [0, 1], '
                          'or give value_range=(low, high).')
 
+# %% ../nbs/00_files.ipynb #02eace5c
+def windowed_before(dtype, value_range):
+    "Whether slices of this type (NumPy's or torch's), 8 or 16 bits without sign, cannot hold a range of values: 8 bits beside 12, or beside Hounsfield units."
+    top = {'uint8': 255, 'uint16': 65535}.get(str(dtype).removeprefix('torch.'), np.inf)
+    return top < np.inf and (value_range[0] < 0 or value_range[1] > top)
+
 # %% ../nbs/00_files.ipynb #9eded735
 def read_image(path, color=False, value_range=None, quiet=False, data=None):
     """Pixels of an image file: (H, W) uint8, uint16 or float32, as deep as the file.
@@ -207,8 +213,7 @@ def read_image(path, color=False, value_range=None, quiet=False, data=None):
     path, pixels = absolute_path(path), read_pixels(path, data)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if color else luminance(pixels[..., :3])
-    windowed = value_range is not None and pixels.dtype in (np.uint8, np.uint16) and (value_range[0] < 0 or value_range[1] > np.iinfo(pixels.dtype).max)
-    if value_range is not None and not windowed:
+    if value_range is not None and not windowed_before(pixels.dtype, value_range):
         try:
             return window(pixels, *value_range)
         except ValueError as error:

@@ -46,7 +46,7 @@ from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .codecs import array_of
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
-                             sha256_of, split_pattern, stem_of, to_depth, unused_range, window, write_atomically)
+                             sha256_of, split_pattern, stem_of, to_depth, unused_range, window, windowed_before, write_atomically)
 from .runs import build_model, checkpoint_suffixes, checkpoints_in, find_run, load_checkpoint, resolve_path, run_checkpoint
 
 # %% ../nbs/20_inference.ipynb #9ba9156a
@@ -342,14 +342,14 @@ def in_unit_range(values: torch.Tensor, value_range=None) -> torch.Tensor:
     value_range: the (low, high) that become 0 and 1, with what lies outside clipped; 8 or 16 bits that cannot hold both, as
     8 beside 12 or beside Hounsfield units, keep their own range. Raises ValueError for types without a range, and for floats outside [0, 1].
     """
-    whole, graded = not values.dtype.is_floating_point, values.dtype in (torch.uint8, torch.uint16)
+    whole = not values.dtype.is_floating_point
     if values.dtype == torch.bool or values.dtype.is_complex:
         raise ValueError(f'Values of {values.dtype} are no grey values; give floats in [0, 1], such as mask * 1.0 or abs(values).')
     if value_range is not None:
         check_range(value_range)
-    if value_range is not None and not (graded and (value_range[0] < 0 or value_range[1] > torch.iinfo(values.dtype).max)):
+    if value_range is not None and not windowed_before(values.dtype, value_range):
         return torch.from_numpy(window((values if whole else values.float()).cpu().numpy(), *value_range))
-    if whole and not graded:
+    if whole and values.dtype not in (torch.uint8, torch.uint16):
         raise ValueError(f'Values of {values.dtype} have no known range; give uint8, uint16, floats in [0, 1], or value_range.')
     scaled = values.to(torch.float32) / (torch.iinfo(values.dtype).max if whole else 1)
     if not whole and not (scaled.min() >= 0 and scaled.max() <= 1):     # so that NaN, which compares false, is refused too
