@@ -31,6 +31,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import medfusion
 from .certain_pixels import pad_to_multiple
+from .cpu import quick_on_cpus
 from .data import check_share, of_others, pair_tensors, vary_pair
 from .files import read_json, sha256_of, to_float
 from .processes import connect, from_first_here, shared_out, this_process
@@ -58,14 +59,14 @@ class ResNetBackbone(nn.Module):
             setattr(self, part, getattr(network, part))
         for name, numbers in (('mean', [0.485, 0.456, 0.406]), ('deviation', [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(numbers).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(not frozen).train().to(memory_format=torch.channels_last)
+        quick_on_cpus(self.requires_grad_(not frozen).train())
 
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
 
     def forward(self, image, until=None):
         x = (image.to(self.mean.dtype) - self.mean) / self.deviation  # (B, 3, H, W)
-        x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))), inplace=True)
         features = {'stem': x}                                        # (B, 64, H/2, W/2)
         x = F.max_pool2d(x, 3, stride=2, padding=1)                   # (B, 64, H/4, W/4)
         for stage in self.stages[1:self.stages.index(until or self.stages[-1]) + 1]:

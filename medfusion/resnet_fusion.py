@@ -17,6 +17,7 @@ from torch import nn
 
 from .backbone import FeatureCache, OnFrozenBackbone, TrainingPairs, backbone_stages, working_type
 from .certain_pixels import dark_gate, keep_certain, only_at_edges, pad_to_multiple
+from .cpu import quick_on_cpus
 from .dial import WithDial, check_lesions, without_dial
 from .losses import weighted_loss
 from .metrics import check_images
@@ -121,7 +122,7 @@ class FusionModule(nn.Module):
     def __init__(self, channels, width):
         super().__init__()
         self.condense = nn.Sequential(nn.Conv2d(channels, width, 1), ChannelNorm(width))   # shared by CT and MRI
-        self.share = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 1))
+        self.share = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, 1, 1))
 
     def forward(self, features):
         condensed = self.condense(features.flatten(0, 1)).unflatten(0, (-1, 2))  # (B, 2, width, h, w)
@@ -134,8 +135,8 @@ class DecoderStep(nn.Module):
 
     def __init__(self, below, skip, width):
         super().__init__()
-        self.convolve = nn.Sequential(nn.Conv2d(below + skip, width, 3, padding=1), nn.ReLU(),
-                                      nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.convolve = nn.Sequential(nn.Conv2d(below + skip, width, 3, padding=1), nn.ReLU(inplace=True),
+                                      nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
 
     def forward(self, x, skip):
         x = F.interpolate(x, scale_factor=2, mode='bilinear')
@@ -186,7 +187,7 @@ class DecodedLayers(FusionLayers):
         self.head = nn.Conv2d(widths[0], 3, 3, padding=1)
         nn.init.zeros_(self.head.weight)                              # training starts at 0.73 (CT + MRI) everywhere
         self.head.bias.data = torch.tensor([1.0, 1.0, 0.0])
-        self.to(memory_format=torch.channels_last)
+        quick_on_cpus(self)
 
     def decide(self, slices, seen):
         "Three outputs per pixel (B, 3, H, W), of both slices (B, 2, H, W) and the fused features that are `seen` in them."
@@ -209,12 +210,12 @@ class MaskDecoder(nn.Module):
         self.joins = nn.ModuleList(nn.Conv2d(channels, scale * width, 1) for scale, channels in enumerate(widths[:3], 1))
         for weights in self.joins.parameters():
             nn.init.zeros_(weights)                                   # training starts at what the mask network decides by itself
-        self.to(memory_format=torch.channels_last)
+        quick_on_cpus(self)
 
     def forward(self, slices, seen):
         (ct, mri), head = slices.split(1, 1), self.network.head
         scales = self.network.encode(torch.cat([haar(ct), haar(mri)], 1).to(head.weight.dtype))
-        y = self.network.decode(*(x + join(features) for x, join, features in zip(scales, self.joins, seen)))
+        y = self.network.decode(*(join(features).add_(x) for x, join, features in zip(scales, self.joins, seen)))
         with torch.autocast(y.device.type, enabled=False):
             maps = bounded(head(y.to(head.weight.dtype)).float().contiguous(), self.residual)
         return mix_on_four_grids(ct, mri, maps), maps[:, :4]

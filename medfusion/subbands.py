@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu import quick_on_cpus
+
 # %% ../nbs/14_subbands.ipynb #a8285cbf
 def subband_names():
     "The four subbands of a one-level transform, in the order in which this module stacks them."
@@ -64,7 +66,7 @@ class MaskNetwork(nn.Module):
         self.head = nn.Conv2d(width, masks + 4, 3, 1, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the average of both slices
         nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)                        # as convolutions like it on CPUs
+        quick_on_cpus(self)
 
     def encode(self, x):
         x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h,   w)
@@ -73,8 +75,8 @@ class MaskNetwork(nn.Module):
 
     def decode(self, x1, x2, x3):
         double = partial(F.interpolate, scale_factor=2, mode='bilinear')  # linearly, so that no checkerboard can arise
-        y = self.decode2(x2 + double(self.up2(x3)))                       # (B, 2w, h/2, w/2)
-        return self.decode1(x1 + double(self.up1(y)))                     # (B,  w, h,   w)
+        y = self.decode2(double(self.up2(x3)).add_(x2))                   # (B, 2w, h/2, w/2)
+        return self.decode1(double(self.up1(y)).add_(x1))                 # (B,  w, h,   w)
 
     def forward(self, x):
         return self.head(self.decode(*self.encode(x))).contiguous()       # (B, masks + 4, h, w)
@@ -83,7 +85,8 @@ class MaskNetwork(nn.Module):
 def bounded(maps, residual):
     "Four masks in [0, 1] and four residuals of at most `residual`, (B, 8, h, w), of what a `MaskNetwork` says, (B, masks + 4, h, w)."
     masks = torch.sigmoid(maps[:, :-4]).expand(-1, 4, -1, -1)                            # (B, 4, h, w)
-    return torch.cat([masks, residual * torch.tanh(maps[:, -4:])], 1)
+    residuals = 2 * residual * torch.sigmoid(2 * maps[:, -4:]) - residual                # residual * tanh, in a quarter of the time
+    return torch.cat([masks, residuals], 1)
 
 # %% ../nbs/14_subbands.ipynb #eb6eac1f
 def mix_difference(difference, maps):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
+from .cpu import quick_on_cpus
 from .losses import weighted_loss
 from .metrics import check_images
 from .subbands import haar, inverse_haar, subband_names
@@ -36,13 +37,13 @@ class RegionNetwork(nn.Module):
         self.head = nn.Conv2d(width, 12, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the rule
         nn.init.zeros_(self.head.bias)
-        self.to(memory_format=torch.channels_last)
+        quick_on_cpus(self)
 
     def forward(self, x):
         double = partial(F.interpolate, scale_factor=2, mode='bilinear')
         x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h/2, w/2)
         x2 = self.encode2(x1)                                             # (B, 2w, h/4, w/4)
-        y = x1 + double(self.up(x2 + self.around(x2)))                    # (B,  w, h/2, w/2)
+        y = double(self.up(x2 + self.around(x2))).add_(x1)                # (B,  w, h/2, w/2)
         return double(self.head(F.leaky_relu(y, 0.1))).contiguous()       # (B, 12, h,   w)
 
 # %% ../nbs/wavelet-lite.ipynb #8917970a
