@@ -8,8 +8,8 @@ __all__ = ['random_states', 'restore_random_states', 'EpochSampler', 'SharedBatc
            'advance', 'remember', 'save_state', 'first_difference', 'check_same_run', 'replay_schedule',
            'restore_state', 'newest_checkpoint', 'continue_run', 'best_checkpoint', 'write_epoch', 'progress_mode',
            'Progress', 'check_request', 'check_optimizer', 'short', 'what_is_kept', 'interruptible', 'History',
-           'agreed', 'Loop', 'claim_for_fit', 'networks_of', 'settings_of', 'tracked', 'prepare', 'close_training',
-           'settings_before', 'begin_training', 'finish_epoch', 'fit']
+           'agreed', 'Loop', 'claim_for_fit', 'settings_of', 'tracked', 'prepare', 'close_training', 'settings_before',
+           'begin_training', 'finish_epoch', 'fit']
 
 # %% ../nbs/10_training.ipynb #28c466ad
 import contextlib
@@ -384,7 +384,7 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
         save_checkpoint(files.best(), **facts)
         if run is not None:
             run.checkpoints[files.best_name] = sha256_of(files.best())
-        write_metadata(files.best(), shipped=False, cases=run and run.split, seen_before=run and run.seen_before)
+        write_metadata(files.best(), shipped=False, cases=run and run.split, seen_before=run and run.stands_on.get('seen_before'))
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:
@@ -558,22 +558,10 @@ def claim_for_fit(locks: contextlib.ExitStack, files: CheckpointFiles, resume: b
         raise FileExistsError(f'{files.intermediate} holds {len(epochs)} checkpoints of an earlier run; '
                               'go on with it by resume=True, or name another folder.')
 
-# %% ../nbs/10_training.ipynb #8051eb2a
-def networks_of(run: Run) -> dict:
-    "{role: SHA-256} of the networks on which a run stands, by `network_roles`; one in its own folder, whose place it took, and what names none are left out."
-    from medfusion.inference import model_sha256, network_for, network_roles    # imported only now: it stands above training
-    known = {}
-    for role in network_roles():
-        with contextlib.suppress(ValueError, OSError):
-            if spec := getattr(run.parameters, role, ''):
-                network = network_for(role, spec)
-                known |= {} if network.path.parent.resolve() == run.files.final.resolve() else {role: model_sha256(network)}
-    return known
-
 # %% ../nbs/10_training.ipynb #985b20c1
 def settings_of(train_set, run: Run | None, settings: dict | None, chosen: dict) -> dict:
     "What a run that goes on must share: its notebook's parameters, `settings`, arguments of `fit`, what is seen."
-    parameters = {} if run is None else resume_settings(run.parameters) | {'networks': networks_of(run)}
+    parameters = {} if run is None else resume_settings(run.parameters) | {'networks': run.stands_on.get('networks', {})}
     names = 'crop', 'augment', 'vary', 'cases', 'features', *(('mirror', 'share', 'value_range') if run is None else ())    # which the parameters of a notebook tell
     seen = {name: getattr(train_set, name) for name in names if hasattr(train_set, name)}
     return parameters | (settings or {}) | chosen | seen

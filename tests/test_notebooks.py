@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import median
 
@@ -72,12 +73,23 @@ def test_exported_cells_import_what_they_use(path):
     assert unused_imports(path) == [], 'imports of examples belong in a cell that is not exported'
 
 
+def imported(module):
+    "The modules of the package that a module imports, inside of functions, too."
+    nodes = [node for node in ast.walk(ast.parse((ROOT / f'medfusion/{module}.py').read_text(encoding='utf-8'))) if isinstance(node, ast.ImportFrom)]
+    named = {(node.module or '').removeprefix('medfusion').strip('.') for node in nodes if node.level or node.module.startswith('medfusion.')}
+    return {name for name in named if name} | {alias.name for node in nodes if not node.module and node.level or node.module == 'medfusion' for alias in node.names}
+
+
 def test_no_method_imports_another():
     "What two of them need stands in a notebook before them."
     modules = {info.module.rpartition('.')[2] for info in methods().values()}
-    for module in modules:
-        found = {node.module for node in ast.walk(ast.parse((ROOT / f'medfusion/{module}.py').read_text())) if isinstance(node, ast.ImportFrom)}
-        assert not found & modules - {module}, module
+    assert [module for module in modules if imported(module) & modules - {module}] == []
+
+
+def test_imports_run_one_way():
+    modules = {path.stem for path in (ROOT / 'medfusion').glob('[a-z]*.py')}
+    order = [*TopologicalSorter({module: imported(module) & modules for module in modules}).static_order()]    # CycleError, with its path, where there is a circle
+    assert order.index('files') < order.index('runs') < order.index('inference') < order.index('cli')
 
 
 def allowed():

@@ -19,6 +19,7 @@ import torch
 from conftest import in_child, notebook
 from torch import nn
 
+from medfusion.cross_validation import stands_on
 from medfusion.evaluation import cases_trained_on
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, saved_epochs)
@@ -88,7 +89,8 @@ def run(folder, epochs=4, lr=0.1, width=4, step=step, schedule=cosine, val_set=N
     net = Net(width)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     p = parameters(folder, num_epochs=epochs, resume=resume, **given)
-    at_work = open_run('toy', p, toy_files(folder, **given), {'train': ['7'], 'val': ['8'], 'test': []}, notebook)
+    files = toy_files(folder, **given)
+    at_work = open_run('toy', p, files, {'train': ['7'], 'val': ['8'], 'test': []}, notebook, stands_on(p, files))
     settings = dict(epochs=epochs, batch_size=3, optimizer=optimizer, scheduler=schedule and schedule(optimizer, epochs), method='toy',
                     config={'width': width}, progress='none', ema=0.9, clip=1.0, resume=resume) | more
     history = fit(net, step, Numbers(), val_set, at_work, **settings)
