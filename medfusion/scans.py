@@ -691,6 +691,8 @@ def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
     form, chosen = next(iter(forms.items()))
     if not np.isfinite(chosen).all() or form == 'qform' and np.square(header['quatern']).sum() > 1.001:
         raise ValueError(f'{name} has a {form} that is no geometry (numbers that are none, or a quaternion longer than 1); convert it anew from its DICOM files.')
+    if form == 'qform' and header['pixdim'][1:4].min() < 0:
+        raise ValueError(f'{name} has a voxel size below 0, which programs read differently, so left might be right; convert it anew from its DICOM files.')
     check_right_angles(name, chosen[:3, :3])
     if len(forms) == 2:
         if np.linalg.det(forms['sform']) * np.linalg.det(forms['qform']) < 0:

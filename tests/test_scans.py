@@ -850,6 +850,16 @@ def test_nifti_whose_geometry_is_no_numbers(tmp_path, form, at, value):
     assert_refused(path, 'a.nii', form, 'no geometry')
 
 
+@pytest.mark.parametrize('axis', [1, 2, 3])
+def test_nifti_whose_qform_is_mirrored_by_a_voxel_size_below_0(tmp_path, axis):
+    "The standard knows none, and programs differ: nibabel refuses it, others take its absolute value, so left might be right."
+    path = nifti(tmp_path / 'a.nii', turned(), sform=0)
+    data = bytearray(path.read_bytes())
+    data[76 + 4 * axis:80 + 4 * axis] = (-np.frombuffer(data, '<f4', 1, 76 + 4 * axis)).tobytes()
+    path.write_bytes(data)
+    assert_refused(path, 'a.nii', 'voxel size below 0', 'left might be right')
+
+
 def test_nifti_whose_quaternion_is_too_long(tmp_path):
     path = nifti(tmp_path / 'a.nii', turned(), sform=0)
     data = bytearray(path.read_bytes())
