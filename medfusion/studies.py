@@ -649,8 +649,10 @@ def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
                    'EchoTrainLength': None, 'SeriesInstanceUID': pydicom.uid.generate_uid(), 'SeriesNumber': 9000, 'SeriesDescription': description[:64],
                    'DerivationDescription': told[:1024], 'BurnedInAnnotation': 'NO', 'Laterality': '', 'SamplesPerPixel': 1, 'PhotometricInterpretation': 'MONOCHROME2',
                    'BitsAllocated': 16, 'BitsStored': 12, 'HighBit': 11, 'PixelRepresentation': 0, 'WindowCenter': 2048, 'WindowWidth': 4096})
-    if not header.FrameOfReferenceUID:
-        header.FrameOfReferenceUID = pydicom.uid.generate_uid()
+    known = str(reference.get('SeriesInstanceUID') or '')
+    for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID'):
+        if not header[keyword].value:               # no archive takes a series without; all that are derived of one series share them
+            setattr(header, keyword, pydicom.uid.generate_uid(entropy_srcs=[keyword, known] if known else None))
     if not header.SpecificCharacterSet:             # what is empty here is an error, and not an unknown
         del header.SpecificCharacterSet
     return header

@@ -312,6 +312,20 @@ def test_a_derived_slice_names_no_source_that_has_no_name(drawn, patient, tmp_pa
     assert ['SourceImageSequence' in pydicom.dcmread(path) for path in files] == [True, False, True]
 
 
+@pytest.mark.parametrize('number', ['1.2.826.0.99.2', ''])
+def test_derived_series_of_a_source_without_numbers_lie_in_a_study_that_has_one(study, patient, tmp_path, number):
+    "Archives and viewers take no series without a StudyInstanceUID, and lay series over each other by their frame of reference."
+    reference = [pydicom.Dataset(header) for header in read_scan(patient / 'ct').reference]
+    for header in reference:
+        del header.StudyInstanceUID, header.FrameOfReferenceUID
+        header.SeriesInstanceUID = number
+    studies.write_dicom(tmp_path, study, reference)
+    found = [pydicom.dcmread(path) for path in tmp_path.rglob('*.dcm')]
+    assert {len({one[keyword].value for one in found}) for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID')} == {1 if number else 2}
+    assert all(pydicom.uid.UID(one[keyword].value).is_valid for one in found for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID'))
+    assert not number or number not in {found[0].StudyInstanceUID, found[0].FrameOfReferenceUID}
+
+
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     reference = read_scan(patient / 'ct').reference
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
