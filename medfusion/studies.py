@@ -743,7 +743,7 @@ def scrubbed(notebook: dict, secrets: list) -> dict:
     "An executed notebook (its JSON) without papermill's metadata, bars of progress and the `secrets`, paths and UIDs, whole or in parts; a single word that the notebook itself holds stays."
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
     parts = {part for secret in secrets for part in Path(secret).parts if len(part) > 2 and part not in own}
-    words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<!\w){re.escape(part)}(?!\w)' for part in parts]
+    words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<![\w×])(?<!\d[.,]){re.escape(part)}(?![\w×])(?![.,]\d)' for part in parts]     # no digits of 0.512 or 512×512
     pattern = re.compile('|'.join(sorted(words, key=len, reverse=True)) or r'(?!)')
 
     def clean(value, name=''):

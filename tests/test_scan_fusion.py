@@ -463,6 +463,13 @@ def test_a_short_name_of_a_folder_garbles_no_report():
     assert clean['cells'][0]['outputs'][0]['output_type'] == 'display_data' and clean['cells'][0]['outputs'][0]['data']['text/plain'] == ['Patient … in …']
 
 
+def test_a_folder_that_is_called_by_a_number_takes_no_digits_out_of_others():
+    output = {'output_type': 'stream', 'name': 'stdout', 'text': 'case 512: 0.512, 512.5 and 1,512 of 512×512×40 voxels; 512. In /data/512/ct'}
+    notebook = {'cells': [{'cell_type': 'code', 'id': 'a', 'metadata': {}, 'source': '', 'outputs': [output]}], 'metadata': {}}
+    clean = scrubbed(notebook, ['/data/512/ct', '/data/512/mri'])['cells'][0]['outputs'][0]['text']
+    assert clean == 'case …: 0.512, 512.5 and 1,512 of 512×512×40 voxels; …. In …'
+
+
 def test_the_notebook_refuses_a_folder_with_a_study_before_it_works(written):
     notebook = Path(__file__).parents[1] / 'nbs' / 'scan_fusion.ipynb'
     with pytest.raises(FileExistsError, match='holds a study already'):
