@@ -715,7 +715,7 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
     try:
         with own_temporary_files():
             execute_notebook(str(nbs_dir() / notebook), 'medfusion:executed.ipynb', given, kernel_name='python3', language='python',
-                             cwd=str(nbs_dir()), progress_bar=False, stdout_file=None if quiet else sys.stdout, stderr_file=None if quiet else sys.stderr,
+                             cwd=str(nbs_dir()), start_timeout=600, progress_bar=False, stdout_file=None if quiet else sys.stdout, stderr_file=None if quiet else sys.stderr,
                              extra_arguments=['--log-level=CRITICAL'])     # the kernel's own notes are not the notebook's
     except PapermillExecutionError as error:
         if error.ename == 'ProcessLost':

@@ -109,6 +109,14 @@ def test_what_was_not_foreseen_is_a_sentence_too(pairs, monkeypatch):
     assert_sentence(medfusion('fuse', 'CT', 'MRI', '-o', 'out'), "KeyError: 'depth'", '--debug')
 
 
+def test_a_busy_machine_may_take_minutes_to_begin_a_kernel(tmp_path, monkeypatch):
+    "A kernel that dies is noticed at once, however long one is waited for."
+    told = {}
+    monkeypatch.setattr('papermill.execute_notebook', lambda *_, **given: told.update(given))
+    cli.execute('scan_fusion.ipynb', cli.ExecutedNotebook(tmp_path / 'executed.ipynb'), {})
+    assert told['start_timeout'] >= 600
+
+
 def test_a_console_that_cannot_print_a_character(pairs):
     "It loses the character, not the exit status."
     done = shell('fuse', 'CT', '5×7.png', '-o', 'out', env=os.environ | {'PYTHONIOENCODING': 'iso8859_5', 'PYTHONUTF8': '0'})
