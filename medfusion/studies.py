@@ -93,7 +93,7 @@ def mri_limits(image: sitk.Image) -> tuple[float, float]:
     small = shrunk(graded(image, mri=True), 4)
     inside = sitk.GetArrayFromImage(small)[sitk.GetArrayFromImage(head_mask(small, mri=True)) > 0]
     low, high = np.percentile(inside, [1, 99.5]) if inside.size else (0., 1.)
-    return float(low), float(max(high, low + 1e-6))
+    return float(low), float(high if high > low else low + 1)
 
 # %% ../nbs/33_studies.ipynb #17902c78
 def bias_corrected(mri: sitk.Image) -> sitk.Image:

@@ -169,6 +169,18 @@ def test_what_only_the_ct_shows_is_the_ct(study):
     assert np.abs(np.diff(one.fused['brain'] - grey, axis=0))[border].mean() < .05
 
 
+@pytest.mark.parametrize('unit', [1e-12, 1e-6, 1e6])
+def test_an_mri_in_any_unit_is_seen(scans, unit):
+    "A map of diffusion in m²/s has values of a billionth; it came out black, as if there were no MRI."
+    low, high = studies.mri_limits(scans[1].image * unit)
+    assert low < high and abs(high / unit - studies.mri_limits(scans[1].image)[1]) < 50
+
+
+def test_an_mri_of_one_value_has_limits_that_differ(scans):
+    low, high = studies.mri_limits(scans[1].image * 0 + 1e12)
+    assert low < high
+
+
 def test_a_failed_registration_fuses_nothing_unless_forced(scans, monkeypatch):
     monkeypatch.setattr(studies, 'register', lambda ct, mri, **more: Registration(sitk.Euler3DTransform(), 'failed', ['halves lie 30 mm apart']))
     assert scan_fusion(*scans, model='maximum').series[0].fused == {}
