@@ -375,9 +375,11 @@ def drift_of(stack: Stack) -> np.ndarray:
 def fault_of_geometry(slices: list) -> str:
     "Why slices of one group can be no volume, whatever their steps; '' where nothing is wrong."
     header, count = slices[0].header, len(slices)
-    syntax = header.file_meta.TransferSyntaxUID.name if hasattr(header, 'file_meta') else ''
-    if 'MPEG' in syntax or 'HEVC' in syntax:
-        return f'it is a video ({syntax})'
+    syntax = header.file_meta.TransferSyntaxUID if hasattr(header, 'file_meta') else pydicom.uid.ExplicitVRLittleEndian
+    if not syntax.is_transfer_syntax:
+        return f'its pixels are packed in a way that is not known (transfer syntax {syntax}); export it without compression (Explicit VR Little Endian)'
+    if 'MPEG' in syntax.name or 'HEVC' in syntax.name:
+        return f'it is a video ({syntax.name})'
     if int(header.get('SamplesPerPixel') or 1) > 1:
         return 'its pixels are in colour: a secondary capture or a report, no scan'
     if slice_group(slices[0])[6]:
@@ -571,7 +573,7 @@ def protocol_facts(header: pydicom.Dataset) -> dict:
 def notes_on_header(header: pydicom.Dataset) -> list[str]:
     "What a header says that a user of the volume should know."
     syntax, notes = header.file_meta.TransferSyntaxUID, []
-    if str(header.get('LossyImageCompression', '00')) == '01' or (syntax.is_compressed and syntax in pydicom.uid.JPEGTransferSyntaxes[:2]):
+    if str(header.get('LossyImageCompression', '00')) == '01' or syntax in pydicom.uid.JPEGTransferSyntaxes[:2]:
         notes.append('Its pixels were compressed with loss.')
     if header.get('PhotometricInterpretation') == 'MONOCHROME1':
         notes.append('Viewers show it inverted (MONOCHROME1); the values are kept as they mean.')

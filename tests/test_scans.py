@@ -385,6 +385,18 @@ def test_a_video_is_no_volume(tmp_path):
     assert_refused(tmp_path, 'video')
 
 
+@pytest.mark.parametrize('syntax', ['1.2.840.113619.5.99', '1.2.840.10008.1.2.9'], ids=['of one maker', 'not yet known'])
+def test_a_way_of_packing_that_is_not_known_hides_no_other_series(tmp_path, syntax):
+    "The table of the whole folder was one sentence, that a UID is no transfer syntax."
+    write(tmp_path / 'known', [made(position, SeriesInstanceUID='1.2.9') for position in stack_positions()])
+    for path in write(tmp_path / 'other', [made(position) for position in stack_positions()]).iterdir():
+        path.write_bytes(path.read_bytes().replace(ExplicitVRLittleEndian.encode(), syntax.encode(), 1))
+    whole, refused = scan_table(tmp_path)
+    assert whole['notes'] == 'whole' and syntax in refused['notes'] and 'export' in refused['notes']
+    assert_right(read_scan(tmp_path))
+    assert_refused(tmp_path / 'other', 'CT head', syntax, 'export')
+
+
 @pytest.mark.parametrize('make, words', [
     (lambda folder: None, ['holds no DICOM images', 'Give a folder']),
     (lambda folder: (folder / 'a.txt').write_text('nothing'), ['holds no DICOM images']),
