@@ -179,13 +179,21 @@ class Folder(NamedTuple):
 def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
     "The slices of one file. Raises ValueError where what its header holds cannot be understood."
     single = ('Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PhotometricInterpretation',
-              'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt')
+              'SeriesInstanceUID', 'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt')
+
+    def is_number(value):
+        try:
+            return np.isfinite(float(value or 0))
+        except ValueError:                           # a decimal comma, as in -18,5
+            return False
     try:
         found = [Slice(file, index, flat) for index, flat in enumerate(flat_frames(header))]
         for one in found:
             one.position, one.axes, [one.header.get(tag) for tag in ('PixelSpacing', 'PatientID', 'ImageType', 'SeriesDescription')]
             if several := [tag for tag in single if isinstance(one.header.get(tag), MutableSequence)]:
                 raise ValueError(f'its {several[0]} has several values')
+            if texts := [tag for tag in ('NumberOfFrames', 'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt') if not is_number(one.header.get(tag))]:
+                raise ValueError(f'its {texts[0]} is no number')
     except Exception as error:                       # whatever a broken file makes the parser raise
         raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy or export it again') from None
     return found

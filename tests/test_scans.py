@@ -458,7 +458,7 @@ def test_a_slice_without_a_slope_of_one_is_as_the_others(tmp_path):
 
 @pytest.mark.parametrize('tag, value', [('RescaleSlope', [1, 1]), ('RescaleIntercept', [0, 1]), ('GantryDetectorTilt', [1, 2]), ('SamplesPerPixel', [1, 1]),
                                         ('NumberOfFrames', [1, 1]), ('Rows', [12, 12]), ('Columns', [16, 16]), ('BitsStored', [16, 16]),
-                                        ('PhotometricInterpretation', ['MONOCHROME2', 'RGB'])])
+                                        ('PhotometricInterpretation', ['MONOCHROME2', 'RGB']), ('SeriesInstanceUID', ['1.2.3', '1.2.4'])])
 def test_two_values_where_one_belongs(tmp_path, tag, value):
     slices = [made(place) for place in stack_positions()]
     setattr(slices[5], tag, value)
@@ -467,6 +467,20 @@ def test_two_values_where_one_belongs(tmp_path, tag, value):
     assert read_scan(tmp_path).image.GetSize()[2] == 5
     assert_refused(tmp_path / name, name, tag, 'several')
     assert scan_table(tmp_path)
+
+
+@pytest.mark.parametrize('tag, right, wrong', [('GantryDetectorTilt', b'-18.5', b'-18,5'), ('RescaleSlope', b'0.25', b'0,25'), ('RescaleIntercept', b'-1300.0', b'nan    '),
+                                               ('NumberOfFrames', b'\x08\x00IS\x02\x001', b'\x08\x00IS\x02\x00I')])
+def test_text_where_a_number_belongs(tmp_path, tag, right, wrong):
+    "A decimal comma, as programs of some countries write: the table of the whole folder was lost for it, or no file was named."
+    write(tmp_path / 'other', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
+    for path in write(tmp_path / 'text', [made(place, GantryDetectorTilt=-18.5, NumberOfFrames=1) for place in stack_positions()]).iterdir():
+        data = path.read_bytes()
+        assert data.count(right) == 1
+        path.write_bytes(data.replace(right, wrong))
+    assert_right(read_scan(tmp_path))
+    assert len(scan_table(tmp_path)) == 1
+    assert_refused(tmp_path / 'text', path.name, tag, 'no number', 'export it again')
 
 
 @pytest.mark.parametrize('kind', ['<u2', '<i2'])
