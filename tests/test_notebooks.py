@@ -186,3 +186,10 @@ def test_committed_outputs_show(path):
     made = [cell['outputs'] for cell in cells(path) if cell.get('outputs')]
     assert made, 'run `make notebooks`'
     assert not [trace for trace in TRACES if trace in json.dumps(made)], f'a trace of the machine in an output of {path.name}'
+
+
+@pytest.mark.parametrize('method', methods().values(), ids=methods())
+def test_what_a_method_prints_is_of_its_own_run(method):
+    "`medfusion train` shows what is printed above the table of the run: numbers of the shipped network, or code, are shown in the notebook alone."
+    printed = ''.join(''.join(output['text']) for cell in cells(ROOT / 'nbs' / method.notebook) for output in cell.get('outputs', []) if output['output_type'] == 'stream')
+    assert 'never saw it' not in printed and 'class ' not in printed
