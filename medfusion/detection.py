@@ -323,7 +323,7 @@ def heads_note(table: pd.DataFrame) -> str:
         return f'A quick look: one head ({heads[0]}), in two halves that know each other; no interval, and no statement about others.'
     if len(heads) == 2:
         return f'A quick look: two heads ({" and ".join(heads)}), learnt on one and tested on the other; no interval.'
-    return f'{len(heads)} heads, each tested by an observer that learnt from the others; 95 % intervals from a bootstrap over heads.'
+    return f'{len(heads)} heads, each tested by an observer that learnt from the others.'
 
 # %% ../nbs/23_detection.ipynb #740f77bd
 def summarise_detection(table: pd.DataFrame) -> pd.DataFrame:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['number_text', 'with_spread', 'marks', 'Form', 'latex_text', 'latex_lines', 'markdown_lines', 'forms', 'render',
-           'titles', 'chosen', 'PaperTable', 'paper_table', 'split_values', 'replace_blocks', 'write_tables',
-           'read_rows', 'write_record', 'read_record']
+           'titles', 'chosen', 'PaperTable', 'seen_note', 'paper_table', 'split_values', 'replace_blocks',
+           'write_tables', 'read_rows', 'write_record', 'read_record']
 
 # %% ../nbs/25_tables.ipynb #3a02e1a8
 import re
@@ -131,11 +131,17 @@ class PaperTable(NamedTuple):
         "The path, at which the table now stands in a form."
         return write_atomically(path, self.text(form).encode())
 
+# %% ../nbs/25_tables.ipynb #5f3ccb84
+def seen_note() -> str:
+    "What a † behind the name of a method says, where it was trained on what judges it."
+    return '† This network was trained on slices of a case that is judged here.'
+
 # %% ../nbs/25_tables.ipynb #efc2cca1
-def paper_table(table, columns=None, methods=None) -> PaperTable:
+def paper_table(table, columns=None, methods=None, seen=()) -> PaperTable:
     """The table of a paper of a table of `evaluation.evaluate` (a row for each method and pair, index `name`).
 
-    columns, methods: which, in their order; by default all. Raises ValueError for one that is not there.
+    columns, methods: which, in their order; by default all. seen: the methods that bear the sign of `seen_note`.
+    Raises ValueError for one that is not there.
     """
     table = table if table.index.name == 'name' else table.set_index('name')
     methods = chosen(methods, list(dict.fromkeys(table.method)), 'method')
@@ -146,10 +152,11 @@ def paper_table(table, columns=None, methods=None) -> PaperTable:
     patients, slices = table.case.nunique(), table.index.nunique()
     over = f'Mean ± standard deviation over {patients} patients ({slices} slices)' if patients > 1 else f'Mean over {slices} slices of one patient'
     heads = {column: f'{column} {"↓" if lower_is_better(column) else "↑"}' for column in columns}
-    names = [titles().get(name, name) for name in methods]
+    names = [titles().get(name, name) + ' †' * (name in seen) for name in methods]
     cells = with_spread(means, spread if patients > 1 else None).set_axis(names).rename(columns=heads).rename_axis('method')
     aside = ', copies aside' if any(name.startswith('copy_') for name in methods) else ''
-    return PaperTable(cells, marks(means), f'{over}; best in bold, second best underlined{aside}.')
+    told = f' {seen_note()}' * any(name in seen for name in methods)
+    return PaperTable(cells, marks(means), f'{over}; best in bold, second best underlined{aside}.{told}')
 
 # %% ../nbs/25_tables.ipynb #c6fe096e
 def split_values(text: str) -> list[str]:

@@ -973,6 +973,10 @@ def test_a_finished_benchmark_is_shown(pairs):
     once, twice = (medfusion('benchmark', '--record', 'toy', '--methods', methods, '--columns', columns).stdout
                    for methods, columns in (('one,two', 'EN,SD'), ('one,two,one', 'EN,SD,EN')))
     assert once == twice and 'over 1 slice' in once
+    Path('toy/summary.csv').write_text('method,trained_on,EN\none,,2.5\ntwo,1,3.5\n')
+    marked = medfusion('benchmark', '--record', 'toy', '--columns', 'EN', '--latex', 'a.tex', '--markdown', 'a.md').stdout
+    assert 'two †' in marked and 'one †' not in marked and '† This network was trained on slices of a case that is judged here.' in marked
+    assert 'two †' in Path('a.md').read_text() and r'two $^\dagger$' in Path('a.tex').read_text()
 
 
 @pytest.mark.parametrize('typed, vain', [

@@ -242,6 +242,7 @@ def test_few_heads_are_a_quick_look():
     table = detection_table(Heads(3, 1), {}, ['oedema'], paintings=2, amplitudes={'oedema': 60})
     assert table['case'].nunique() == 2 and heads_note(table).startswith('A quick look: one head (1)')
     assert summarise_detection(table)['efficiency_low'].isna().all()
+    assert 'interval' not in heads_note(pd.DataFrame({'case': ['1', '2', '3']})), 'what is printed below it shows none'
 
 
 # The phantom's task
