@@ -254,3 +254,11 @@ def test_colour_and_depth_are_what_they_are(folder, tmp_path):
     shapes = [axis.get_images()[0].get_array().shape for axis in figure.axes]
     assert shapes == [(40, 32), (40, 32, 3), (40, 32, 3)]
     assert save_figure(figure, tmp_path / 'colour.png').stat().st_size
+
+
+def test_rules_are_called_as_in_the_table():
+    import matplotlib
+    table = record(2).assign(method=lambda rows: rows.method.map(lambda name: {'method_1': 'wavelet_maximum', 'method_2': 'copy_ct'}.get(name, name)))
+    called = {'wavelet rule', 'copy of CT'}
+    assert called <= {text.get_text() for text in bars_figure(table, ['VIF']).axes[0].get_yticklabels()}
+    assert called <= {text.get_text() for text in radar_figure(table, ['EN', 'VIF', 'Qabf']).findobj(matplotlib.text.Text)}
