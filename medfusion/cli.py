@@ -51,7 +51,7 @@ from .processes import ProcessLost, check_processes, this_process
 def in_shell_words(text: str) -> str:
     "A sentence of the package as the shell's user would say it."
     text = re.sub(r'\b(replace|force|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
-    text = re.sub(r'\bfill_gaps=True\b', '-p fill_gaps=true', text)
+    text = re.sub(r'\bfill_gaps=True\b', '-p fill_gaps=true', text).replace(', or pass case_of or split', '')
     text = re.sub(r'\((crop|test_cases)=', r'(-p \1=', text).replace('(val=0, test=0)', '(--val 0, --test 0)')
     return re.sub(r'\bseries=(\d+)\b', r"-p ct_series=\1 (or -p 'mri_series=[\1]')", text)
 
@@ -306,7 +306,7 @@ def check(
     values: ValueRange = None,
 ):
     "Print and check what a data set holds, or whether a split leaks. Fails if a file is missing or changed, or a case is on two sides."
-    from medfusion.data import audit_split, check_split, inspect_dataset, names_in_part, sort_cases
+    from medfusion.data import audit_split, check_names, check_split, inspect_dataset, names_in_part, sort_cases
     if train or test or case_pattern:
         if not (train and test):
             raise typer.BadParameter('an audit takes both --train and --test')
@@ -315,9 +315,11 @@ def check(
         typer.echo(str(audit))
         raise typer.Exit(int(audit.leaks))
     report = inspect_dataset(root, value_range=read_range(values))
-    typer.echo(str(report))
+    typer.echo(in_shell_words(str(report)))
     if 'all' in set(report.files.part) and not (root / 'split_info.json').is_file():
-        typer.echo(flat_folder_sentence(root, sort_cases(report.files.case), values))
+        with suppress(ValueError):       # names that do not tell the cases are told above, and no command takes them
+            check_names(list(report.files.name))
+            typer.echo(flat_folder_sentence(root, sort_cases(report.files.case), values))
         raise typer.Exit(int(bool(report.problems)))
     check_split(root)
     typer.echo(f'{root} is in order: every file is the recorded one, and no case is on two sides.')

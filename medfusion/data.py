@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file,
-                             read_image, read_json, read_pair, sha256_of, slice_name, source_folders,
+                             read_image, read_json, read_pair, read_pixels, sha256_of, slice_name, source_folders,
                              split_pattern, stem_of, suffix_of, temporary_name, to_depth, to_float, unused_range,
                              write_atomically, write_json)
 
@@ -654,10 +654,10 @@ def download_harvard(root, cache=None, base_url=None, replace=False, progress=Tr
 def describe_slice(path, root, part, name, case, value_range=None):
     "The row of a slice in `DatasetReport.files`, the `name` that of its pair; raises what `read_image` raises."
     pixels = read_image(path, color=True, value_range=value_range, quiet=True)
-    kind = 'grey' if pixels.ndim == 2 else 'RGB'
+    stored, kind = pixels if value_range is None else read_pixels(path), 'grey' if pixels.ndim == 2 else 'RGB'
     return {'path': path.relative_to(root).as_posix(), 'part': part, 'modality': path.parent.name, 'name': name,
             'case': case, 'size': f'{pixels.shape[0]}×{pixels.shape[1]}', 'black': not pixels.any(),
-            'depth': f'{8 * pixels.itemsize} bit {kind}', 'type': pixels.dtype.name, 'largest': pixels.max(),
+            'depth': f'{8 * stored.itemsize} bit {kind}', 'type': pixels.dtype.name, 'largest': pixels.max(),
             'sha256': sha256_of(path)}
 
 # %% ../nbs/02_data.ipynb #ef3f6363

@@ -211,13 +211,22 @@ def write_flat(folder, sizes):
             write_image(folder / kind / name, np.full((size, size), 90, np.uint8))
 
 
+def test_names_that_do_not_tell_the_cases(tmp_path, monkeypatch):
+    "What then is refused is not proposed, nor what only Python takes."
+    monkeypatch.chdir(tmp_path)
+    write_flat(tmp_path / 'flat', {f'ann-{number}.png': 20 for number in range(4)})
+    for result in (medfusion('data', 'check', 'flat'), medfusion('data', 'import', 'flat', 'mine')):
+        assert result.exit_code == 1 and 'cannot be told from its name; name slices by case and three digits (34010.png).' in result.output
+        assert 'case_of' not in result.output and 'medfusion train' not in result.output and 'data import' not in result.output
+
+
 def test_what_is_said_of_own_slices_goes_with_their_range_and_their_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in ('CT', 'MRI'):
         for case in '123':
             write_image(make_folder(tmp_path / 'flat' / kind) / f'{case}001.png', np.full((20, 20), 4095, np.uint16))
     told = medfusion('data', 'import', 'flat', 'a', '--range', '0,4095').stdout
-    assert 'no problems' in told and told.splitlines()[-1] == 'train on it: medfusion train wavelet -p ct_dir=a/train/CT -p mri_dir=a/train/MRI --range 0,4095'
+    assert 'no problems' in told and '16 bit grey' in told and told.splitlines()[-1] == 'train on it: medfusion train wavelet -p ct_dir=a/train/CT -p mri_dir=a/train/MRI --range 0,4095'
     assert 'problem: ' in medfusion('data', 'check', 'a').stdout and 'no problems' in medfusion('data', 'check', 'a', '--range', '0,4095').stdout
     flat = medfusion('data', 'check', 'flat', '--range', '0,4095')
     assert flat.exit_code == 0 and flat.stdout.count('test_cases=3 --range 0,4095') == flat.stdout.count('--test-cases 3 --range 0,4095') == 1
