@@ -509,8 +509,8 @@ def check_pair(ct: torch.Tensor, mri: torch.Tensor, name: str = '') -> None:
                          'kept; give them in the other order (the MRI, then PET or SPECT), or make the first grey.')
 
 # %% ../nbs/20_inference.ipynb #c97b1676
-def model_of(model, device='auto'):
-    "The network or rule behind a name, a path, or a network or function itself. Raises ValueError for one in training mode."
+def model_of(model, device='auto', lesions=None):
+    "The network or rule behind a name, a path, or a network or function itself. Raises ValueError for one in training mode, and for a name that turns its dial beside `lesions`."
     if isinstance(model, torch.nn.Module):
         if model.training:
             raise ValueError('The network is in training mode; call model.eval() before fusing with it.')
@@ -518,6 +518,8 @@ def model_of(model, device='auto'):
     if callable(model):
         return model
     found = find_model(model)
+    if lesions is not None:
+        found.turned(lesions, f'{model}@{lesions}')
     state = found.path.stat() if found.path else None
     return _loaded(found, str(find_device(device)), state and (state.st_mtime_ns, state.st_size))
 
@@ -557,7 +559,7 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, l
     check_pair(x, y, name)
     if displaced := displaced_in(x, y, name or 'MRI'):
         warnings.warn(register_sentence(displaced, len(x)), stacklevel=2)
-    network = model_of(model, device)
+    network = model_of(model, device, lesions)
     fused = fuse_batch(network if lesions is None else _turned(network, lesions), luminance(x), luminance(y), tile)
     return as_given(fused if y.shape[1] == 1 else with_luminance(y.cpu(), fused), first)
 

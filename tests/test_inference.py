@@ -128,6 +128,13 @@ def test_where_a_dial_stands_may_be_said_as_a_value(tmp_path, monkeypatch):
         found.turned(0.5)
 
 
+def test_the_dial_is_turned_by_its_name_or_by_lesions():
+    slices = np.zeros((16, 16), np.uint8)
+    with pytest.raises(ValueError, match="'wavelet@1@0.5' says twice where the dial is to stand"):
+        fuse(slices, slices, 'wavelet@1', lesions=.5)
+    assert not fuse(slices, slices, load_model('wavelet@1', device='cpu'), lesions=.5).any(), 'a network at hand is turned on'
+
+
 def test_a_turned_dial_is_measured_once(monkeypatch):
     network = methods()['wavelet'].network_class()(width=4, dial=True).eval()
     monkeypatch.setattr(inference, 'receptive_radius', lru_cache(lambda model: 8))
