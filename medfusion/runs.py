@@ -11,8 +11,9 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
            'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
            'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
-           'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'make_room',
-           'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
+           'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'keeper_of',
+           'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'cases_before', 'SharedRun', 'claim_places',
+           'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -958,22 +959,46 @@ def needs_room(parameters, files: CheckpointFiles | None, notebook: str = '') ->
         held = f'{files.intermediate} holds {len(epochs)} checkpoints of {whose}.'
     raise FileExistsError(f'{held} {ways_out(parameters, notebook, resume=bool(epochs))}')
 
+# %% ../nbs/09_runs.ipynb #df17e2d9
+def keeper_of(folder: Path, files: CheckpointFiles) -> Path:
+    """The folder of the run whose checkpoints lie in `files`: by the hash in its record that of the run in `folder`, or of one beside it.
+
+    Where no record tells: `folder`, unless its run had its checkpoints elsewhere, then a new folder beside it.
+    """
+    best, records = files.best(), {}
+    if files.final.is_relative_to(folder) or not (best.is_file() or saved_epochs(files)):
+        return folder
+    digest = sha256_of(best) if best.is_file() else None
+    for path in [folder / 'run.json', *sorted(folder.parent.glob('*/run.json'))]:
+        with contextlib.suppress(ValueError, OSError):    # what cannot be read tells nothing
+            records[path.parent] = read_run(path.parent)
+    for place, record in records.items():
+        if digest and record['method'] == files.final.name and record['checkpoints'].get(best.name) == digest:
+            return place
+    if folder not in records or recorded_root(folder, records[folder]) == files.final.parents[1]:
+        return folder
+    return new_folder(folder.parent, datetime.now().strftime('%Y%m%d-%H%M%S'))
+
 # %% ../nbs/09_runs.ipynb #23b65b42
 def make_room(folder: Path, files: CheckpointFiles | None) -> Path:
     """The folder in which the run that was in `folder` is kept now, with its checkpoints: the time of its beginning.
 
-    Checkpoints move into its folder one by one, and the folder last, so that after a crash another call ends the work.
+    Checkpoints move into its folder (of another run: into that one's, see `keeper_of`) one by one, the one by which the run
+    is known as the last of them, and the folder then, so that after a crash another call ends the work.
     """
+    home = folder if files is None else keeper_of(folder, files)
     record = read_run(folder) if (folder / 'run.json').is_file() else {}
     began = datetime.fromisoformat(record['started']) if record.get('started') else datetime.now()
     for kind in () if files is None else ('intermediate', 'final'):
         place = getattr(files, kind)
-        inside = folder / 'checkpoints' / kind / place.name
+        inside = home / 'checkpoints' / kind / place.name
         names = [files.epoch(epoch).name for epoch in saved_epochs(files)] if kind == 'intermediate' else [
-            name for name in (files.best_name, files.last_name, files.history_name, 'metadata.json') if name]
-        for path in [place / name for name in names if (place / name).is_file() and not place.is_relative_to(folder)]:
+            name for name in (files.last_name, files.history_name, 'metadata.json', files.best_name) if name]
+        for path in [place / name for name in names if (place / name).is_file() and not place.is_relative_to(home)]:
             inside.mkdir(parents=True, exist_ok=True)
             shutil.move(path, inside / path.name)
+    if not folder.is_dir():    # a new run, for which another one's checkpoints made room
+        return home
     kept = new_folder(folder.parent, began.strftime('%Y%m%d-%H%M%S'))
     if os.name == 'nt':
         kept.rmdir()    # Windows does not rename onto an empty folder
@@ -1006,7 +1031,7 @@ class Run:
     split: dict | None = None
     notebook: str = ''
     started: float = field(default_factory=time.time)
-    stands_on: dict = field(default_factory=dict)    # other networks: what `stands_on` of 24_cross_validation tells of them
+    seen_before: list | None = None    # what the networks saw on which it stands, see `cases_before`
     data_sha256: str | None = None    # set by `fit`, as are the hashes of the checkpoints that it wrote, by file name
     checkpoints: dict = field(default_factory=dict)
     begun: bool = False    # until it is, an earlier record of this run stands
@@ -1027,6 +1052,15 @@ class Run:
             if self.begun or state == 'finished':
                 self.record(state, numbers)
 
+# %% ../nbs/09_runs.ipynb #195bb650
+def cases_before(parameters) -> list[str] | None:
+    "The cases that those networks saw on which a run with these parameters stands, as `seen_before` finds them; None where nothing tells."
+    from medfusion.cross_validation import seen_before    # imported only now: it stands on this module
+    try:
+        return sort_cases(seen_before(vars(parameters)))
+    except (ValueError, OSError):
+        return None
+
 # %% ../nbs/09_runs.ipynb #c6917068
 class SharedRun(Run):
     "A run in a process that is not its first: what there is to write, the first one writes."
@@ -1045,23 +1079,23 @@ def claim_places(locks: contextlib.ExitStack, places) -> None:
 
 # %% ../nbs/09_runs.ipynb #82e23283
 def open_run(method: str, parameters, files: CheckpointFiles | None = None, split: dict | None = None,
-             notebook: str = '', stands_on: dict | None = None) -> Run:
+             notebook: str = '') -> Run:
     """A run that owns its folder and those of its checkpoints; a new one has a record that says that it is at work.
 
-    `notebook` is the name of the notebook, for sentences that say what to type; `stands_on` what that function of 24_cross_validation tells,
-    asked before, for `run:latest` may name the very run whose place this one takes. Opening a run again in one process gives up the first;
-    of several processes of one training, the first opens it and the others get a `SharedRun`. Raises ValueError for values that no run can
-    be made with, FileExistsError where another run is at work, or was here and may not be replaced; then nothing was changed.
+    `notebook` is the name of the notebook, for sentences that say what to type. Opening a run again in one process
+    gives up the first; of several processes of one training, the first opens it and the others get a `SharedRun`. Raises
+    ValueError for values that no run can be made with, FileExistsError where another run is at work, or was here and may
+    not be replaced; then nothing was changed.
     """
     check_values(parameters)
     folder = run_folder(parameters)
     if this_process().count > 1:
         connect()    # each is on its own GPU from here on
     if this_process().number > 0:
-        return SharedRun(method, parameters, files, split, notebook, stands_on=stands_on or {})
+        return SharedRun(method, parameters, files, split, notebook)
     if folder in Run.at_work:
         Run.at_work.pop(folder).locks.close()
-    run = Run(method, parameters, files, split, notebook, stands_on=stands_on or {})
+    run = Run(method, parameters, files, split, notebook, seen_before=cases_before(parameters))
     places = {folder} if files is None else {folder, files.intermediate, files.final}
     with contextlib.ExitStack() as locks:
         claimed = {place for place in places if place.is_dir()}

@@ -564,6 +564,32 @@ def test_checkpoints_of_another_run_are_never_removed(tmp_path):
         train(parameters(tmp_path, run='latest', checkpoint_dir=shared))
 
 
+def test_each_run_keeps_its_network_where_several_share_a_place(tmp_path):
+    "Two names, one checkpoint_dir: whichever makes room, what lies there goes to the run that trained it, and takes no other network's place."
+    shared = str(tmp_path / 'shared')
+    train(parameters(tmp_path, run='a', checkpoint_dir=shared), weight=1.0)
+    train(parameters(tmp_path, run='b'), weight=2.0)
+    train(parameters(tmp_path, run='b', checkpoint_dir=shared, replace=True), weight=3.0)
+    train(parameters(tmp_path, run='c', checkpoint_dir=shared, replace=True), weight=4.0)
+    folders = {path.name: path for path in (tmp_path / 'results').iterdir()}
+    [kept] = folders.keys() - {'a', 'b', 'c'}
+    weights = {name: load_checkpoint(run_checkpoint(folder))['state_dict']['w'].item() for name, folder in folders.items()}
+    assert weights == {'a': 1, 'b': 3, 'c': 4, kept: 2}
+
+
+def test_a_network_of_nobody_takes_no_other_networks_place(tmp_path):
+    "What a run left whose record is gone is kept in a folder of its own, not over the network of the run that makes room."
+    shared = str(tmp_path / 'shared')
+    train(parameters(tmp_path / 'elsewhere', run='a', checkpoint_dir=shared), weight=1.0)
+    train(parameters(tmp_path, run='b'), weight=2.0)
+    train(parameters(tmp_path, run='b', checkpoint_dir=shared, replace=True), weight=3.0)
+    found = (tmp_path / 'results').glob('*/checkpoints/final/toy/toy_best.pt')
+    assert sorted(load_checkpoint(path)['state_dict']['w'].item() for path in found) == [1, 2]
+    assert load_checkpoint(run_checkpoint(tmp_path / 'results/b'))['state_dict']['w'] == 3
+    train(parameters(tmp_path, run='b', checkpoint_dir=str(tmp_path / 'new'), replace=True), weight=4.0)
+    assert len(list((tmp_path / 'results').iterdir())) == 4 and all(map(content, (tmp_path / 'results').iterdir()))     # no folder without a run
+
+
 def test_bad_parameters_touch_nothing(tmp_path):
     train(parameters(tmp_path), finish=False)
     before = content(tmp_path)
