@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from medfusion.phantom import write_phantom
+from medfusion.runs import notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = "MethodInfo('pixel', 'pixel_weight.ipynb', 'pixel_weight', 'medfusion.pixel_weight', 'PixelWeight', 'pixel_weight_best.pt'),"
@@ -61,6 +62,11 @@ def done(root, program, *arguments):
     return process.stdout
 
 
+def test_the_notebook_takes_what_the_tools_give_every_method():
+    "`medfusion train --range`, and the cases that a cross-validation leaves out."
+    assert {'value_range', 'val_cases', 'test_cases'} <= notebook_parameters('70_your_own_method.ipynb').keys()
+
+
 @pytest.mark.long
 def test_a_notebook_and_a_line_make_a_method(clone):
     done(clone, 'medfusion', 'train', 'pixel', '--run', 'first', '-p', 'epochs=2')
@@ -74,3 +80,12 @@ def test_a_notebook_and_a_line_make_a_method(clone):
     summary = pd.read_csv(clone / 'results/benchmark/first/summary.csv', index_col='method')
     assert summary.kind['first'] == 'network' and summary.parameters['first'] == 8 * 2 * 9 + 8 + 8 * 9 + 1
     assert summary.EN['first'] == pytest.approx(record['numbers']['means']['pixel weight']['EN'], abs=1e-4)
+
+
+@pytest.mark.long
+def test_the_method_is_cross_validated(clone):
+    (clone / 'params' / 'pixel_short.yaml').write_text('epochs: 1\n')
+    done(clone, 'papermill', 'nbs/92_cross_validation.ipynb', 'out.ipynb', '--no-progress-bar', '-p', 'make', 'missing', '-p', 'records', str(clone / 'records'),
+         '-y', "recipes: [pixel_short]\ncases: ['1']\nrivals: [maximum]\nchosen_by: []")
+    record = json.loads((clone / 'records/pixel_short-without-1.json').read_text())
+    assert record['method'] == 'pixel' and record['trained_on'] == ['2', '3', '4'] and set(record['numbers']['1']) > {'network', 'maximum'}
