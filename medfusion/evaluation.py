@@ -539,8 +539,8 @@ def paired_tests(table, questions) -> pd.DataFrame:
 
 # %% ../nbs/21_evaluation.ipynb #d41f1a21
 def compare(table, contenders, against, columns=None) -> pd.DataFrame:
-    "`paired_tests` of each contender in each column (by default all reported ones) against a method, or {column: another}."
-    columns = list(summarise(table).columns) if columns is None else list(columns)
+    "`paired_tests` of each contender in each column (by default all reported ones, of {column: method} those that it has) against a method, or {column: another}."
+    columns = [column for column in summarise(table) if isinstance(against, str) or column in against] if columns is None else list(columns)
     against = dict.fromkeys(columns, against) if isinstance(against, str) else against
     return paired_tests(table, [(contender, column, against[column]) for contender in contenders for column in columns])
 

@@ -602,6 +602,14 @@ def die(item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_a_column_in_which_no_rival_has_a_number_is_left_out():
+    "As VIF, which a copy has of the smallest slices and a fused slice has not: it ended a training in KeyError."
+    table = pd.DataFrame({'method': ['ours', 'average', 'maximum'] * 2, 'case': ['1'] * 6, 'VIF': [.5, np.nan, np.nan] * 2, 'SD': [3., 1., 2.] * 2},
+                         index=pd.Index(['1000.png'] * 3 + ['1001.png'] * 3, name='name'))
+    rivals = E.best_in(E.summarise(table).loc[['average', 'maximum']])
+    assert list(E.compare(table, ['ours'], against=rivals).column) == ['SD']
+
+
 def test_the_best_in_a_column_of_artefacts_has_the_least():
     means = pd.DataFrame({'VIF': [.4, .6], 'invented': [.001, .05], 'SCD': [np.nan, np.nan]}, index=['average', 'maximum'])
     assert E.best_in(means) == {'VIF': 'maximum', 'invented': 'average'}

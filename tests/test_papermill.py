@@ -25,10 +25,10 @@ from medfusion.phantom import write_phantom
 from medfusion.runs import check_parameters, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-WAVELET, RESNET = 'trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb'
+WAVELET, RESNET, LITE = 'trainable-wavelet-fusion.ipynb', 'resnet_based_fusion.ipynb', 'wavelet-lite.ipynb'
 PARAMETERISED = sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb') if '"parameters"' in path.read_text(encoding='utf-8'))
 SMALL = {WAVELET: {'num_epochs': 2, 'width': 4}, RESNET: {'epochs': 2, 'backbone_weights': 'none', 'deepest': 'layer1',
-                                                          'perceptual_stages': 'stem'}}
+                                                          'perceptual_stages': 'stem'}, LITE: {'epochs': 2, 'crop': 0, 'width': 4}}
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +140,21 @@ def test_a_run_in_mixed_precision_leaves_everything_in_its_place(notebook, datas
     assert record['checkpoints'].keys() <= {path.name for path in final.iterdir()} and method.best_name in record['checkpoints']
     assert list((run_dir / 'checkpoints/intermediate' / method.directory).glob('*_epoch_*2.pt'))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['executed.ipynb', 'results']
+
+
+@pytest.mark.parametrize('notebook', [WAVELET, RESNET, LITE])
+def test_a_run_on_small_slices_of_any_size_comes_to_its_end(notebook, dataset, tmp_path):
+    "What a notebook shows on the way does not fail for the slices of whoever trains: 37 × 41 pixels are no multiple of anything."
+    for path in [*dataset.rglob('CT/*.png'), *dataset.rglob('MRI/*.png')]:
+        target = tmp_path / 'Dataset' / path.relative_to(dataset)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_image(target, read_image(path)[12:49, 10:51])
+    finished(run(notebook, tmp_path / 'Dataset', tmp_path), tmp_path)
+
+
+def test_a_loss_by_which_noise_is_better_than_an_untrained_network_trains(dataset, tmp_path):
+    "Contrast alone: of noise there is more."
+    finished(run(WAVELET, dataset, tmp_path, w_mse=0, w_ssim=0, w_gradient=0, w_sd=1), tmp_path)
 
 
 @pytest.mark.long
