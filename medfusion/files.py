@@ -370,7 +370,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         raise OSError(error.errno, f'{path} could not be written ({error.strerror}); nothing was changed. '
                                    f'{way_to_write(error)}') from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):     # it is gone, or a read-only disk has none
             os.unlink(temporary)
     return path
 

@@ -952,3 +952,14 @@ def test_free_space_is_advised_where_that_is_what_lacks(tmp_path, monkeypatch):
     for number, advice in ((errno.ENOSPC, 'Free some space or choose another folder'), (errno.ENOENT, 'nothing was changed. Choose another folder')):
         with pytest.raises(OSError, match=advice):
             write_atomically(tmp_path / 'a', b'a')
+
+
+def test_a_read_only_disk_is_told_by_the_name_of_the_file(tmp_path, monkeypatch):
+    "Where nothing can be written, removing what is not there fails as well: that was told, by the name of a hidden file."
+    def refuse(path, *arguments, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    with monkeypatch.context() as disk:
+        for name in ('open', 'unlink'):
+            disk.setattr(os, name, refuse)
+        with pytest.raises(OSError, match=r'/x\.csv could not be written \(Read-only file system\); nothing was changed\. Choose another folder'):
+            write_atomically(tmp_path / 'x.csv', b'')
