@@ -12,8 +12,7 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
            'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
            'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'keeper_of',
-           'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'cases_before', 'SharedRun', 'claim_places',
-           'open_run']
+           'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -1031,7 +1030,7 @@ class Run:
     split: dict | None = None
     notebook: str = ''
     started: float = field(default_factory=time.time)
-    seen_before: list | None = None    # what the networks saw on which it stands, see `cases_before`
+    stands_on: dict = field(default_factory=dict)    # other networks: what `stands_on` of 24_cross_validation tells of them
     data_sha256: str | None = None    # set by `fit`, as are the hashes of the checkpoints that it wrote, by file name
     checkpoints: dict = field(default_factory=dict)
     begun: bool = False    # until it is, an earlier record of this run stands
@@ -1052,15 +1051,6 @@ class Run:
             if self.begun or state == 'finished':
                 self.record(state, numbers)
 
-# %% ../nbs/09_runs.ipynb #195bb650
-def cases_before(parameters) -> list[str] | None:
-    "The cases that those networks saw on which a run with these parameters stands, as `seen_before` finds them; None where nothing tells."
-    from medfusion.cross_validation import seen_before    # imported only now: it stands on this module
-    try:
-        return sort_cases(seen_before(vars(parameters)))
-    except (ValueError, OSError):
-        return None
-
 # %% ../nbs/09_runs.ipynb #c6917068
 class SharedRun(Run):
     "A run in a process that is not its first: what there is to write, the first one writes."
@@ -1079,23 +1069,23 @@ def claim_places(locks: contextlib.ExitStack, places) -> None:
 
 # %% ../nbs/09_runs.ipynb #82e23283
 def open_run(method: str, parameters, files: CheckpointFiles | None = None, split: dict | None = None,
-             notebook: str = '') -> Run:
+             notebook: str = '', stands_on: dict | None = None) -> Run:
     """A run that owns its folder and those of its checkpoints; a new one has a record that says that it is at work.
 
-    `notebook` is the name of the notebook, for sentences that say what to type. Opening a run again in one process
-    gives up the first; of several processes of one training, the first opens it and the others get a `SharedRun`. Raises
-    ValueError for values that no run can be made with, FileExistsError where another run is at work, or was here and may
-    not be replaced; then nothing was changed.
+    `notebook` is the name of the notebook, for sentences that say what to type; `stands_on` what that function of 24_cross_validation tells,
+    asked before, for `run:latest` may name the very run whose place this one takes. Opening a run again in one process gives up the first;
+    of several processes of one training, the first opens it and the others get a `SharedRun`. Raises ValueError for values that no run can
+    be made with, FileExistsError where another run is at work, or was here and may not be replaced; then nothing was changed.
     """
     check_values(parameters)
     folder = run_folder(parameters)
     if this_process().count > 1:
         connect()    # each is on its own GPU from here on
     if this_process().number > 0:
-        return SharedRun(method, parameters, files, split, notebook)
+        return SharedRun(method, parameters, files, split, notebook, stands_on=stands_on or {})
     if folder in Run.at_work:
         Run.at_work.pop(folder).locks.close()
-    run = Run(method, parameters, files, split, notebook, seen_before=cases_before(parameters))
+    run = Run(method, parameters, files, split, notebook, stands_on=stands_on or {})
     places = {folder} if files is None else {folder, files.intermediate, files.final}
     with contextlib.ExitStack() as locks:
         claimed = {place for place in places if place.is_dir()}
