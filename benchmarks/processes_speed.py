@@ -73,7 +73,7 @@ def work(method, folder, rounds, pairs):
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
-    from medfusion.processes import Process, connect, this_process
+    from medfusion.processes import Process, connect, leave_to_first, this_process
     from medfusion.training import EpochSampler, SharedBatches
     torch.set_num_threads(1)
     connect()
@@ -99,6 +99,7 @@ def work(method, folder, rounds, pairs):
     exchange = averaging(size)
     if this_process().number == 0:
         report(method, pairs, {name: of_name[1:] for name, of_name in rows.items()}, size, exchange)    # the first round warms up
+    leave_to_first()
 
 
 def report(method, pairs, rows, size, exchange):

@@ -14,7 +14,7 @@ from machine import ROOT, commit
 RECORD = Path(__file__).with_name('cpu_speed.txt')
 # README.md says what the commits changed. What writes a recorded result comes last: from then on the clone differs from the commit.
 BENCHMARKS = ['networks_speed.py --compile --against b611665 9c7c484 f53cabb^ f53cabb 34074a3 2cbee10 fe2d96d 67e7146',
-              'step_speed.py --against b611665', 'gpu_speed.py --device cpu --batches 1', 'gpu_speed.py --device cpu --batches 1 --model resnet', 'fuse_speed.py', 'fuse_speed.py --png',
+              'step_speed.py --against b611665', 'gpu_speed.py --device cpu --batches 1', 'gpu_speed.py --device cpu --batches 1 --model resnet', 'fuse_speed.py --rounds 5', 'fuse_speed.py --png',
               'many_files.py --pairs 1000 10000 --results 10000 --triples 1000 10000', 'processes_speed.py --method wavelet', 'processes_speed.py --method resnet',
               'lite_widths.py']
 
