@@ -14,6 +14,7 @@ takes where both are ready, in the median. At the end a calculation, no measurem
 """
 import argparse
 import copy
+import gc
 import os
 import statistics
 import sys
@@ -73,7 +74,7 @@ def work(method, folder, rounds, pairs):
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
-    from medfusion.processes import Process, connect, leave_to_first, this_process
+    from medfusion.processes import Process, connect, this_process
     from medfusion.training import EpochSampler, SharedBatches
     torch.set_num_threads(1)
     connect()
@@ -99,7 +100,6 @@ def work(method, folder, rounds, pairs):
     exchange = averaging(size)
     if this_process().number == 0:
         report(method, pairs, {name: of_name[1:] for name, of_name in rows.items()}, size, exchange)    # the first round warms up
-    leave_to_first()
 
 
 def report(method, pairs, rows, size, exchange):
@@ -140,7 +140,10 @@ def main():
     parser.add_argument('--folder', type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder:
-        return work(given.method, given.folder, given.rounds, given.pairs)
+        from medfusion.processes import leave_to_first
+        work(given.method, given.folder, given.rounds, given.pairs)
+        gc.collect()    # what holds the group of processes goes first, so that its threads end before the interpreter does
+        return leave_to_first()
     print(heading(), flush=True)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
