@@ -152,9 +152,10 @@ def best_in(folder: Path) -> Path:
 
 # %% ../nbs/20_inference.ipynb #efe5576f
 def run_named(text: str) -> Path:
-    "The folder of the run that 'run:NAME' or 'run:METHOD/NAME' means. Raises what `find_run` raises."
+    "The folder of the run that 'run:NAME' or 'run:METHOD/NAME' means; one that trained a network counts before a study or a benchmark of that name. Raises what `find_run` raises."
     method, slash, run = text.removeprefix('run:').rpartition('/')
-    return find_run((methods()[method].directory if method in methods() else method) + slash + run)
+    folders = {name: info.directory for name, info in methods().items()}
+    return find_run(folders.get(method, method) + slash + run, first=folders.values())
 
 # %% ../nbs/20_inference.ipynb #4bbf16e5
 def is_name(text: str) -> bool:
@@ -887,6 +888,8 @@ def check_output(out, inputs, suffixes: tuple[str, ...] = ()) -> Path:
         raise ValueError(f'{out} does not end in {", ".join(suffixes)}; give it one of these endings.')
     if not suffixes and split_pattern(out)[1]:
         raise ValueError(f'{out} ends in a pattern of names; results are named like the CT slices, so name a folder alone.')
+    if not suffixes and is_slice_name(out.name) and not out.is_dir():
+        raise ValueError(f'{out} is called like a slice, and what is written is a folder; name a folder.')
     if above := next((place for place in Path(out).parents if place.is_file()), None):
         raise FileExistsError(f'{above} is a file where a folder should be; name another place to write.')
     if os.path.lexists(out) and not (out.is_file() if suffixes else out.is_dir()):

@@ -860,22 +860,23 @@ def read_run(folder: str | Path) -> dict:
     return record
 
 # %% ../nbs/09_runs.ipynb #a5b6b41c
-def find_run(name: str, results: str | Path = '../results') -> Path:
+def find_run(name: str, results: str | Path = '../results', first=()) -> Path:
     """The folder of a recorded run: 'NAME', or 'METHOD/NAME' where two methods have a run of that name.
 
-    METHOD is the folder in results/. Raises FileNotFoundError, or ValueError where the name is ambiguous or no name.
+    METHOD is the folder in results/; runs of the methods `first` count before others of the same name. Raises FileNotFoundError, or ValueError where the name is ambiguous or no name.
     """
     method, _, run = name.rpartition('/')
     check_run_name(run)
     root = resolve_path(results)
     records = root.glob(f'{check_run_name(method) if method else "*"}/*/run.json')
     found = sorted(path.parent for path in records if path.parent.name == run)
+    found = [path for path in found if path.parent.name in first] or found
     if not found:
         there = sorted({f'{path.parent.parent.name}/{path.parent.name}' for path in root.glob('*/*/run.json')})
         raise FileNotFoundError(f'There is no run {name} in {root}; there is {", ".join(there[:8]) or "none at all"}.')
     if len(found) > 1:
         choices = ' or '.join(f'{path.parent.name}/{run}' for path in found)
-        raise ValueError(f'{name} is a run of several methods; write {choices}.')
+        raise ValueError(f'{name} is a run of several methods; write {choices} in its place.')
     return found[0]
 
 # %% ../nbs/09_runs.ipynb #23314274

@@ -729,7 +729,7 @@ def test_benchmark_takes_models_as_every_command_does(clone, monkeypatch):
     Path('mine.pt').write_bytes(b'')
     (clone / 'results/benchmark').mkdir(parents=True)
     monkeypatch.setattr('medfusion.inference.run_checkpoint', lambda folder: Path('mine.pt'))
-    monkeypatch.setattr('medfusion.inference.find_run', lambda name: Path(name))
+    monkeypatch.setattr('medfusion.inference.find_run', lambda name, first: Path(name))
     result = medfusion('benchmark', '-p', 'checkpoints=[wavelet, mine.pt, run:a]', '--run', 'a')
     assert result.exit_code == 0, result.output
     seen = json.loads((clone / 'results/benchmark/seen-a.json').read_text())

@@ -424,6 +424,8 @@ def test_numbers_of_numpy_are_numbers(pair):
 def test_results_are_named_by_no_pattern(folders, tmp_path):
     with pytest.raises(ValueError, match='ends in a pattern of names.* name a folder alone'):
         fuse_folder(folders / 'CT', folders / 'MRI', tmp_path / '{name}_f.png', maximum)
+    with pytest.raises(ValueError, match='fused.png is called like a slice, and what is written is a folder'):
+        fuse_folder(folders / 'CT', folders / 'MRI', tmp_path / 'fused.png', maximum)
 
 
 def test_a_file_that_cannot_be_fused_is_named(tmp_path):

@@ -716,8 +716,12 @@ def test_finding_runs(tmp_path):
         write_run(tmp_path / method / 'both', method=method, parameters={}, state='finished', started=0)
     write_run(tmp_path / 'resnet_fusion' / 'one', method='resnet_fusion', parameters={}, state='finished', started=0)
     assert find_run('one', tmp_path) == find_run('resnet_fusion/one', tmp_path) == tmp_path / 'resnet_fusion' / 'one'
-    with pytest.raises(ValueError, match='several methods; write resnet_fusion/both or trainable_wavelet_fusion/both'):
+    with pytest.raises(ValueError, match='several methods; write resnet_fusion/both or trainable_wavelet_fusion/both in its place'):
         find_run('both', tmp_path)
+    write_run(tmp_path / 'scan_fusion' / 'one', method='scan_fusion', parameters={}, state='finished', started=0)
+    with pytest.raises(ValueError, match='write resnet_fusion/one or scan_fusion/one'):
+        find_run('one', tmp_path)
+    assert find_run('one', tmp_path, first=['resnet_fusion']) == tmp_path / 'resnet_fusion' / 'one'    # a network, asked for by -m run:one
     with pytest.raises(FileNotFoundError, match='There is no run two .*resnet_fusion/one'):
         find_run('two', tmp_path)
     for name in ('../one', 'a/b/c', '/etc', '*', ''):
