@@ -32,7 +32,7 @@ def keep_freed_memory():
 def quick_on_cpus(network):
     "The network, changed in place: channels last in memory, convolutions of one pixel as `Pointwise`, where there are channels enough; and freed memory stays with the process."
     for part in network.modules():
-        if type(part) is nn.Conv2d and part.kernel_size == (1, 1) and not (part.in_channels % 16 or part.out_channels % 16):
+        if type(part) is nn.Conv2d and part.kernel_size == (1, 1) and part.padding_mode == 'zeros' and not (part.in_channels % 16 or part.out_channels % 16):
             part.__class__ = Pointwise                         # which differs in nothing but `forward`
     keep_freed_memory()
     return network.to(memory_format=torch.channels_last)
