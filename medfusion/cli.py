@@ -917,11 +917,12 @@ def means_text(folder: Path) -> str:
 
 # %% ../nbs/50_cli.ipynb #5ee7cc04
 def short_name(folder: Path) -> str:
-    "What -m understands for a run's folder, as the shell takes it: run:NAME where that finds the folder, else the path."
-    from medfusion.runs import find_run
-    with suppress(ValueError, OSError):
-        if find_run(folder.name) == folder:
-            return shlex.quote(f'run:{folder.name}')
+    "What -m understands for a run's folder, as the shell takes it: run:NAME or run:METHOD/NAME where that finds the folder, else the path."
+    from medfusion.inference import run_named
+    for text in (f'run:{folder.name}', f'run:{folder.parent.name}/{folder.name}'):
+        with suppress(ValueError, OSError):
+            if run_named(text) == folder:
+                return shlex.quote(text)
     return shlex.quote(str(folder))
 
 # %% ../nbs/50_cli.ipynb #392d8705

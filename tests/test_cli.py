@@ -30,7 +30,7 @@ from medfusion.cli import app
 from medfusion.evaluation import GrowingTable
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
-from medfusion.runs import make_folder, nbs_dir
+from medfusion.runs import make_folder, nbs_dir, write_run
 
 
 def medfusion(*arguments):
@@ -708,6 +708,14 @@ def test_train(clone):
     assert re.search(r'SD\ntoy +80\naverage +60\ndone', result.stdout) and result.stdout.endswith('-o OUT -m run:a\n')
 
 
+def test_training_ends_with_a_name_that_means_its_run(clone):
+    "Also where another method, or a study, has a run of that name."
+    for other, told in (('scan_fusion', 'run:a'), ('resnet_fusion', 'run:trainable_wavelet_fusion/a')):
+        write_run(clone / 'results' / other / 'a', method=other, parameters={}, state='finished', started=0)
+        result = medfusion('train', 'wavelet', '-p', 'lr=0.5', '-p', 'resume=true', '--run', 'a')
+        assert result.exit_code == 0 and result.stdout.endswith(f'-o OUT -m {told}\n'), result.output
+
+
 def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(clone):
     Path('2').write_text('a file that is called like the run')
     result = medfusion('train', 'wavelet', '-p', 'data_dir=my/CT', '-p', 'save_dir=runs', '-p', 'run=2')
@@ -1014,7 +1022,6 @@ def test_stopped_at_any_write(pairs, words, files, monkeypatch, record_property)
     "Wherever it comes: one sentence, the status of the signal, each file the old one or the new one, whole, and nothing beside them."
     for side in ('CT', 'MRI'):
         shutil.copy(Path(side, pairs[0]), Path(side, '1002.png'))
-    from medfusion.runs import write_run
     write_run(Path.cwd() / 'toy/r1', method='toy', parameters={'seed': 1}, state='finished', started=1, numbers={'means': {'x': {'EN': 1.}}})
     Path('toy/metrics.csv').write_text('# a convention\nname,method,case,EN\n1002.png,one,1,2.5\n1002.png,two,1,3.5\n')
     assert medfusion(*words).exit_code == 0

@@ -800,6 +800,18 @@ def test_a_tracker_gets_every_epoch(tmp_path):
             config={}, progress='none', tracker='tensorbord')
 
 
+def test_a_run_goes_on_that_took_the_place_of_the_network_on_which_it_stands(tmp_path, monkeypatch):
+    "`run:again` means its own network by then."
+    monkeypatch.setattr('medfusion.inference.find_run', lambda name, first: tmp_path / name)
+    run(tmp_path, epochs=1, given={'run': 'again'})
+    before = sha256_of(toy_files(tmp_path, run='again').best())
+    given = {'run': 'again', 'start': 'run:again', 'checkpoint_dir': str(tmp_path / 'elsewhere')}
+    run(tmp_path, epochs=1, lr=0.2, given=given | {'replace': True})
+    assert load_checkpoint(toy_files(tmp_path, **given).epoch(1))['settings']['networks'] == {'start': before}
+    _, history = run(tmp_path, epochs=2, lr=0.2, given=given, resume=True)
+    assert [row['epoch'] for row in history] == [1, 2]
+
+
 def test_what_a_network_saw_on_which_a_run_stands_it_saw_too(tmp_path):
     path, seen = '', []
     for name, role in (('first', 'start'), ('second', 'teacher'), ('third', 'masks')):
