@@ -187,7 +187,7 @@ class DecodedLayers(FusionLayers):
         self.head = nn.Conv2d(widths[0], 3, 3, padding=1)
         nn.init.zeros_(self.head.weight)                              # training starts at 0.73 (CT + MRI) everywhere
         self.head.bias.data = torch.tensor([1.0, 1.0, 0.0])
-        quick_on_cpus(self)
+        quick_on_cpus(self)                                           # the same numbers, sooner: 11_cpu.ipynb
 
     def decide(self, slices, seen):
         "Three outputs per pixel (B, 3, H, W), of both slices (B, 2, H, W) and the fused features that are `seen` in them."

@@ -66,7 +66,7 @@ class MaskNetwork(nn.Module):
         self.head = nn.Conv2d(width, masks + 4, 3, 1, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the average of both slices
         nn.init.zeros_(self.head.bias)
-        quick_on_cpus(self)
+        quick_on_cpus(self)                                               # the same numbers, sooner: 11_cpu.ipynb
 
     def encode(self, x):
         x1 = self.encode1(x.contiguous(memory_format=torch.channels_last))  # (B,  w, h,   w)

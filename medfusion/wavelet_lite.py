@@ -37,7 +37,7 @@ class RegionNetwork(nn.Module):
         self.head = nn.Conv2d(width, 12, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the rule
         nn.init.zeros_(self.head.bias)
-        quick_on_cpus(self)
+        quick_on_cpus(self)                          # the same numbers, sooner: 11_cpu.ipynb
 
     def forward(self, x):
         double = partial(F.interpolate, scale_factor=2, mode='bilinear')

@@ -1,5 +1,6 @@
 """The house rules of notebooks: clean, in sync with the package, short exported cells with examples, and one parameters cell where papermill runs them."""
 import ast
+import inspect
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from statistics import median
 
 import pytest
 from medfusion.inference import methods, network_roles
+from medfusion.subbands import MaskNetwork
 from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +86,12 @@ def test_no_method_imports_another():
     "What two of them need stands in a notebook before them."
     modules = {info.module.rpartition('.')[2] for info in methods().values()}
     assert [module for module in modules if imported(module) & modules - {module}] == []
+
+
+def test_the_source_that_a_notebook_shows_is_that_of_the_package():
+    outputs = [output for cell in json.loads((ROOT / 'nbs/trainable-wavelet-fusion.ipynb').read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+    shown = [text for output in outputs if (text := ''.join(output.get('data', {}).get('text/markdown', ''))).startswith('```python')]
+    assert shown == [f'```python\n{inspect.getsource(MaskNetwork)}```']
 
 
 def test_imports_run_one_way():
