@@ -29,7 +29,6 @@ from .inference import find_model, in_place, load_model, methods, model_sha256, 
 from .metrics import lower_is_better
 from .phantom import phantom_slice
 from .runs import check_parameters, listed_cases, make_folder, range_of, read_run, resolve_path, resume_settings, run_checkpoint, save_checkpoint
-from .wavelet_fusion import WaveletFusion
 
 # %% ../nbs/24_cross_validation.ipynb #e3456141
 def pool_slices(data, folder, phantom: bool = False) -> tuple[Path, Path]:
@@ -231,12 +230,12 @@ def fold_networks(folder, records: list[dict]) -> dict:
 
 # %% ../nbs/24_cross_validation.ipynb #41460396
 def untrained_folds(folder, cases=('1', '2'), **config) -> Path:
-    "Writes records and networks of the recipe 'untrained': for each case a `WaveletFusion` of this config as it is made; the last one's path."
-    network = WaveletFusion(**config)
+    "Writes records and networks of the recipe 'untrained': for each case a wavelet network of this config as it is made; the last one's path."
+    method = methods()['wavelet']
+    network = method.network_class()(**config)
     for case in cases:
         place = make_folder(Path(folder) / fold_name('untrained', case))
-        path = save_checkpoint(place / 'wavelet_fusion_spatial_best.pt', method='trainable_wavelet_fusion', config=network.config,
-                               state_dict=network.state_dict(), epoch=0, metrics={})
+        path = save_checkpoint(place / method.best_name, method=method.directory, config=network.config, state_dict=network.state_dict(), epoch=0, metrics={})
         write_json(place.with_name(f'{place.name}.json'), {'format': 'medfusion fold 2', 'recipe': 'untrained', 'recipe_sha256': '', 'left_out': [case],
                                                            'trained_on': [other for other in cases if other != case], 'checkpoint_sha256': sha256_of(path)})
     return path
