@@ -10,9 +10,10 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
            'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
            'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
-           'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record', 'of_first_version', 'read_run',
-           'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out', 'needs_room', 'keeper_of',
-           'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'SharedRun', 'claim_places', 'open_run']
+           'slices_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record',
+           'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out',
+           'needs_room', 'keeper_of', 'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'SharedRun',
+           'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -755,6 +756,13 @@ def data_sha256(*data_sets) -> str | None:
     pairs = [pair for data_set in data_sets for pair in getattr(data_set, 'pairs', [])]
     hashes = [sha256_of(path) for pair in pairs for path in (pair.ct, pair.mri)]
     return hashlib.sha256('\n'.join(hashes).encode()).hexdigest() if hashes else None
+
+# %% ../nbs/09_runs.ipynb #58b79a70
+def slices_sha256(parameters) -> str | None:
+    "What `data_sha256` says of the slices that a run with these parameters would train and validate on now. Raises what `open_parts` raises."
+    with contextlib.redirect_stdout(io.StringIO()):    # a split is told by the run that trains on it
+        train, val, _ = open_parts(parameters)
+    return data_sha256(train, val)
 
 # %% ../nbs/09_runs.ipynb #875be09a
 def git_revision() -> dict | None:

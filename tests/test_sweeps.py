@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from medfusion.cli import read_value
 from medfusion.inference import named_model
 from medfusion.paper_figures import named_method
 from medfusion.phantom import write_phantom
-from medfusion.runs import read_run, write_history, write_run
+from medfusion.runs import read_run, slices_sha256, write_history, write_run
 from medfusion.tables import split_values
 
 GRID = {'w_gradient': [0.5, 1.0], 'seed': [0, 1]}
@@ -263,3 +264,16 @@ def test_the_names_work_wherever_a_run_is_named():
     specs = read_value(f'[run:{name}, ours=run:{name}]', list[str])
     assert [named_model(spec) for spec in specs] == [(name, f'run:{name}'), ('ours', f'run:{name}')]
     assert [named_method(spec)[1] for spec in specs] == [f'run:{name}'] * 2
+
+
+def test_a_run_on_slices_that_were_changed_is_refused(started, tmp_path):
+    part = write_phantom(tmp_path / 'Dataset', cases=3, slices=1, size=64) / 'train'
+    given = {'ct_dir': str(part / 'CT'), 'mri_dir': str(part / 'MRI'), 'num_epochs': 1, 'save_dir': str(tmp_path / 'results')}
+    for run in S.plan('wavelet', {'seed': [0, 1]}, given):
+        write_run(run.folder, method='trainable_wavelet_fusion', parameters=run.parameters, state='finished', started=0,
+                  data_sha256=slices_sha256(SimpleNamespace(**run.parameters)))
+    assert [run.todo for run in S.plan('wavelet', {'seed': [0, 1, 2]}, given)] == ['finished', 'finished', 'begin']
+    write_phantom(tmp_path / 'Dataset', cases=3, slices=1, size=64, seed=5, replace=True)
+    with pytest.raises(ValueError, match=r'seed=0 holds a run that was trained on other slices than .*train/CT and those beside it hold now; give the sweep a name'):
+        S.sweep('wavelet', {'seed': [0, 1]}, given, progress='none')
+    assert not started and [run.todo for run in S.plan('wavelet', {'seed': [0, 1]}, given, 'other')] == ['begin', 'begin']
