@@ -917,12 +917,13 @@ def means_text(folder: Path) -> str:
 
 # %% ../nbs/50_cli.ipynb #5ee7cc04
 def short_name(folder: Path) -> str:
-    "What -m understands for a run's folder, as the shell takes it: run:NAME or run:METHOD/NAME where that finds the folder, else the path."
-    from medfusion.inference import run_named
-    for text in (f'run:{folder.name}', f'run:{folder.parent.name}/{folder.name}'):
-        with suppress(ValueError, OSError):
-            if run_named(text) == folder:
-                return shlex.quote(text)
+    "What -m understands for a run's folder, as the shell takes it, also when another method will have a run of that name: run:METHOD/NAME where that finds the folder, else the path."
+    from medfusion.inference import methods, run_named
+    method = next((name for name, one in methods().items() if one.directory == folder.parent.name), folder.parent.name)
+    text = f'run:{method}/{folder.name}'
+    with suppress(ValueError, OSError):
+        if run_named(text) == folder:
+            return shlex.quote(text)
     return shlex.quote(str(folder))
 
 # %% ../nbs/50_cli.ipynb #392d8705

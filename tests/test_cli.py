@@ -705,15 +705,15 @@ def test_train(clone):
     assert json.loads((folder / 'seen.json').read_text()) == ['a', 5, 0.5, '../elsewhere/CT', True, 'no']
     assert (folder / 'executed.ipynb').is_file() and 'epoch 5' in result.stdout and str(folder) in result.stdout
     assert 'medfusion train wavelet -f x.yaml -p epochs=5\n' in result.stdout and not result.stderr
-    assert re.search(r'SD\ntoy +80\naverage +60\ndone', result.stdout) and result.stdout.endswith('-o OUT -m run:a\n')
+    assert re.search(r'SD\ntoy +80\naverage +60\ndone', result.stdout) and result.stdout.endswith('-o OUT -m run:wavelet/a\n')
 
 
 def test_training_ends_with_a_name_that_means_its_run(clone):
-    "Also where another method, or a study, has a run of that name."
-    for other, told in (('scan_fusion', 'run:a'), ('resnet_fusion', 'run:trainable_wavelet_fusion/a')):
+    "Also when another method, or a study, has a run of that name, before or after it."
+    for other in ('nothing', 'scan_fusion', 'resnet_fusion'):
         write_run(clone / 'results' / other / 'a', method=other, parameters={}, state='finished', started=0)
         result = medfusion('train', 'wavelet', '-p', 'lr=0.5', '-p', 'resume=true', '--run', 'a')
-        assert result.exit_code == 0 and result.stdout.endswith(f'-o OUT -m {told}\n'), result.output
+        assert result.exit_code == 0 and result.stdout.endswith('-o OUT -m run:wavelet/a\n'), result.output
 
 
 def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(clone):
