@@ -228,7 +228,7 @@ def check_values(parameters) -> None:
         check_run_name(given['run'])
     range_of(given.get('value_range', ''))
     whole = {'crop': 'a side in pixels, or 0 for whole slices', 'seed': 'a whole number from 0 up'}
-    for name in ('crop', 'seed', 'num_epochs', 'epochs', 'batch_size', 'save_every'):
+    for name in ('crop', 'seed', 'num_epochs', 'epochs', 'batch_size', 'save_every', 'width'):
         if name in given and given[name] < (0 if name in whole else 1):
             raise ValueError(f'{name} must be {whole.get(name, "at least 1")}, not {given[name]}.')
     if 0 < given.get('crop', 0) < 16:
@@ -236,6 +236,9 @@ def check_values(parameters) -> None:
     for name in ('lr', 'gradient_gain'):
         if name in given and not given[name] > 0:
             raise ValueError(f'{name} must be above 0, not {given[name]}.')
+    for name in ('residual', 'gain'):
+        if not given.get(name, 0) >= 0:
+            raise ValueError(f'{name} must be 0 or more, not {given[name]}: it is a bound.')
     if not given.get('clip', 0) >= 0:
         raise ValueError(f'clip must be above 0, or 0 for no bound, not {given["clip"]}.')
     if 'ema' in given and not 0 <= given['ema'] < 1:

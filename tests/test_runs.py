@@ -150,7 +150,7 @@ VALUES = dict(run='latest', num_epochs=2, batch_size=4, lr=1e-3, seed=0, crop=0,
 
 @pytest.mark.parametrize('name, value', [
     ('lr', 0), ('lr', -1e-3), ('seed', -1), ('num_epochs', 0), ('batch_size', 0), ('crop', -1), ('ema', 1.0), ('ema', -0.5), ('clip', -1.0),
-    ('precision', 'half'), ('w_ssim', -1.0), ('w_mse', 0.0), ('run', '..'), ('run', 'a/b')])
+    ('precision', 'half'), ('w_ssim', -1.0), ('w_mse', 0.0), ('run', '..'), ('run', 'a/b'), ('width', 0), ('residual', -0.1), ('gain', -0.1)])
 def test_values_that_no_run_can_be_made_with(name, value):
     check_values(VALUES)
     with pytest.raises(ValueError, match=name if name != 'run' else 'cannot be named') as complaint:
