@@ -234,13 +234,14 @@ def named_split(folders: list[Path], val_cases: str, test_cases: str, counts: di
     from medfusion.data import case_of
     from medfusion.files import list_pairs
     from medfusion.runs import named_cases, sides
-    chosen = named_cases(SimpleNamespace(val_cases=val_cases, test_cases=test_cases))
+    cases = {case_of(pair.name) for pair in list_pairs(*folders)} if val_cases or test_cases else ()
+    chosen = named_cases(SimpleNamespace(val_cases=val_cases, test_cases=test_cases), cases)
     for part, count in counts.items() if chosen else ():
         if count != len(chosen[part]):
             raise typer.BadParameter(f'--{part} {count} does not go with --val-cases and --test-cases, which name {len(chosen[part])} '
                                      f'for that part; leave --{part} out')
     try:
-        return chosen and sides({case_of(pair.name) for pair in list_pairs(*folders)}, chosen, folders[0].parent, ('train',) if counts.get('test') == 0 else ('test', 'train'))
+        return chosen and sides(cases, chosen, folders[0].parent, ('train',) if counts.get('test') == 0 else ('test', 'train'))
     except ValueError as error:
         text = re.sub(r'\b(val|test)_cases\b', r'--\1-cases', str(error))
         raise ValueError(text.replace('name some by --test-cases', 'name some by --test-cases, or say that there are none (--test 0)')) from None
@@ -290,7 +291,7 @@ def flat_folder_sentence(root: Path, cases: list[str], values: str | None = None
     "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split its cases; or that it has too few."
     if len(cases) < 3:
         return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on, or two and none to validate on (-p test_cases=CASE).'
-    place, (val, test), drawn = shlex.quote(str(root)), cases[-2:], f' --range {shlex.quote(values)}' if values else ''
+    place, (val, test), drawn = shlex.quote(str(root)), [shlex.quote(case.strip()) for case in cases[-2:]], f' --range {shlex.quote(values)}' if values else ''
     return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
             f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}{drawn}), and records the split; or make a data set with parts: '
             f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}{drawn}')

@@ -51,8 +51,8 @@ import safetensors.torch
 import torch
 
 import medfusion
-from .data import CTMRIDataset, check_names, check_split, sort_cases, split_by_case
-from .files import absolute_path, clear_abandoned, is_folder, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .data import CTMRIDataset, case_of, check_names, check_split, sort_cases, split_by_case
+from .files import absolute_path, clear_abandoned, is_folder, list_pairs, plain, range_of, read_json, sha256_of, write_atomically, write_json
 from .losses import check_weights
 from .phantom import check_synthetic_pairs, synthetic_slices
 from .processes import connect, this_process
@@ -652,15 +652,17 @@ def _beside(parameters):
     return f'The current folder holds them: `{" ".join(f"-p {name}={text}" for name, text in found.items())}`. ' if len(found) == 2 else ''
 
 # %% ../nbs/09_runs.ipynb #cc8236d2
-def listed_cases(text) -> list[str]:
-    "The cases that a text such as '34, 41' lists."
-    return str(text).replace(',', ' ').split()
+def listed_cases(text, cases=()) -> list[str]:
+    "The cases that a text such as '34, 41' lists; between commas also one of `cases` whose name has blanks."
+    known = {' '.join(case.split()): case for case in cases}
+    parts = [' '.join(part.split()) for part in str(text).split(',')]
+    return [known.get(one, one) for part in parts for one in ([part] if part in known else part.split())]
 
 # %% ../nbs/09_runs.ipynb #bbbb8bbe
-def named_cases(parameters) -> dict[str, list[str]] | None:
-    "The cases {'val': [...], 'test': [...]} that val_cases and test_cases, texts like '34, 41', name; None if both are empty."
+def named_cases(parameters, cases=()) -> dict[str, list[str]] | None:
+    "The cases {'val': [...], 'test': [...]} that val_cases and test_cases, texts as for `listed_cases`, name; None if both are empty."
     texts = {part: getattr(parameters, f'{part}_cases', '') for part in ('val', 'test')}
-    return {part: listed_cases(text) for part, text in texts.items()} if any(texts.values()) else None
+    return {part: listed_cases(text, cases) for part, text in texts.items()} if any(texts.values()) else None
 
 # %% ../nbs/09_runs.ipynb #a5500e50
 def sides(cases, chosen: dict, folder, needed=('test', 'train')) -> dict[str, list[str]]:
@@ -714,7 +716,7 @@ def open_parts(parameters, augment: bool = False, crop: int | None = None, vary:
     root, drawn = train[0].parent.parent, range_of(getattr(parameters, 'value_range', ''))
     training = dict(augment=augment, crop=crop, seed=parameters.seed, vary=vary, share=synthetic, others=synthetic_slices() if synthetic else ())
     if val is None and test is None:
-        return divide(train, parameters.seed, training, drawn, named_cases(parameters))
+        return divide(train, parameters.seed, training, drawn, named_cases(parameters, {case_of(pair.name) for pair in list_pairs(*train)}))
     if named_cases(parameters):
         raise ValueError(f'val_cases and test_cases divide a flat folder, but {train[0].parent} has its parts beside it; '
                          'leave them empty, or name a folder with all slices in ct_dir and mri_dir.')

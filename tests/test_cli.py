@@ -14,6 +14,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -30,7 +31,7 @@ from medfusion.cli import app
 from medfusion.evaluation import GrowingTable
 from medfusion.files import read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
-from medfusion.runs import make_folder, nbs_dir, write_run
+from medfusion.runs import make_folder, nbs_dir, open_parts, write_run
 
 
 def medfusion(*arguments):
@@ -256,6 +257,20 @@ def test_data_import(tmp_path, monkeypatch):
         path.unlink()
     assert_sentence(medfusion('data', 'import', 'source', 'few'), '2 cases of', 'source cannot give', 'ask for fewer (--val 0, --test 0), or add patients')
     assert medfusion('data', 'import', 'source', 'few', '--val', 0).exit_code == 0
+
+
+def test_cases_with_blanks_in_their_names_can_be_named(tmp_path, monkeypatch):
+    "As the check of a flat folder proposes."
+    monkeypatch.chdir(tmp_path)
+    write_flat(Path('my slices'), {f'Müller {case} – {number:03d}.png': 50 * case + number for case in (1, 2, 3) for number in (1, 2)})
+    told = medfusion('data', 'check', 'my slices').stdout
+    command = shlex.split(told.split('parts: medfusion ')[1])
+    assert medfusion(*command).exit_code == 0 and json.loads(Path('Dataset/split_info.json').read_text())['cases']['val'] == ['Müller 2 – ']
+    words = dict(word.split('=', 1) for word in shlex.split(told.split('(medfusion train wavelet ')[1].split('), and')[0]) if word != '-p')
+    places = {name: str(Path(words.get(name) or '').absolute()) if words.get(name) else '' for name in
+              ('ct_dir', 'mri_dir', 'ct_val_dir', 'mri_val_dir', 'ct_test_dir', 'mri_test_dir')}
+    train, val, test = open_parts(SimpleNamespace(seed=0, **(words | places)))
+    assert (train.cases, val.cases, test.cases) == (['Müller 1 – '], ['Müller 2 – '], ['Müller 3 – '])
 
 
 def test_sides_may_be_named_and_empty_and_folders_in_small_letters(tmp_path, monkeypatch):
