@@ -45,7 +45,10 @@ def connect():
     "accelerate's state of this process, after it has joined the others; whoever comes first waits for the last."
     import torch
     from accelerate.state import PartialState
-    return PartialState(cpu=this_process().count > 1 and not torch.cuda.is_available())
+    state = PartialState(cpu=this_process().count > 1 and not torch.cuda.is_available())
+    if state.device.type == 'mps':
+        state.device = torch.device('cpu')
+    return state
 
 # %% ../nbs/09_processes.ipynb #0af71bbc
 def from_first(value=None):
