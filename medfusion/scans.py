@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
-           'file_slices', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'told_apart',
-           'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
-           'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts', 'list_series', 'meant_values',
-           'in_hounsfield', 'placed', 'read_slices', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack',
-           'read_series', 'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry',
-           'image_scan', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
-           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
-           'series_row', 'scan_table', 'table_text']
+           'file_slices', 'files_in', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart',
+           'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked',
+           'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts',
+           'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
+           'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
+           'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
+           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats',
+           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
+           'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -198,13 +199,30 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
         raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy or export it again') from None
     return found
 
+# %% ../nbs/30_scans.ipynb #5170cb55
+def files_in(folder) -> list[Path]:
+    "The files of a folder and of all folders in it, sorted. Links are followed, but none to a folder around this one; what several ways lead to is there once."
+    found, known, root = {}, set(), os.path.realpath(folder)
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in known or real != root and os.path.commonpath([real, root]) == real:
+            folders.clear()                          # a way that was gone already, or leads back up without an end
+            continue
+        known.add(real)
+        folders.sort()
+        for file in (Path(place, name) for name in names):
+            if file.is_file():
+                aim = os.path.realpath(file)
+                found[aim] = min(found.get(aim, file), file, key=lambda one: (one.is_symlink(), one))
+    return sorted(found.values())
+
 # %% ../nbs/30_scans.ipynb #0bcf9c55
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
     path, found = Path(path), Folder([], [], [])
     if not (path.is_dir() or path.is_file()):       # a pipe or a device would be read without an end
         raise FileNotFoundError(missing_sentence(path, 'folder or file'))
-    for file in sorted(file for file in path.rglob('*') if file.is_file()) if path.is_dir() else [path]:
+    for file in files_in(path) if path.is_dir() else [path]:
         try:
             if (header := dicom_header(file)) is None:
                 continue
@@ -519,6 +537,39 @@ def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
     sample = values.ravel()[::max(values.size // 1_000_000, 1)]
     return bool(sample.size and ((sample > -1100) & (sample < -850)).mean() > .002)
 
+# %% ../nbs/30_scans.ipynb #ce1d11d1
+def fillings(values: np.ndarray) -> dict[float, float]:
+    """What fills an MRI (any shape) beyond what was seen, and what to put there: {value: 0, or what is nearest to 0}.
+
+    That is the lowest or highest value, if it is not 0, a thousandth of the voxels have it, and it is farther from the next than all others reach (their middle 99.8 %);
+    or a tenth of that, if it alone is below 0."""
+    sample, found = values.ravel()[::max(values.size // 1_000_000, 1)].astype(np.float64), {}
+    for value in (sample.min(), sample.max()):
+        rest = sample[sample != value]
+        if not value or len(rest) < 2 or len(sample) - len(rest) < len(sample) / 1000:
+            continue
+        low, high = np.percentile(rest, [.1, 99.9])
+        reach = (high - low) * (.1 if value < 0 <= rest.min() else 1)
+        if np.abs(rest - value).min() > reach > 0:
+            found[float(value)] = float(np.clip(0, rest.min(), rest.max()))
+            sample = rest
+    return found
+
+# %% ../nbs/30_scans.ipynb #3fe62150
+def without_fillings(image: sitk.Image) -> tuple[sitk.Image, list]:
+    "An MRI (float32) without what fills it beyond what was seen (see `fillings`), and sentences about it."
+    values, notes = sitk.GetArrayViewFromImage(image), []
+    if not (known := fillings(values)):
+        return image, notes
+    values = values.copy()
+    for value, instead in known.items():
+        at = values == np.float32(value)
+        values[at] = instead
+        notes.append(f'{at.sum()} voxels of {value:g} stand apart from all others; they were taken for what was not seen, and set to {instead:g}.')
+    found = sitk.GetImageFromArray(values)
+    found.CopyInformation(image)
+    return found, notes
+
 # %% ../nbs/30_scans.ipynb #ca7dd011
 def placed(values: np.ndarray, shape, at, outside: float) -> np.ndarray:
     "A slice on a larger grid of `shape`, its first pixel `at` (row, column), which need be no whole numbers (linear interpolation)."
@@ -556,6 +607,14 @@ def read_slices(stack: Stack, outside: float) -> tuple[np.ndarray, list, list, n
         own.append(meant[~padding][::every].copy())    # a view would keep the whole slice
         values[index] = placed(meant, values.shape[1:], start + moves[index], outside) if more.any() else meant
     return values, list(headers.values()), [f'{padded} voxels of padding were set to {outside:g}.'] if padded else [], np.concatenate(own)
+
+# %% ../nbs/30_scans.ipynb #7e712b65
+def even_step(heights: np.ndarray) -> float:
+    """The step (mm) of a regular grid for slices at `heights` (n, rising): the smallest that two steps in succession do not exceed, or that is at least half their mean.
+
+    The smallest of all may be the hundredth of a millimetre between a slice and its repetition, and make a grid of thousands."""
+    steps = np.diff(heights)
+    return float(np.min([*np.maximum(steps[1:], steps[:-1]), *steps[steps >= steps.mean() / 2]]))
 
 # %% ../nbs/30_scans.ipynb #a5a676e4
 def evened(values: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
@@ -613,7 +672,7 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     except ValueError as error:
         raise ValueError(f'Series {series.number} ({series.name}) is not read: {error}') from None
     uneven, rise = bool(len(uneven_steps(stack))), stack.heights[-1] - stack.heights[0]
-    step = float(np.diff(stack.heights).min()) if uneven else rise / (len(stack.slices) - 1)
+    step = even_step(stack.heights) if uneven else rise / (len(stack.slices) - 1)
     is_hu = in_hounsfield(own, header)
     spacing, drift = stack.slices[0].numbers('PixelSpacing', 2)[::-1], drift_of(stack) * rise
     corner = stack.slices[0].position + stack.direction[:, :2] @ -np.where(drift < 0, np.ceil(np.abs(drift / spacing)) * spacing, 0)
@@ -621,9 +680,10 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     image.SetSpacing([*map(float, spacing), step])
     image.SetDirection(stack.direction.ravel().tolist())
     image.SetOrigin(corner.tolist())
+    image, filled = (image, []) if outside else without_fillings(image)
     doubt = [] if is_hu or header.get('Modality') != 'CT' else ['It is a CT, but not in HU: there is no air near −1000 in it, or its header says so.']
     broken = [f'{len(series.broken)} file(s) beside it could not be read and were left out.'] if series.broken else []     # their names may be a patient's
-    notes = [*series.notes, *broken, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *doubt]
+    notes = [*series.notes, *broken, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *filled, *doubt]
     return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
@@ -719,8 +779,9 @@ def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     "The scan of an image whose header says nothing but its geometry. Raises ValueError where it is no volume."
     image, more = upright_image(image, name)
     is_hu = in_hounsfield(sitk.GetArrayViewFromImage(image), _a_ct())
+    image, filled = (image, []) if is_hu else without_fillings(image)
     told = 'air near −1000 says that it is a CT in HU' if is_hu else 'there is no air near −1000, so it is taken for no CT'
-    return Scan(image, 'CT' if is_hu else '', '', is_hu, notes=[*notes, *more, f'Its file names no modality; {told}.'])
+    return Scan(image, 'CT' if is_hu else '', '', is_hu, notes=[*notes, *more, *filled, f'Its file names no modality; {told}.'])
 
 
 def _a_ct():
@@ -884,7 +945,7 @@ def scan_table(path) -> list[dict]:
     path = Path(path)
     series, found = list_series(path) if not format_reader(path) else ([], Folder([], [], []))
     rows = [series_row(one, path) for one in series]
-    for file in [path] if format_reader(path) else sorted(file for file in path.rglob('[!.]*') if format_reader(file)) if path.is_dir() else []:
+    for file in [path] if format_reader(path) else [file for file in files_in(path) if format_reader(file) and file.name[0] != '.'] if path.is_dir() else []:
         try:
             rows.append(scan_row('', '', where_in(path, [file]), format_reader(file)(file)))
         except ValueError as error:

@@ -151,6 +151,25 @@ def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
     assert 'RTSTRUCT' in notes(scan) and 'SEG' in notes(scan) and 'no scans' in notes(scan)
 
 
+def test_links_to_folders_are_followed_and_each_file_is_read_once(tmp_path):
+    "As in a data lake, or an annex: the series is elsewhere, linked by folder and by file, and a link leads back up."
+    lake, study = tmp_path / 'lake', tmp_path / 'study'
+    write(lake / 'ct', [made(place) for place in stack_positions()])
+    nifti(lake / 'a.nii', turned())
+    study.mkdir()
+    (study / 'head').symlink_to(lake, target_is_directory=True)
+    (study / 'zz again').symlink_to(lake / 'ct', target_is_directory=True)
+    (study / 'one slice').symlink_to(next((lake / 'ct').iterdir()))
+    (lake / 'back').symlink_to(study, target_is_directory=True)
+    (lake / 'gone').symlink_to(tmp_path / 'nowhere')
+    (lake / 'up').symlink_to(tmp_path, target_is_directory=True)
+    write(tmp_path / 'somebody else', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
+    scan = read_scan(study)
+    assert_right(scan)
+    assert not scan.notes
+    assert [row['size'] for row in scan_table(study)] == ['16×12×6', '16×12×6']
+
+
 def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
     jitter = np.random.default_rng(1).uniform(-4e-3, 4e-3, 6)
     assert_right(read_scan(write(tmp_path, [made(place + (0, 0, by)) for place, by in zip(stack_positions(), jitter)])))
@@ -209,6 +228,18 @@ def test_steps_of_3_then_5_mm(tmp_path):
     scan = read_scan(tmp_path, fill_gaps=True)
     assert_right(scan)
     assert scan.image.GetSpacing()[2] == 3 and scan.image.GetSize()[2] == 9
+
+
+@pytest.mark.parametrize('heights, step, count', [
+    ([0, 3, 6, 6.05, 9, 12, 15], 2.95, 6),                       # a slice that was made twice, at nearly one place
+    ([0, 3, 6, 9.4, 12, 15, 18], 2.6, 7),                        # one that is displaced
+    ([0, .1, 3, 3.1, 6, 6.1, 9, 9.1], 2.9, 4),                   # two passes
+    ([0, 3, 9, 12, 18, 21], 3, 8), ([0, 5, 8, 11, 14, 24, 34, 44, 54, 64], 3, 22),
+], ids=['twice', 'displaced', 'two passes', 'every third missing', 'finer in part'])
+def test_a_slice_too_many_makes_no_grid_of_thousands(tmp_path, heights, step, count):
+    scan = read_scan(write(tmp_path, [made(np.array([-8., -6., z])) for z in heights]), fill_gaps=True)
+    assert_right(scan)
+    assert scan.image.GetSpacing()[2] == pytest.approx(step, abs=1e-6) and scan.image.GetSize()[2] == count
 
 
 def test_a_gap_in_a_tilted_stack(tmp_path):
@@ -939,6 +970,38 @@ def test_nifti_with_nan(tmp_path):
     values[0, 0, :3] = np.nan, np.inf, -np.inf
     scan = read_scan(nifti(tmp_path / 'a.nii', RAS, values))
     assert '3 voxels were no numbers' in notes(scan) and (sitk.GetArrayFromImage(scan.image) == 1).all()
+
+
+@pytest.mark.parametrize('fill', [-9999, -32768, 32767, 65535, 1e20, -3.4e38])
+@pytest.mark.parametrize('scale', [1, 8])
+def test_what_fills_an_mri_beyond_what_was_seen_is_0(tmp_path, fill, scale):
+    values = np.random.default_rng(0).uniform(1, 800, (16, 12, 6)) * scale
+    outside = np.zeros(values.shape, bool)
+    outside[:2] = True
+    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), np.where(outside, fill, values)))
+    found = sitk.GetArrayFromImage(scan.image).T
+    assert f'144 voxels of {fill:g} stand apart from all others' in notes(scan) and (found[outside] == values.astype('f4').min()).all() and not scan.is_hu
+    np.testing.assert_allclose(found[~outside], values[~outside], rtol=1e-6)
+
+
+@pytest.mark.parametrize('values', [
+    lambda draw: np.where(draw < .2, 0, 900 + 100 * draw),                     # a brain that was cut out, on 0
+    lambda draw: np.minimum(draw * 70000, 65535),                              # what was too bright
+    lambda draw: np.where(draw < .001, 0, 1) * draw,
+    lambda draw: np.where(draw < .5, -1, draw * 4 - 3),                        # in units of the spread
+    lambda draw: np.where(draw < .5, 0, 1), lambda draw: np.where(draw > .9999, 50000, draw)], ids=range(6))
+def test_values_that_were_measured_are_no_filling(tmp_path, values):
+    values = values(np.random.default_rng(0).uniform(0, 1, (16, 12, 60))).astype(np.float32)
+    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), values))
+    assert (sitk.GetArrayFromImage(scan.image).T == values).all() and 'stand apart' not in notes(scan)
+
+
+def test_filling_in_dicom_that_no_header_tells(tmp_path):
+    "Of signed pixels; where PixelPaddingValue tells it, it is known already."
+    values = np.random.default_rng(0).integers(0, 900, (12, 16)).astype(float)
+    values[:2], values[2] = -32768, 0
+    scan = read_scan(write(tmp_path, [made(place, Modality='MR', slope=1., intercept=0., values=values, PixelRepresentation=1) for place in stack_positions()]))
+    assert '192 voxels of -32768 stand apart from all others' in notes(scan) and sitk.GetArrayFromImage(scan.image).min() == 0
 
 
 @pytest.mark.parametrize('suffix', ['nrrd', 'mha', 'mhd'])
