@@ -50,7 +50,7 @@ from .processes import ProcessLost, check_processes, this_process
 # %% ../nbs/50_cli.ipynb #23a21838
 def in_shell_words(text: str) -> str:
     "A sentence of the package as the shell's user would say it."
-    text = re.sub(r'\b(replace|force|different_patients)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
+    text = re.sub(r'\b(replace|force|different_patients|signed_mri)=True\b', lambda found: '--' + found[1].replace('_', '-'), text)
     text = re.sub(r'\bfill_gaps=True\b', '-p fill_gaps=true', text).replace(', or pass case_of or split', '')
     text = re.sub(r'\((crop|test_cases)=', r'(-p \1=', text).replace('(val=0, test=0)', '(--val 0, --test 0)')
     return re.sub(r'\bseries=(\d+)\b', r"-p ct_series=\1 (or -p 'mri_series=[\1]')", text)
@@ -1204,7 +1204,7 @@ def scan_parameters(typed: dict) -> dict:
     if inside := [scan for scan in scans if scan.is_dir() and scan.resolve() in typed['out'].resolve().parents]:
         raise ValueError(f'{typed["out"]} is in {inside[0]}, which is searched whole for slices; name another folder.')
     windows_of(typed['window'])
-    plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'force', 'anonymous')}
+    plain = {name: typed[name] for name in ('window', 'grid', 'spacing', 'plane', 'registered', 'different_patients', 'signed_mri', 'force', 'anonymous')}
     given = plain | {'model': typed_model(typed['model']), 'dicom': typed['dicom'] or typed['anonymous'], 'progress': sys.stderr.isatty()}
     given |= {name: str(path.absolute()) for name, path in paths.items()}
     if scans:
@@ -1257,6 +1257,7 @@ def scan(
     study: Annotated[Path | None, typer.Option(parser=typed_path, help='a finished study to fuse again, in place of CT and MRI, in the windows that are named')] = None,
     registered: Annotated[bool, typer.Option('--registered', help='the scans lie on each other already')] = False,
     different_patients: Annotated[bool, typer.Option('--different-patients', help='fuse scans whose PatientID differs')] = False,
+    signed_mri: Annotated[bool, typer.Option('--signed-mri', help='the MRI is one, though its values reach down to −1000 as in a CT and its file names no modality')] = False,
     force: Annotated[bool, typer.Option('--force', help='fuse after a failed registration too')] = False,
     dicom: Annotated[bool, typer.Option('--dicom', help='write a derived DICOM series too, with the patient in it')] = False,
     anonymous: Annotated[bool, typer.Option('--anonymous', help='without the patient in it')] = False,

@@ -10,9 +10,9 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
            'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
            'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
-           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'volume_formats',
-           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
-           'scan_table', 'table_text']
+           'as_mri', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
+           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
+           'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -22,7 +22,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, MutableSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -87,6 +87,8 @@ def patient_key(identifier: str) -> str:
 def check_pair(ct: Scan, mri: Scan, different_patients: bool = False) -> list[str]:
     "Sentences about what should be known of two scans that are to be fused. Raises ValueError where the second is a CT, or their patients differ, unless that is meant."
     first, second = (one.description or 'no description' for one in (ct, mri))
+    if mri.is_hu and mri.reference is None:
+        raise ValueError(f'The second scan ({second}) looks like a CT, with air near −1000; the order is CT, then MRI. Where it is an MRI of signed values, say signed_mri=True.')
     if mri.is_hu or mri.modality == 'CT':
         raise ValueError(f'The second scan ({second}) is a CT; the order is CT, then MRI.')
     if not (ct.patient and mri.patient):
@@ -788,6 +790,15 @@ def _a_ct():
     header = pydicom.Dataset()
     header.Modality = 'CT'
     return header
+
+# %% ../nbs/30_scans.ipynb #87ab59aa
+def as_mri(scan: Scan) -> Scan:
+    "The scan as an MRI, if nothing but its values made it a CT: one of signed values, or filled by −1024, has voxels where a CT has air. A CT by its header stays one."
+    if not scan.is_hu or scan.reference is not None:
+        return scan
+    image, filled = without_fillings(scan.image)
+    notes = [note for note in scan.notes if 'air near −1000' not in note]
+    return replace(scan, image=image, modality='', is_hu=False, notes=[*notes, *filled, 'Some of its values lie where a CT has air; it was said to be an MRI.'])
 
 # %% ../nbs/30_scans.ipynb #95d40f1b
 def read_pixels_of(path) -> sitk.Image:

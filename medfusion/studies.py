@@ -37,7 +37,7 @@ from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
                                     shrunk, verdict_limits, write_transform)
 from .runs import versions
-from .scans import Scan, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
+from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
 
 # %% ../nbs/33_studies.ipynb #970af163
 def between(values, low: float, high: float) -> np.ndarray:
@@ -478,15 +478,16 @@ def fuse_study(study: Study, window='brain', model='wavelet', force=False, batch
 
 # %% ../nbs/33_studies.ipynb #2aa585e2
 def scan_fusion(ct, mri, window='brain', model='wavelet', *, grid='ct', spacing=0., plane='', spline=False, n4=False, transform=None, registered=False,
-                force=False, different_patients=False, batch_size=2, device='auto', progress=quietly) -> Study:
+                force=False, different_patients=False, signed_mri=False, batch_size=2, device='auto', progress=quietly) -> Study:
     """The fused `Study` of a CT and an MRI of one head, or of a dict {label: MRI} of several series. Scans are paths, `Scan`s or SimpleITK images.
 
     window, model: see `windows_of` and `inference.load_model`; grid, spacing: see `common_grid`; transform, registered: see `brought_together`;
     plane: of the slices, by default that of the grid; a label is a part of file names; `force` fuses after a failed registration too;
-    `progress` wraps the steps of each stage, as tqdm does. Raises ValueError or FileNotFoundError in a sentence."""
+    `signed_mri`: see `scans.as_mri`; `progress` wraps the steps of each stage, as tqdm does. Raises ValueError or FileNotFoundError in a sentence."""
     windows_of(window), find_model(model) if isinstance(model, (str, Path)) else None          # before minutes are spent
     check_asked(grid, spacing, plane, batch_size, device, mri if isinstance(mri, dict) else ())
     ct, scans = opened(ct), {label: opened(one) for label, one in (mri.items() if isinstance(mri, dict) else [('', mri)])}
+    scans = {label: as_mri(one) if signed_mri else one for label, one in scans.items()}
     notes = notes_on_scans(ct, scans, different_patients)
     if transform is not None and str(transform) and len({one.frame_of_reference or label for label, one in scans.items()}) > 1:
         notes.append('The one transform that was given is taken for every MRI, though their headers do not say that these lie on each other.')

@@ -141,6 +141,42 @@ def test_a_fault_of_the_scans_is_told_without_the_notebook(patient, tmp_path):
     assert result.exit_code == 1 and 'the order is CT, then MRI' in result.output and 'ipynb' not in result.output
 
 
+@pytest.fixture
+def signed(drawn, tmp_path):
+    "An MRI of signed values (PSIR) in a file that names no modality, which reaches down to what is air in a CT."
+    values = sitk.GetArrayFromImage(drawn.mri)
+    mri = sitk.GetImageFromArray((values / values.max() * 3000 - 1000).astype(np.float32))
+    mri.CopyInformation(drawn.mri)
+    for name, image in (('ct', drawn.ct), ('psir', mri)):
+        sitk.WriteImage(image, str(tmp_path / f'{name}.nii.gz'))
+    return tmp_path
+
+
+def test_an_mri_that_looks_like_a_ct_is_refused_and_taken_on_demand(signed, patient):
+    words = ['scan', signed / 'ct.nii.gz', signed / 'psir.nii.gz', '-o', signed / 'study', '-m', 'maximum', '--transform', patient / 'truth.tfm']
+    refused = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
+    assert refused.exit_code == 1 and 'looks like a CT' in refused.output and '--signed-mri' in refused.output and not (signed / 'study').exists()
+    result = CliRunner().invoke(app, [*map(str, words), '--signed-mri'], prog_name='medfusion')
+    assert result.exit_code == 0, result.output
+    notes = ' '.join(json.loads((signed / 'study' / 'run.json').read_text())['mri']['']['notes'])
+    assert 'said to be an MRI' in notes and 'is a CT' not in notes
+
+
+def test_an_mri_that_is_filled_as_air_is_taken_on_demand(signed):
+    values = sitk.GetArrayFromImage(sitk.ReadImage(signed / 'psir.nii.gz')) + 1000
+    values[:, :3] = -1024
+    filled = studies.as_mri(Scan(sitk.GetImageFromArray(values), 'CT', is_hu=True))
+    assert not filled.is_hu and filled.modality == '' and 0 <= sitk.GetArrayFromImage(filled.image).min() < 1 and '-1024' in ' '.join(filled.notes)
+
+
+def test_a_ct_whose_header_says_so_is_no_signed_mri(patient):
+    ct = read_scan(patient / 'ct')
+    assert studies.as_mri(ct) is ct
+    with pytest.raises(ValueError, match='order is CT, then MRI') as caught:
+        scan_fusion(ct, replace(ct, image=ct.image + 1), model='maximum', registered=True, signed_mri=True)
+    assert 'signed_mri' not in str(caught.value)
+
+
 def test_fusing_again_needs_no_registration(study, tmp_path):
     with new_folder_at(tmp_path / 'study') as folder:
         fill_study(folder, study)
