@@ -9,10 +9,10 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts',
            'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
            'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'check_right_angles', 'upright_image', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan',
-           'as_mri', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
-           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
-           'series_row', 'scan_table', 'table_text']
+           'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
+           'image_scan', 'as_mri', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values',
+           'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan',
+           'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -203,7 +203,7 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
 
 # %% ../nbs/30_scans.ipynb #5170cb55
 def files_in(folder) -> list[Path]:
-    "The files of a folder and of all folders in it, sorted. Links are followed, but none to a folder around this one; what several ways lead to is there once."
+    "The files of a folder and of all folders in it, sorted, and links to nothing. Links are followed, but none to a folder around this one; what several ways lead to is there once."
     found, known, root = {}, set(), os.path.realpath(folder)
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -213,7 +213,7 @@ def files_in(folder) -> list[Path]:
         known.add(real)
         folders.sort()
         for file in (Path(place, name) for name in names):
-            if file.is_file():
+            if file.is_file() or file.is_symlink() and not file.exists():
                 aim = os.path.realpath(file)
                 found[aim] = min(found.get(aim, file), file, key=lambda one: (one.is_symlink(), one))
     return sorted(found.values())
@@ -226,6 +226,8 @@ def find_slices(path) -> Folder:
         raise FileNotFoundError(missing_sentence(path, 'folder or file'))
     for file in files_in(path) if path.is_dir() else [path]:
         try:
+            if not file.exists():
+                raise ValueError(f'{file.name} is a link to a file that is not there')
             if (header := dicom_header(file)) is None:
                 continue
             storage = pydicom.uid.UID(str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', ''))).name
@@ -412,6 +414,8 @@ def fault_of_geometry(slices: list) -> str:
         return 'its pixels are in colour: a secondary capture or a report, no scan'
     if slice_group(slices[0])[6]:
         return 'it is a localiser'
+    if 'MOSAIC' in (header.get('ImageType') or []):
+        return 'its pictures are mosaics, each of all slices of a volume; convert it to NIfTI (dcm2niix does)'
     if int(header.get('NumberOfFrames') or 1) > 1:
         return 'its frames have no positions of their own'
     if lost := sum(one.position is None for one in slices):
@@ -720,10 +724,17 @@ def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     left_handed = np.linalg.det(np.reshape(image.GetDirection(), (3, 3))) < 0
     return (sitk.Flip(image, (True, False, False), False) if left_handed else image), notes
 
+# %% ../nbs/30_scans.ipynb #cebb660c
+def unpacked(path):
+    "A file opened to read its bytes, through gzip where they are packed, whatever its name says."
+    with open(path, 'rb') as file:
+        packed = file.read(2) == b'\x1f\x8b'
+    return (gzip.open if packed else open)(path, 'rb')
+
 # %% ../nbs/30_scans.ipynb #7f427f03
 def nifti_header(path) -> dict:
     "The fields of a NIfTI-1 header that are needed, by their names in the standard, as float64 arrays. Raises ValueError for other files."
-    with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as file:
+    with unpacked(path) as file:
         try:
             data = file.read(348)
         except (OSError, EOFError, zlib.error):
@@ -836,7 +847,7 @@ def nifti_values(path, header: dict) -> np.ndarray:
     if kind is None:
         raise ValueError(f'{name} holds colours or complex numbers (data type {header["datatype"][0]:g}); give a volume of one number a voxel.')
     try:
-        with (gzip.open if name.lower().endswith('.gz') else open)(path, 'rb') as file:
+        with unpacked(path) as file:
             place = int(header['vox_offset'][0])
             file.seek(place if place >= 348 else 352)                            # 0 says nothing; before 348 is the header
             values = np.frombuffer(file.read(int(np.prod(shape)) * np.dtype(kind).itemsize), header['order'] + kind).reshape(shape)
@@ -880,7 +891,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
     refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
     others = f'It holds {len(found.others)} DICOM file(s) that are no scans ({", ".join(sorted(set(found.others)))}). ' if found.others else ''
-    there = sorted(Path(path).glob('[!.]*')) if Path(path).is_dir() else [Path(path)]
+    there = sorted(file for file in Path(path).glob('[!.]*') if file.exists()) if Path(path).is_dir() else [Path(path)]
     files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (
         format_reader, lambda file: file.suffix.lower() in ('.zip', '.gz', '.tgz', '.tar', '.bz2', '.xz', '.7z', '.rar'), lambda file: file.suffix.lower() in ('.hdr', '.img')))
     broken = ' '.join(f'{sentence}.' for sentence in found.broken[:5])

@@ -166,8 +166,14 @@ def test_links_to_folders_are_followed_and_each_file_is_read_once(tmp_path):
     write(tmp_path / 'somebody else', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
     scan = read_scan(study)
     assert_right(scan)
-    assert not scan.notes
-    assert [row['size'] for row in scan_table(study)] == ['16×12×6', '16×12×6']
+    assert notes(scan) == '1 file(s) beside it could not be read and were left out.'
+    assert [row['size'] for row in scan_table(study)] == ['16×12×6', '16×12×6'] and 'gone is a link to a file that is not there' in scan_table(study)[0]['notes']
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path):
+    "As in an annex of which nothing was fetched."
+    (tmp_path / 'a.nii.gz').symlink_to(tmp_path / 'nowhere')
+    assert 'Unpack' not in assert_refused(tmp_path, 'a.nii.gz is a link to a file that is not there')
 
 
 def test_a_jitter_of_micrometres_is_no_gap(tmp_path):
@@ -399,6 +405,14 @@ def test_nothing_that_is_shown_names_the_patient(tmp_path):
 def test_what_is_no_volume_is_refused(tmp_path, tags, words):
     assert_refused(write(tmp_path, [made(place, **tags) for place in stack_positions()]), 'CT head', *words)
     assert words[0] in scan_table(tmp_path)[0]['notes']
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_mosaics_are_no_slices(tmp_path, count):
+    "Of Siemens' functional and diffusion series: each picture is a volume, its slices side by side."
+    tags = {'Modality': 'MR', 'slope': 1., 'intercept': 0., 'ImageType': ['ORIGINAL', 'PRIMARY', 'M', 'ND', 'MOSAIC']}
+    places = stack_positions(count, step=.5)                    # a head that moved a little, with the scanner after it
+    assert_refused(write(tmp_path, [made(place, values=np.full((24, 32), 9.), **tags) for place in places]), 'mosaic', 'NIfTI')
 
 
 def test_one_slice_is_no_volume(tmp_path):
@@ -963,6 +977,11 @@ def test_nifti_of_wide_integers(tmp_path, kind):
 @pytest.mark.parametrize('offset', [0, 352])
 def test_nifti_that_does_not_say_where_its_values_begin(tmp_path, offset):
     assert_right(read_scan(nifti(tmp_path / 'a.nii', turned(), offset=offset)), tolerance=.01)
+
+
+@pytest.mark.parametrize('there, called', [('a.nii', 'b.nii.gz'), ('a.nii.gz', 'b.nii')])
+def test_nifti_that_is_packed_otherwise_than_its_name_says(tmp_path, there, called):
+    assert_right(read_scan(nifti(tmp_path / there, turned()).rename(tmp_path / called)), tolerance=.01)
 
 
 def test_nifti_with_nan(tmp_path):
