@@ -10,9 +10,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import median
 
+import pandas as pd
 import pytest
+from medfusion.evaluation import reported_columns
 from medfusion.inference import methods, network_roles
 from medfusion.subbands import MaskNetwork
+from medfusion.tables import render
 from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +96,26 @@ def test_the_source_that_a_notebook_shows_is_that_of_the_package():
     outputs = [output for cell in json.loads((ROOT / 'nbs/trainable-wavelet-fusion.ipynb').read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
     shown = [text for output in outputs if (text := ''.join(output.get('data', {}).get('text/markdown', ''))).startswith('```python')]
     assert shown == [f'```python\n{inspect.getsource(MaskNetwork)}```']
+
+
+def shown_by(notebook, words):
+    "What the one cell of a notebook with these words in its source shows, as text."
+    cell, = [cell for cell in cells(ROOT / 'nbs' / notebook) if cell.get('outputs') and words in source(cell)]
+    return '\n'.join(''.join(output.get('text', output.get('data', {}).get('text/html', ''))) for output in cell['outputs'])
+
+
+def test_the_benchmark_notebook_shows_the_networks_that_ship():
+    "Its slices are those of the record of the synthetic head, and it was executed after the last network changed."
+    shown = shown_by('90_benchmark.ipynb', 'print(render(means[reported_columns()]').splitlines()
+    recorded = pd.read_csv(ROOT / 'results/recorded/phantom/summary.csv', index_col='method').loc[['wavelet', 'resnet'], reported_columns()]
+    rows = render(recorded, bold=recorded.index).splitlines()[2:]
+    assert [row for row in rows if row not in shown] == [], 'run `.ci/execute_notebooks.py 90_benchmark.ipynb`'
+
+
+def test_the_ablation_notebook_shows_the_record_of_widths():
+    shown = shown_by('91_ablation.ipynb', "pd.read_csv(resolve_path('../results/recorded/lite_widths.csv')")
+    recorded = pd.read_csv(ROOT / 'results/recorded/lite_widths.csv')
+    assert [row for row in zip(recorded.weights, recorded.ms) if f'<td>{row[0]:.0f}</td>\n      <td>{row[1]:.2f}</td>' not in shown] == []
 
 
 def test_imports_run_one_way():
