@@ -19,18 +19,20 @@ import yaml
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = {'resnet_based_fusion.ipynb': 'params/resnet_notebook.yaml', '80_pretraining.ipynb': 'params/pretraining_notebook.yaml'}
 
 
 def smaller(png):
-    "A picture (PNG, base64) with a palette of 256 colours, which is a third of the size; the picture itself if that gains nothing."
+    "A picture (PNG, base64) with a palette of 256 colours, which is a third of the size; the picture itself if that gains nothing, or if its colours would fall into patches."
     packed = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
-    image.quantize(256, dither=Image.Dither.NONE).save(packed, 'PNG', optimize=True)
-    return min(base64.b64encode(packed.getvalue()).decode(), png, key=len)
+    flat = image.quantize(256, dither=Image.Dither.NONE)
+    flat.save(packed, 'PNG', optimize=True)
+    patchy = max(ImageStat.Stat(ImageChops.difference(image, flat.convert('RGB'))).mean) > 4    # levels: 8 where a picture holds all hues, 2 at most elsewhere
+    return png if patchy else min(base64.b64encode(packed.getvalue()).decode(), png, key=len)
 
 
 def execute(source, workplace):

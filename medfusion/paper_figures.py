@@ -210,6 +210,7 @@ def radar_figure(source, columns=(), methods=(), width=5.0):
         axis.plot([*turns, 0], closed, style, color=colour, marker=mark, markersize=4, linewidth=1.5, clip_on=False, label=title_of(name))
     axis.set(ylim=(len(table) + 0.5, 1), yticks=range(1, len(table) + 1), xticks=turns, xticklabels=columns)
     axis.tick_params(labelsize=7)
+    axis.tick_params(axis='x', pad=8)    # a long name begins beside the rim, not on it
     axis.grid(color='0.85')
     figure.legend(loc='outside right center', fontsize=7, frameon=False)
     figure.supxlabel(f'Rank among the {len(table)} methods shown ({sample_told(rows)}); the rim is rank 1, the best.', fontsize=7)

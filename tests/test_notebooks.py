@@ -1,8 +1,11 @@
 """The house rules of notebooks: clean, in sync with the package, short exported cells with examples, and one parameters cell where papermill runs them."""
 import ast
+import base64
 import inspect
+import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,12 +13,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pandas as pd
 import pytest
 from medfusion.evaluation import reported_columns
 from medfusion.inference import methods, network_roles
 from medfusion.subbands import MaskNetwork
 from medfusion.tables import render
+from PIL import Image
 from notebook_rule import MEDIAN, NINTH_DECILE, exported_cells, ninth_decile, source, unused_imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,6 +223,16 @@ def test_committed_outputs_show(path):
     made = [cell['outputs'] for cell in cells(path) if cell.get('outputs')]
     assert made, 'run `make notebooks`'
     assert not [trace for trace in TRACES if trace in json.dumps(made)], f'a trace of the machine in an output of {path.name}'
+
+
+def test_a_committed_picture_is_made_smaller_unless_its_colours_fall_into_patches():
+    smaller = runpy.run_path(str(ROOT / '.ci/execute_notebooks.py'))['smaller']
+    red, green = np.random.default_rng(0).integers(0, 256, (2, 256, 256), np.uint8)
+    for image, stays in ((np.dstack([red] * 3), False), (np.dstack([red, green, 255 - red]), True)):
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, 'PNG', compress_level=1)
+        written = base64.b64encode(png.getvalue()).decode()
+        assert (smaller(written) == written) == stays
 
 
 @pytest.mark.parametrize('method', methods().values(), ids=methods())
