@@ -303,6 +303,7 @@ def read_parameters(notebook: str | Path, namespace: dict, smoke: dict | None = 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and CUDA, and make what they compute repeatable. Belongs at the top of a notebook.
 
+    Repeatable to the bit on a CPU; on a GPU to rounding, for torch adds up there what interpolation and padding pass back in no fixed order.
     Denormal numbers are flushed to zero on a CPU: black background makes many, and each costs a hundred cycles. torch
     sets this for the calling thread and for threads that start later, so it has to come before the first computation.
     """
