@@ -25,6 +25,17 @@ def test_what_is_called_constant_is_constant():
     assert found.any() and not found.all()
 
 
+@pytest.mark.parametrize('which', [0, 1], ids=['CT', 'MRI'])
+@pytest.mark.parametrize('axis', [-2, -1])
+@pytest.mark.parametrize('step', [0.25, -0.25])
+def test_a_long_edge_of_either_slice_is_seen_on_both_sides(which, axis, step):
+    "A step up or down of either slice, along rows or columns, is nothing constant: of four pixels on the one side of it, of three on the other."
+    pair = torch.full((2, 1, 1, 24, 24), 0.5)
+    pair[which].narrow(axis, 12, 12).add_(step)
+    found = both_constant(*pair).movedim(axis, -1)
+    assert not found[..., 8:15].any() and found[..., :8].all() and found[..., 15:].all()
+
+
 def test_one_pixel_in_a_batch_changes_its_own_slice_only():
     ct, mri = torch.zeros(2, 2, 1, 32, 32)
     ct[0, 0, 16, 16] = 1e-3

@@ -590,6 +590,37 @@ def test_a_network_of_nobody_takes_no_other_networks_place(tmp_path):
     assert len(list((tmp_path / 'results').iterdir())) == 4 and all(map(content, (tmp_path / 'results').iterdir()))     # no folder without a run
 
 
+def test_what_a_killed_run_left_is_kept_with_its_record(tmp_path):
+    "No record holds the hash of its network, but it is of the run that had its checkpoints there."
+    p = parameters(tmp_path, checkpoint_dir=str(tmp_path / 'shared'))
+    train(p, finish=False)
+    train(parameters(tmp_path, checkpoint_dir=p.checkpoint_dir, replace=True), weight=2.0)
+    kept, = [path for path in (tmp_path / 'results').iterdir() if path.name != 'a']
+    assert read_run(kept)['state'] == 'interrupted' and load_checkpoint(kept / 'checkpoints/final/toy/toy_best.pt')['state_dict']['w'] == 1
+
+
+@pytest.mark.fault('train', 'killed between two writes', points=4)
+def test_what_another_run_left_goes_to_it_whole(tmp_path, monkeypatch):
+    "Its epochs, its metadata and its network, whichever of them was moved when the machine went down."
+    for at in range(1, 5):
+        p = parameters(tmp_path / str(at), checkpoint_dir=str(tmp_path / str(at) / 'shared'))
+        files = train(p)
+        (files.final / 'metadata.json').write_text('{}')
+        whole = sorted(content(tmp_path / str(at) / 'shared').values())
+        moved = runs.shutil.move
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            left = iter(range(at))
+
+            def move(*places):
+                if next(left) == at - 1:
+                    raise InterruptedError
+                return moved(*places)
+            patch.setattr(runs.shutil, 'move', move)
+            make_room(tmp_path / str(at) / 'results/b', files)
+        make_room(tmp_path / str(at) / 'results/b', files)
+        assert sorted(content(run_folder(p) / 'checkpoints').values()) == whole and not content(tmp_path / str(at) / 'shared')
+
+
 def test_bad_parameters_touch_nothing(tmp_path):
     train(parameters(tmp_path), finish=False)
     before = content(tmp_path)
