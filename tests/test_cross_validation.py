@@ -15,7 +15,7 @@ import yaml
 
 from medfusion.baselines import baselines
 from medfusion.cross_validation import (detection_record, fold_name, fold_networks, fold_numbers, fold_record, folds_table, missing_folds, pool_slices,
-                                        read_folds, run_values, seen_before, values_sha256)
+                                        read_folds, run_values, seen_before, stands_on, untrained_folds, values_sha256)
 from medfusion.data import CTMRIDataset
 from medfusion.detection import summarise_detection
 from medfusion.evaluation import cases_trained_on, evaluate, reported_columns
@@ -316,6 +316,22 @@ def test_what_a_network_stands_on_is_found_from_nbs(tmp_path, monkeypatch):
     absolute = str(ROOT / 'nbs' / relative)
     for role in network_roles():
         assert seen_before({role: relative}) == seen_before({role: absolute}) and '34' not in seen_before({role: f'{relative}@0.3'})
+
+
+def test_a_network_of_unknown_cases_is_known_by_what_it_holds(tmp_path):
+    "So that a run does not go on with another one of its name."
+    network = untrained_folds(tmp_path)
+    told = stands_on(SimpleNamespace(start=str(network), backbone_weights='none'))
+    assert told == {'networks': {'start': sha256_of(network)}, 'seen_before': None}
+
+
+def test_the_cases_of_a_backbone_were_seen_before(tmp_path):
+    path = tmp_path / 'backbone.pth'
+    path.touch()
+    with pytest.raises(ValueError, match='Nothing says on which cases .*backbone.pth was trained'):
+        seen_before({'backbone_weights': str(path)})
+    write_json(tmp_path / 'metadata.json', {'cases': ['1', '2']})
+    assert seen_before({'backbone_weights': str(path)}) == {'1', '2'}
 
 
 def test_nobody_knows_what_a_network_saw_that_stands_on_an_unknown_one(tmp_path):

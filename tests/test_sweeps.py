@@ -9,6 +9,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_cli import assert_sentence, medfusion
@@ -77,6 +78,7 @@ def test_every_combination_once_and_never_again(base, started, tmp_path, capsys)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 8 and sum(line.endswith(' more to come') for line in told) == 4 == sum('finished' in line for line in told)
     assert told[0] == 'w_gradient=0.5+seed=0: begins, 3 more to come', 'a line before the first run ends'
+    assert max(np.cumsum([1 if line.endswith(' more to come') else -1 for line in told])) == 2, 'two at a time'
     assert S.sweep('wavelet', GRID | {'seed': [0, 1, 2]}, given, progress='none').state.eq('finished').all()
     assert sorted(command[-1] for command in started[4:]) == ['w_gradient=0.5+seed=2', 'w_gradient=1+seed=2'], 'only what is new'
     S.sweep('wavelet', GRID, given | {'num_epochs': 5}, progress='none')

@@ -89,6 +89,13 @@ def test_patients_are_the_samples():
             T.paper_table(measured(), **wrong)
 
 
+def test_each_patient_counts_once_in_the_table_of_a_paper():
+    "However many slices there are of one, and a slice that is far off counts in the mean of its patient; who saw a case is told of those that are shown."
+    rows = [{'method': 'ours', 'name': f'{case}{index}', 'case': case, 'SD': value} for case, values in (('1', [10.]), ('2', [20., 20., 50.])) for index, value in enumerate(values)]
+    paper = T.paper_table(pd.DataFrame(rows), seen=['theirs'])
+    assert paper.cells['SD ↑'].tolist() == ['20.0 ± 14.1'] and '†' not in paper.note
+
+
 @pytest.mark.parametrize('text, values', [('a,b', ['a', 'b']), ("'a,b',c", ['a,b', 'c']), ('[1,2],[3]', ['[1,2]', '[3]']), ('["x"]', ['["x"]']), (' a , b', ['a', 'b']), ('', [''])])
 def test_values_between_commas(text, values):
     assert T.split_values(text) == values

@@ -22,7 +22,7 @@ from torch import nn
 from medfusion.cross_validation import stands_on
 from medfusion.evaluation import cases_trained_on
 from medfusion.files import read_json, sha256_of, write_json
-from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, saved_epochs)
+from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, run_checkpoint, saved_epochs)
 from medfusion.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,7 +355,18 @@ def test_a_run_that_began_with_the_one_whose_place_it_took_goes_on(tmp_path):
     run(tmp_path, epochs=2, given=given, resume=True)
 
 
-@pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True)), ('features', ('of whole slices', 'of crops'))])
+def test_a_run_that_goes_on_and_gets_no_better_keeps_its_best_network(tmp_path):
+    "Its record names the best of the epochs before, and where that file was lost meanwhile, it is there again."
+    class Worse(Numbers):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {'y': torch.tensor([10. * self.epoch])}
+    run(tmp_path, epochs=1, val_set=Worse())
+    toy_files(tmp_path).best().unlink()
+    _, history = run(tmp_path, epochs=2, val_set=Worse(), resume=True)
+    assert history.best['epoch'] == load_checkpoint(run_checkpoint(tmp_path / 'a'))['epoch'] == 1
+
+
+@pytest.mark.parametrize('name, values', [('crop', (None, 32)), ('augment', (False, True)), ('features', ('of whole slices', 'of crops')), ('value_range', ('0,255', '0,100'))])
 def test_what_is_seen_is_compared(tmp_path, name, values):
     class Slices(Numbers):
         def __init__(self, value):
