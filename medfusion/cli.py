@@ -872,12 +872,16 @@ class NotebookCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
     def get_help(self, ctx):
-        if ctx.info_name == 'benchmark':
-            return f'{super().get_help(ctx)}\n\n{parameters_text("90_benchmark.ipynb")}'
         from medfusion.inference import methods
         method = next((methods()[word] for word in ctx.meta.get('words', []) if word in methods()), None)
-        next(one for one in self.params if one.name == 'method').help = 'one of ' + ', '.join(methods())
-        more = parameters_text(method.notebook) if method else f'medfusion train {"|".join(methods())} --help prints the parameters of a method.'
+        for one in self.params:
+            if one.name == 'method':
+                one.help = 'one of ' + ', '.join(methods())
+        notebook = '90_benchmark.ipynb' if ctx.info_name == 'benchmark' else getattr(method, 'notebook', '')
+        try:
+            more = parameters_text(notebook) if notebook else f'medfusion train {"|".join(methods())} --help prints the parameters of a method.'
+        except FileNotFoundError as error:      # there is no clone
+            more = str(error)
         return f'{super().get_help(ctx)}\n\n{more}'
 
 # %% ../nbs/50_cli.ipynb #291a64c4
@@ -983,7 +987,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(min=1, help='runs at a time')] = 1,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='list the runs, and start none')] = False,
 ):
-    """Train a network for every combination of values; called again, it goes on where it was.
+    """Train a network for every combination of values; called again, it goes on where it was. Works inside a clone of the repository.
 
     Example: medfusion sweep wavelet -p w_gradient=0.5,1 -p seed=0,1 -f params/x.yaml
     """
@@ -1264,7 +1268,8 @@ def scan(
     replace: Annotated[bool, typer.Option('--replace', help='take the place of a study that is there, with all that was fused in it')] = False,
     parameter: Parameters = [],
 ):
-    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. More: -p spline=true -p n4=true ...
+    """Fuse a CT and an MRI (or several) of one head, as the scanners wrote them. Works inside a clone of the repository.
+    More: -p spline=true -p n4=true ...
 
     Example: medfusion scan ct/ mri/ -o study --window brain,bone
     """

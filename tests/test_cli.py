@@ -1143,3 +1143,7 @@ def test_train_and_benchmark_outside_a_clone(monkeypatch, tmp_path):
     monkeypatch.setattr('medfusion.runs.nbs_dir', none)
     assert_sentence(medfusion('train', 'resnet'), 'clone')
     assert_sentence(medfusion('benchmark'), 'clone')
+    for command in (['train', 'resnet'], ['sweep', 'wavelet'], ['benchmark']):
+        helped = medfusion(*command, '--help')
+        assert helped.exit_code == 0 and 'Works inside a clone' in helped.stdout and '--file' in helped.stdout and 'change into one' in helped.stdout
+    assert all('Works inside a clone' in medfusion(command, '--help').stdout for command in ('scan', 'sweep'))
