@@ -6,11 +6,11 @@
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
            'scan_words', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'windowed_before', 'read_image',
            'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders',
-           'clear_scratch', 'new_parents', 'whole_folder', 'write_synced', 'way_to_write', 'write_atomically',
-           'encode_image', 'write_image', 'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file',
-           'cut_torn_line', 'add_whole', 'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name',
-           'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders',
-           'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
+           'clear_scratch', 'not_made', 'new_parents', 'make_hidden', 'whole_folder', 'write_synced', 'way_to_write',
+           'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of', 'plain', 'write_json',
+           'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'is_slice_name', 'split_pattern',
+           'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern',
+           'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -291,12 +291,20 @@ def clear_scratch(ancestor, name):
     for path in abandoned_folders(ancestor, name):
         shutil.rmtree(path)
 
+# %% ../nbs/00_files.ipynb #03826ca5
+def not_made(folder, error: OSError) -> OSError:
+    "What is raised in place of an error that kept a folder from being made: a sentence that names it, and not a hidden one beside it."
+    return OSError(error.errno, f'The folder {folder} cannot be made ({error.strerror}); name another one')
+
 # %% ../nbs/00_files.ipynb #842666ce
 @contextmanager
 def new_parents(path):
-    "The folder above `path`, made for the time of the block, and for good if something is in it then. Raises what `check_above` raises."
+    "The folder above `path`, made for the time of the block, and for good if something is in it then. Raises what `check_above` raises, and `not_made`."
     path, above = absolute_path(path), check_above(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_made(path.parent, error) from error
     try:
         yield path.parent
     finally:
@@ -304,12 +312,20 @@ def new_parents(path):
             with suppress(OSError):  # it holds something
                 made.rmdir()
 
+# %% ../nbs/00_files.ipynb #d9c86ee6
+def make_hidden(folder, path) -> None:
+    "Makes the hidden folder that is to take the place of `path`. Raises `not_made` of `path`."
+    try:
+        Path(folder).mkdir()
+    except OSError as error:
+        raise not_made(path, error) from error
+
 # %% ../nbs/00_files.ipynb #82a19628
 @contextmanager
 def whole_folder(path):
     """A hidden folder that takes the place of `path` when the block ends well; if it fails or is stopped, nothing is left.
 
-    Raises what `check_vacant` raises, before and after.
+    Raises what `check_vacant` raises, before and after, and `not_made`.
     """
     path = absolute_path(path)
     check_vacant(path)
@@ -317,7 +333,7 @@ def whole_folder(path):
         clear_scratch(parent, path.name)
         folder = parent / temporary_name(path.name)
         try:
-            folder.mkdir()
+            make_hidden(folder, path)
             yield folder
             check_vacant(path)  # somebody else may have been quicker
             os.replace(folder, path.resolve())  # a link to an empty folder stays a link

@@ -45,7 +45,7 @@ import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .codecs import array_of
-from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, read_image, read_json,
+from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, not_made, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, windowed_before, write_atomically)
 from .runs import build_model, checkpoint_suffixes, checkpoints_in, find_run, load_checkpoint, resolve_path, run_checkpoint
 
@@ -943,7 +943,10 @@ def open_job(model, network, out_dir, sources, replace=False, value_range=None) 
     report = FolderReport(check_output(out_dir, sources).resolve())
     named = str(getattr(model, 'spec', model)) if isinstance(model, (str, Path, FoundModel)) else f'a {type(model).__name__}'
     sha256, name = model_sha256(model), getattr(model, '__name__', named)
-    report.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        report.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_made(report.out_dir, error) from error
     job = FolderJob(network, sha256, FusedRecord(report.out_dir), report, replace, value_range)
     claim_record(job.record, sha256, name, replace)
     return job

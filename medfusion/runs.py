@@ -52,7 +52,7 @@ import torch
 
 import medfusion
 from .data import CTMRIDataset, case_of, check_names, check_split, sort_cases, split_by_case
-from .files import absolute_path, clear_abandoned, is_folder, list_pairs, plain, range_of, read_json, sha256_of, write_atomically, write_json
+from .files import absolute_path, clear_abandoned, is_folder, list_pairs, not_made, plain, range_of, read_json, sha256_of, write_atomically, write_json
 from .losses import check_weights
 from .phantom import check_synthetic_pairs, synthetic_slices
 from .processes import connect, this_process
@@ -499,8 +499,7 @@ def make_folder(folder: str | Path) -> Path:
         file = next(place for place in (folder, *folder.parents) if place.is_file() or place.is_symlink())
         raise FileExistsError(f'{file} is a file where a folder should be; remove it or name another one.') from None
     except OSError as error:
-        complaint = f'The folder {folder} cannot be made ({error.strerror}); name another one'
-        raise OSError(error.errno, complaint) from error
+        raise not_made(folder, error) from error
     return folder
 
 # %% ../nbs/09_runs.ipynb #aa836ced

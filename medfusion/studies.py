@@ -31,7 +31,7 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from .figures import checkerboard, mosaic
-from .files import abandoned_folders, absolute_path, clear_scratch, missing_sentence, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
+from .files import abandoned_folders, absolute_path, clear_scratch, make_hidden, missing_sentence, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_device, find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
@@ -556,7 +556,7 @@ def new_folder_at(path, replace: bool = False):
         there = check_replaceable(path, replace)
         folder, old = (parent / temporary_name(name) for name in (path.name, f'{path.name}.old'))
         try:
-            folder.mkdir()
+            make_hidden(folder, path)
             yield folder
             record = read_json(folder / 'run.json') if there else {}
             if record.get('verdict') == 'failed' and not record.get('forced'):

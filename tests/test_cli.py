@@ -930,6 +930,19 @@ def test_where_nothing_can_be_written_is_noticed_at_once(pairs, place, no_kernel
         assert sorted(Path().rglob('*')) == before and Path('file.txt').read_text() == 'mine', words
 
 
+@pytest.mark.parametrize('place', ['new', 'new/newer'])
+def test_a_folder_that_cannot_be_made_is_told_by_its_own_name(pairs, place, no_kernel, monkeypatch):
+    "Beside which a hidden one cannot be made either, whose name was told."
+    def refuse(path, *mode, **more):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    monkeypatch.setattr(os, 'mkdir', refuse)
+    monkeypatch.setattr('medfusion.phantom_volume.phantom_study', lambda *_, **more: None)
+    for words in (['data', 'scans', '-o', place], ['scan', 'CT', 'MRI', '-m', 'maximum', '-o', place], ['fuse', 'CT', 'MRI', '-m', 'maximum', '-o', place]):
+        result = medfusion(*words)
+        assert_sentence(result, str(no_kernel / 'new'), 'cannot be made (Permission denied); name another one')
+        assert '.tmp' not in result.stderr, words
+
+
 def test_lesions_are_painted_into_the_values_that_are_said(pairs, monkeypatch):
     ranges = []
     monkeypatch.setattr('medfusion.detection.write_task', lambda data_set, folder: ranges.append(data_set.value_range) or Path())
