@@ -547,11 +547,11 @@ def in_hounsfield(values: np.ndarray, header: pydicom.Dataset) -> bool:
 def fillings(values: np.ndarray) -> dict[float, float]:
     """What fills an MRI (any shape) beyond what was seen, and what to put there: {value: 0, or what is nearest to 0}.
 
-    That is the lowest value, or the highest where it reaches a corner (what is drawn into a scan does not), if it is not 0, a thousandth of the voxels have it,
+    That is the lowest value if it is below 0, or the highest if it reaches a corner (what is drawn into a scan does not), where a thousandth of the voxels have it,
     and it is farther from the next than all others reach (their middle 99.8 %); or a tenth of that, if it alone is below 0."""
     sample, found = values.ravel()[::max(values.size // 1_000_000, 1)].astype(np.float64), {}
     corners = values[np.ix_(*[(0, -1)] * values.ndim)]
-    for value, outside in ((sample.min(), True), (sample.max(), sample.max() in corners)):
+    for value, outside in ((sample.min(), sample.min() < 0), (sample.max(), sample.max() in corners)):
         rest = sample[sample != value]
         if not (value and outside) or len(rest) < 2 or len(sample) - len(rest) < len(sample) / 1000:
             continue

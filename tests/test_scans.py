@@ -1009,7 +1009,8 @@ def test_what_fills_an_mri_beyond_what_was_seen_is_0(tmp_path, fill, scale):
     lambda draw: np.where(draw < .001, 0, 1) * draw,
     lambda draw: np.where(draw < .5, -1, draw * 4 - 3),                        # in units of the spread
     lambda draw: np.where(draw < .5, 0, 1), lambda draw: np.where(draw > .9999, 50000, draw),
-    lambda draw: np.where(draw > .99, 4095, 900 * draw)], ids=range(7))       # fibres of a plan, drawn into it
+    lambda draw: np.where(draw > .99, 4095, 900 * draw),                       # fibres of a plan, drawn into it
+    lambda draw: np.where(draw < .2, 8, 900 + 100 * draw)], ids=range(8))      # a brain on a dark grey
 def test_values_that_were_measured_are_no_filling(tmp_path, values):
     values = values(np.random.default_rng(0).uniform(0, 1, (16, 12, 60))).astype(np.float32)
     scan = read_scan(nifti(tmp_path / 'a.nii', turned(), values))
