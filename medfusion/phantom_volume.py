@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from .anatomy import (Ellipsoid, Head, Tube, brain_case, brain_parts, brainstem_surface, draw_head, face_parts,
                                on_plane, skin_surface, smooth_step, sylvian_distance, tentorium, tissues, vault, ventricles)
 from .files import whole_folder, write_json
-from .scans import pydicom, sitk
+from .scans import pydicom, sitk, write_nifti
 
 # %% ../nbs/31_phantom_volume.ipynb #410ef978
 @lru_cache(maxsize=24)
@@ -453,7 +453,7 @@ def write_study(study: PhantomStudy, folder) -> Path:
     with whole_folder(folder) as made:
         for name, image, modality in (('ct', study.ct, 'CT'), ('mri', study.mri, 'MR')):
             write_series(made / name, image, slice_header(study, modality, pydicom.uid.generate_uid()), study.seed)
-            sitk.WriteImage(image, str(made / f'{name}.nii.gz'))
+            write_nifti(made / f'{name}.nii.gz', image)
         sitk.WriteTransform(study.truth, str(made / 'truth.tfm'))
         write_json(made / 'brain.json', {'seed': study.seed, 'contrast': study.contrast, 'points_ct_mm': study.brain.round(3).tolist()})
     return Path(folder)

@@ -11,8 +11,8 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
            'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
            'image_scan', 'as_mri', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values',
-           'read_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan',
-           'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
+           'read_nifti', 'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series',
+           'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -875,6 +875,19 @@ def read_nifti(path) -> Scan:
         image.SetDirection((left @ right).ravel().tolist())
         image.SetOrigin(geometry[:3, 3].tolist())
     return image_scan(image, path.name, notes)
+
+# %% ../nbs/30_scans.ipynb #3df0836a
+def write_nifti(path, image: sitk.Image) -> Path:
+    """The path of the file (.nii.gz) that holds an image now. Raises OSError with its name where it is not whole, as on a full disk, of which SimpleITK says nothing.
+
+    What was compressed ends with its length: the header of 352 bytes and the voxels.
+    """
+    path = Path(path)
+    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
+    whole = 352 + image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
+    if path.read_bytes()[-4:] != (whole % 2**32).to_bytes(4, 'little'):
+        raise OSError(f'{path.name} could not be written whole; free some space or choose another folder.')
+    return path
 
 # %% ../nbs/30_scans.ipynb #44988e44
 def volume_formats() -> dict[str, Callable]:

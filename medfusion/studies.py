@@ -37,7 +37,7 @@ from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
                                     shrunk, verdict_limits, write_transform)
 from .runs import versions
-from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk
+from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk, write_nifti
 
 # %% ../nbs/33_studies.ipynb #970af163
 def between(values, low: float, high: float) -> np.ndarray:
@@ -573,11 +573,10 @@ def new_folder_at(path, replace: bool = False):
 
 # %% ../nbs/33_studies.ipynb #2a7e039b
 def write_volume(path, values, grid: sitk.Image) -> Path:
-    "The path of the NIfTI file (.nii.gz) that holds values (z, y, x) on a grid now, and nothing else: no header of the source."
+    "The path of the NIfTI file (.nii.gz) that holds values (z, y, x) on a grid now, and nothing else: no header of the source. Raises what `write_nifti` raises."
     image = sitk.GetImageFromArray(np.ascontiguousarray(values))
     image.SetSpacing(grid.GetSpacing()), image.SetOrigin(grid.GetOrigin()), image.SetDirection(grid.GetDirection())
-    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
-    return Path(path)
+    return write_nifti(path, image)
 
 # %% ../nbs/33_studies.ipynb #4a116c2a
 def fill_study(folder, study: Study, progress=quietly) -> Path:

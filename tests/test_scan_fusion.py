@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -73,6 +74,22 @@ def written(patient, tmp_path_factory):
     result = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
     assert result.exit_code == 0, result.output
     return out
+
+
+@pytest.mark.parametrize('short', [1, 400])
+def test_a_volume_that_does_not_fit_on_the_disk_ends_no_study_well(short, study, tmp_path):
+    "SimpleITK says nothing of it. A limit on the size of files stands for the disk; of the largest, only the end is missing."
+    for folder in ('whole', 'cut'):
+        (tmp_path / folder).mkdir()
+    fill_study(tmp_path / 'whole', study)
+    largest = max((tmp_path / 'whole').iterdir(), key=lambda path: path.stat().st_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest.stat().st_size - short, hard))
+    try:
+        with pytest.raises(OSError, match=f'{largest.name} could not be written whole; free some space or choose another folder'):
+            fill_study(tmp_path / 'cut', study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_command_writes_a_whole_study(written):
