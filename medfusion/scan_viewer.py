@@ -7,7 +7,8 @@ __all__ = ['FusedFiles', 'shown_study', 'axes_of', 'extent_of', 'sides_of', 'Cro
            'motion_of', 'chained', 'seen_only', 'ShownSeries', 'ScanSlices', 'Look', 'colour_maps', 'layered',
            'plane_picture', 'tile', 'LayerPanel', 'layer_panels', 'NudgePanel', 'ViewerFrame', 'verdict_strip',
            'move_scan', 'plane_tile', 'values_text', 'draw_planes', 'ScanViewer', 'ViewerMouse', 'save_pose',
-           'fuse_command', 'refine_pose', 'add_mending', 'view_scan', 'viewer_notebook', 'open_viewer']
+           'fuse_command', 'refine_pose', 'add_mending', 'view_scan', 'viewer_notebook', 'check_jupyter_folder',
+           'open_viewer']
 
 # %% ../nbs/41_scan_viewer.ipynb #734b3531
 import json
@@ -505,13 +506,24 @@ def viewer_notebook(folder) -> dict:
     return {'cells': [{'cell_type': 'markdown', 'metadata': {}, 'source': 'Press Shift+Enter in the cell below.'}, code], 'nbformat': 4, 'nbformat_minor': 4,
             'metadata': {'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}}}
 
+# %% ../nbs/41_scan_viewer.ipynb #fe7cba70
+def check_jupyter_folder() -> None:
+    "Raises OSError, in a sentence, where the folder in which JupyterLab notes what runs cannot be made, as in a home that cannot be written."
+    from jupyter_core.paths import jupyter_runtime_dir
+    folder = Path(jupyter_runtime_dir())
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f'The folder {folder} of JupyterLab cannot be made ({error.strerror}); let HOME name a folder that can be written') from error
+
 # %% ../nbs/41_scan_viewer.ipynb #d0cdfade
 def open_viewer(folder) -> int:
-    "Opens JupyterLab on the study in a folder; returns its exit status once it has ended. Raises ValueError in a sentence where there is no JupyterLab."
+    "Opens JupyterLab on the study in a folder; returns its exit status once it has ended. Raises ValueError or OSError in a sentence where there is no JupyterLab, or no place for its files."
     notebook = viewer_notebook(folder)
     if find_spec('jupyterlab') is None:
         lines = '; '.join(filter(None, notebook['cells'][1]['source'].splitlines()))
         raise ValueError(f'JupyterLab is not installed; pip install jupyterlab brings it. In any other notebook: {lines}')
+    check_jupyter_folder()
     with TemporaryDirectory(prefix='medfusion_view_') as place:
         path = Path(place, 'study.ipynb')
         path.write_text(json.dumps(notebook), encoding='utf-8')

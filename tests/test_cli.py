@@ -1070,6 +1070,17 @@ def test_stopped_at_any_write(pairs, words, files, monkeypatch, record_property)
     assert found == new and at > 5 * len(files)
 
 
+def test_a_home_folder_that_cannot_be_written_is_told_before_the_viewer_begins(tmp_path, monkeypatch):
+    "JupyterLab, which keeps its files there, ends in a hundred lines. A file stands for such a folder, for root too."
+    Path(tmp_path, 'file').touch()
+    monkeypatch.setattr('medfusion.scan_viewer.record_in', lambda folder: {})
+    monkeypatch.setattr('medfusion.scan_viewer.subprocess.Popen', lambda *_, **more: pytest.fail('a server was started'))
+    for name in ('JUPYTER_RUNTIME_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_PLATFORM_DIRS', 'XDG_DATA_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path / 'file'))
+    assert_sentence(medfusion('view', tmp_path), 'JupyterLab', str(tmp_path / 'file'), 'cannot be made (Not a directory)', 'HOME')
+
+
 @pytest.mark.fault('view', 'stopped (Ctrl-C, SIGTERM)', points=2)
 def test_a_stopped_viewer_ends_its_server(pairs, monkeypatch):
     "And removes the notebook that it opened."
