@@ -703,7 +703,7 @@ def own_temporary_files():
 
 # %% ../nbs/50_cli.ipynb #7aece475
 def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool = False) -> None:
-    "Executes a notebook of nbs/ with papermill, shows what it prints. Raises ValueError or ProcessLost, in a sentence, where it fails."
+    "Executes a notebook of nbs/ with papermill, shows what it prints. Raises ValueError, ProcessLost or ChildProcessError (its kernel died), in a sentence."
     sys.modules.setdefault('rfc3987_syntax', None)    # a grammar that jsonschema builds where JupyterLab brought it: seconds, for nothing here
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
@@ -728,7 +728,7 @@ def execute(notebook: str, executed: ExecutedNotebook, given: dict, quiet: bool 
         place = place_of_cell(executed.text, error.cell_index)      # for who can look into the notebook, or has to
         raise ValueError(f'{notebook} stopped {place}: {reason.rstrip(".")}{where()}' if executed.written or not known else reason) from error
     except DeadKernelError:
-        raise ValueError(f'The kernel of {notebook} died without a word; the log of the system may say why{where()}') from None
+        raise ChildProcessError(f'The kernel of {notebook} died without a word; the log of the system may say why, such as too little memory{where()}') from None
     finally:
         papermill_io._handlers.remove(('medfusion:', executed))
 
@@ -817,8 +817,8 @@ def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Con
     context.meta['kept'] = f'what was finished is kept in {folder}. {way}'
     try:
         execute(notebook, executed, given)
-    except ProcessLost as error:
-        raise ProcessLost(f'{error} W{context.meta["kept"][1:]}') from None
+    except (ProcessLost, ChildProcessError) as error:
+        raise type(error)(f'{error} W{context.meta["kept"][1:]}') from None
     finally:
         with suppress(OSError):
             folder.rmdir()          # if nothing came into it, so that nothing is kept

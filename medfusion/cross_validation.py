@@ -189,7 +189,10 @@ def read_folds(folder, recipe: str, sha256: str | None = None) -> tuple[list[dic
     needed = needed_folds([record for name, record in found.items() if name not in other])
     seeds = sorted({record.get('seed', 0) for record in needed})
     mixed = f'The folds of {recipe} were made with the seeds {", ".join(map(str, seeds))}.'
-    return needed, ' '.join(sentence for sentence, said in ((note, other), (mixed, len(seeds) > 1)) if said)
+    known = [{*record['left_out'], *record['trained_on']} for record in needed]
+    strange = sort_cases(set().union(*known) - set.intersection(*known)) if known else []
+    fewer = f'Not every fold of {recipe} was made of slices of {", ".join(strange)}; make those anew.'
+    return needed, ' '.join(sentence for sentence, said in ((note, other), (mixed, len(seeds) > 1), (fewer, strange)) if said)
 
 # %% ../nbs/24_cross_validation.ipynb #0dc667e0
 def missing_folds(records: list[dict]) -> list[str]:

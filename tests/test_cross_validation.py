@@ -228,6 +228,14 @@ def test_of_two_folds_that_left_a_case_out_the_one_counts_that_trained_on_more(t
     assert [round(value, 3) for value in table.VIF[table.method == 'mine']] == [0.611, 0.722, 0.733, 0.744]
 
 
+def test_folds_from_before_a_case_came_are_told(tmp_path):
+    write_folds(tmp_path, 'mine', '1234')
+    assert read_folds(tmp_path, 'mine')[1] == ''
+    record = read_json(tmp_path / 'mine-without-2.json')
+    write_json(tmp_path / 'mine-without-2.json', record | {'trained_on': [*record['trained_on'], '42']})
+    assert read_folds(tmp_path, 'mine')[1] == 'Not every fold of mine was made of slices of 42; make those anew.'
+
+
 def test_each_patient_is_fused_by_the_network_that_never_saw_him():
     folder = ROOT / 'results/recorded/cross_validation'
     records, _ = read_folds(folder, 'wavelet-lite_shipped')

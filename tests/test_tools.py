@@ -116,3 +116,15 @@ def test_folds_in_two_stages(dataset, tmp_path):
     assert read_json(run / 'run.json')['parameters']['start'] == str(tmp_path / 'records/wavelet_one-without-3')
     made = read_json(tmp_path / 'records/wavelet_two-without-3.json')
     assert made['recipe_sha256'] == records['wavelet_two-without-3']['recipe_sha256'] and made['trained_on'] == ['1', '2', '4', '5']
+    # a slice of case 5 was drawn anew, on which the fold trains that leaves out 3, and the other one does not
+    slices = tmp_path / 'slices'
+    shutil.copytree(dataset, slices)
+    changed, other = sorted(slices.glob('*/CT/5*'))
+    changed.write_bytes(other.read_bytes())
+    shutil.rmtree(tmp_path / 'results')
+    given |= {'data': slices, 'recipes': [first]}
+    before = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / 'records').glob('wavelet_one*.json')}
+    assert papermill('92_cross_validation.ipynb', tmp_path, **given).returncode == 0
+    after = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / 'records').glob('wavelet_one*.json')}
+    assert [name for name in after if after[name] != before[name]] == ['wavelet_one-without-3']
+    assert 'wavelet_one-without-3: its record is of other slices' in (tmp_path / 'executed.ipynb').read_text()
