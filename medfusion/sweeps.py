@@ -123,8 +123,8 @@ def plan(method: str, grid: dict, base: dict | None = None, name: str = '') -> l
     if method not in methods():
         raise ValueError(f'{method!r} is no method; the methods are {", ".join(methods())}.')
     notebook, runs, known = methods()[method].notebook, [], {}
-    if own := [word for word in ('run', 'resume', 'replace') if word in grid or word in (base or {})]:
-        raise ValueError(f'A sweep chooses {own[0]} itself, for each of its runs; leave it out.')
+    if own := [word for word in ('run', 'resume', 'replace', 'checkpoint_dir') if word in grid or word in (base or {})]:
+        raise ValueError(f'A sweep chooses {own[0]} itself, for each of its runs; leave it out.')    # checkpoints lie in the folder of their run
     for values in combinations(grid):
         declared = notebook_parameters(notebook)
         values = {key: as_meant(declared[key], value) if key in declared else value for key, value in values.items()}
@@ -251,10 +251,11 @@ def load_runs(*folders) -> pd.DataFrame:
 
 # %% ../nbs/26_sweeps.ipynb #366f920c
 def varied(table) -> list[str]:
-    "The parameters in which the runs of a table differ; where results go is none."
+    "The parameters in which the runs of a table differ that have a record; where results go is none."
     fixed = ['method', 'state', 'when', 'epochs', 'planned', 'best epoch', 'folder', 'save_dir', 'checkpoint_dir', 'device', 'cache_gb', 'tracker']
     names = [name for name in table if name not in fixed and not name.endswith((' val', ' test'))]
-    return [name for name in names if table[name].map(str).nunique() > 1]
+    recorded = table[table['when'].notna()]
+    return [name for name in names if recorded[name].map(str).nunique() > 1]
 
 # %% ../nbs/26_sweeps.ipynb #8d1de1bf
 def column_of(table, name: str) -> str:
@@ -296,7 +297,7 @@ def runs_table(table, columns=None) -> pd.DataFrame:
         for name in [name for name in wanted if name not in metric_names()]:    # of a metric, a run that is not finished has no number yet
             column_of(table, name)
     several = ['method'] if table.method.nunique() > 1 else []
-    progress = [f'{done}/{planned:.0f}' if pd.notna(planned) else '' for done, planned in zip(table.epochs, table.planned)]
+    progress = [f'{done:.0f}/{planned:.0f}' if pd.notna(planned) else '' for done, planned in zip(table.epochs, table.planned)]
     told = {name: table[name].map(value_text) for name in ('best epoch', *varied(table))}
     return table.assign(epochs=progress, when=table.when.str[:16], **told)[[*several, 'state', 'when', 'epochs', *told, *numbers]]
 

@@ -88,6 +88,8 @@ def test_every_combination_once_and_never_again(base, started, tmp_path, capsys)
 def test_one_failing_run_does_not_stop_the_others(base, started, tmp_path):
     table = S.sweep('wavelet', {'w_sd': [0.0, 1.0, 0.5]}, base | {'save_dir': str(tmp_path)}, progress='none')
     assert table.state.tolist() == ['finished', 'failed', 'finished'] and table.fault.tolist() == ['', 'the disk is full.', '']
+    shown = S.runs_table(table)
+    assert shown.epochs.tolist() == ['3/3', '', '3/3'] and [*shown][:5] == ['state', 'when', 'epochs', 'best epoch', 'w_sd'], 'what differs, and nothing else'
 
 
 def test_stopped_and_gone_on_with(base, started, tmp_path):
@@ -119,6 +121,7 @@ def test_stopped_and_gone_on_with(base, started, tmp_path):
     ({'seed': [-1]}, {}, 'seed must be a whole number'),
     ({'seed': [1, 1]}, {}, 'Two runs of the sweep would be called seed=1'),
     ({'run': ['a']}, {}, 'chooses run itself'),
+    ({'seed': [0, 1]}, {'checkpoint_dir': 'weights'}, 'chooses checkpoint_dir itself'),
     ({'seed': [0]}, {'ct_dir': '/nowhere/CT'}, '/nowhere/CT'),
 ])
 def test_what_no_sweep_can_be_made_of_is_said_before_the_first_run(base, started, tmp_path, grid, more, words):
