@@ -47,8 +47,10 @@ class Leftovers:
         tempfile.tempdir = None   # read TMPDIR anew
 
     def names(self):
-        "What is there, but for the folders of pytest, of the other processes, and torch's cache, which importing it makes."
-        return {path.name for path in self.folder.iterdir() if not path.name.startswith(('pytest-of-', 'worker-', 'torchinductor_'))}
+        """What is there, but for the folders of pytest, of the other processes, torch's cache, which importing it makes, and that of multiprocessing's
+        server (from Python 3.14 on), which it removes when this process ends."""
+        own = 'pytest-of-', 'worker-', 'torchinductor_', 'pymp-'
+        return {path.name for path in self.folder.iterdir() if not path.name.startswith(own)}
 
     def pytest_runtest_logfinish(self, nodeid):
         for name in self.names() - self.seen.keys():
