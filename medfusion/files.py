@@ -10,7 +10,8 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of', 'plain', 'write_json',
            'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'is_slice_name', 'split_pattern',
            'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern',
-           'source_folders', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
+           'source_folders', 'named_unlike', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for',
+           'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -634,19 +635,28 @@ def source_folders(ct_dir, mri_dir) -> tuple:
                          'give a folder for each, or say it by patterns, FOLDER/{name}_CT.png and FOLDER/{name}_MRI.png.')
     return ct_dir, mri_dir
 
+# %% ../nbs/00_files.ipynb #02e4146b
+def named_unlike(folder, folders, title) -> dict[str, str]:
+    "{name: sentence} of the slices that lie where a `folder` with a pattern says, and are named by none of the patterns that `folders` have for this place."
+    place, pattern = split_pattern(folder)
+    patterns = [other for where, other in map(split_pattern, folders) if other and os.path.samefile(where, place)]
+    return {path.name: f'{title} slice {path.name} in {place} is not named {pattern} as the others are; rename it or move it away.'
+            for path in list_images(place) if all(slice_name(path, other) is None for other in patterns)}
+
 # %% ../nbs/00_files.ipynb #93fb1595
 def match_images(folders, by_stem=False):
-    """({name: [its path in each folder]}, {name: sentence about a slice that is lonely or there twice}).
+    """({name: [its path in each folder]}, {name: sentence about a slice that is lonely, there twice, or `named_unlike` the others}).
 
     `folders` is a dict like {'CT': ct_dir, 'MRI': mri_dir}; names are those of the first folder. With `by_stem`, or a
     pattern, the endings may differ, as they do between slices and what was fused from them.
     """
+    given = folders
     if {'CT', 'MRI'} <= folders.keys():
         folders = folders | dict(zip(('CT', 'MRI'), source_folders(folders['CT'], folders['MRI'])))
     patterns, sides, faults = [split_pattern(folder)[1] for folder in folders.values()], {}, {}
     for title, folder in folders.items():
         sides[title], doubled = sort_by_key(folder, title, by_stem or any(patterns))
-        faults |= doubled
+        faults |= doubled | (named_unlike(folder, folders.values(), title) if folder != given[title] else {})
     for here, there in permutations(folders, 2):
         for key, path in sides[here].items():
             if key not in sides[there]:

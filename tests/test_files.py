@@ -618,6 +618,19 @@ def test_names_that_people_cannot_tell_apart_pair(tmp_path):
     assert read_pair(list_pairs(ct, mri)[1])[0].shape == (24, 20)
 
 
+def test_a_slice_that_is_not_named_like_the_others_is_told(tmp_path):
+    "Where names tell their kind, slices without the word were left out, without a word."
+    ct, mri = make(tmp_path / 'CT', '1000_CT.png', '1001_CT.png', '1002.png', '1003_MRI.png'), make(tmp_path / 'MRI', '1000_MRI.png', '1001_MRI.png')
+    rows, faults = match_images({'CT': ct, 'MRI': mri})
+    assert list(rows) == ['1000.png', '1001.png'] and list(faults) == ['1002.png', '1003_MRI.png']
+    with pytest.raises(ValueError, match=r'CT slice 1002\.png in .*CT is not named \{name\}_CT as the others are; rename it or move it away\. CT slice 1003'):
+        list_pairs(ct, mri)
+    assert len(list_pairs(ct / '{name}_CT', mri / '{name}_MRI')) == 2      # who says how they are named means these
+    one = make(tmp_path / 'one', '1_CT.png', '1_MRI.png', 'T1-2.png', '2_T1.png')
+    assert list(match_images({'CT': one, 'MRI': one})[1]) == ['2_T1.png', 'T1-2.png']
+    assert match_images({'CT': make(tmp_path / 'two', '1_CT.png', '1_MRI.png'), 'MRI': tmp_path / 'two'})[1] == {}
+
+
 def test_each_further_name_costs_the_same(tmp_path):
     "Two folders of a hundred thousand names: the calls of pairing them, of Python and of the system, grow as their number does."
     def calls(many):
