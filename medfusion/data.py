@@ -697,8 +697,8 @@ class DatasetReport:
         return '\n'.join(lines + ([f'  problem: {problem}' for problem in self.problems] or ['  no problems']))
 
 # %% ../nbs/02_data.ipynb #ae50155e
-def table_problems(table):
-    "Sentences about sizes, cases and ranges of values that do not fit together in `DatasetReport.files`."
+def table_problems(table, value_range=None):
+    "Sentences about sizes, cases and ranges of values that do not fit together in `DatasetReport.files`; about ranges only where none was given."
     for (part, name), sizes in table.groupby(['part', 'name'], sort=False)['size'].unique().items():
         if len(sizes) > 1:
             yield f'{name} in {part} has two sizes, {" and ".join(sizes)}; register and resample the pair to one.'
@@ -706,7 +706,7 @@ def table_problems(table):
         if len(sides) > 1:
             yield f'Case {case} is on two sides: {" and ".join(sides)}; all slices of a case belong to one part.'
     for (part, modality, dtype), largest in table.groupby(['part', 'modality', 'type'], sort=False)['largest'].max().items():
-        if sentence := unused_range(f'{modality} in {part}', largest, dtype):
+        if value_range is None and (sentence := unused_range(f'{modality} in {part}', largest, dtype)):
             yield sentence
 
 # %% ../nbs/02_data.ipynb #64eae2f1
@@ -762,7 +762,7 @@ def inspect_dataset(root, case_of=case_of, value_range=None):
                                 'check the path or fill the folder.')
     table = pd.DataFrame(rows, columns=['path', 'part', 'modality', 'name', 'case', 'size', 'depth', 'black', 'type',
                                         'largest', 'sha256'])
-    return DatasetReport(root, table, [*problems, *folder_problems(root, parts, names, case_of), *table_problems(table)])
+    return DatasetReport(root, table, [*problems, *folder_problems(root, parts, names, case_of), *table_problems(table, value_range)])
 
 # %% ../nbs/02_data.ipynb #dd90dbeb
 def place_in_case(name, pattern=None):

@@ -697,6 +697,7 @@ def test_twelve_bits_in_sixteen(flat, tmp_path):
     problem, = inspect_dataset(flat).problems
     assert problem.startswith('CT in all: the largest value is 4064 of 65535') and '--range 0,4095' in problem
     assert inspect_dataset(flat, value_range=(0, 4095)).problems == []
+    assert inspect_dataset(flat, value_range=(0, 65535)).problems == []     # it was told to say 0,0.0622 of what is in a range already
 
 
 # --- the download ----------------------------------------------------------------------------------------------------
