@@ -291,9 +291,11 @@ def flat_folder_sentence(root: Path, cases: list[str], values: str | None = None
     "What to do with a folder that has CT/ and MRI/ but no parts: two commands that split its cases; or that it has too few."
     if len(cases) < 3:
         return f'{root} is a flat folder of case {" and ".join(cases)}: fuse, evaluate and benchmark take it; training needs three cases, one each to train, to validate and to test on, or two and none to validate on (-p test_cases=CASE).'
+    from medfusion.data import kind_folder
+    ct, mri = (f'{shlex.quote(str(root))}/{kind_folder(root, kind).name}' for kind in ('CT', 'MRI'))
     place, (val, test), drawn = shlex.quote(str(root)), [shlex.quote(case.strip()) for case in cases[-2:]], f' --range {shlex.quote(values)}' if values else ''
     return (f'{root} is a flat folder: it has no parts yet. Training splits it by case, drawn with the seed or as named (medfusion train wavelet '
-            f'-p ct_dir={place}/CT -p mri_dir={place}/MRI -p val_cases={val} -p test_cases={test}{drawn}), and records the split; or make a data set with parts: '
+            f'-p ct_dir={ct} -p mri_dir={mri} -p val_cases={val} -p test_cases={test}{drawn}), and records the split; or make a data set with parts: '
             f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}{drawn}')
 
 # %% ../nbs/50_cli.ipynb #3625d514

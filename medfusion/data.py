@@ -655,7 +655,7 @@ def describe_slice(path, root, part, name, case, value_range=None):
     "The row of a slice in `DatasetReport.files`, the `name` that of its pair; raises what `read_image` raises."
     pixels = read_image(path, color=True, value_range=value_range, quiet=True)
     stored, kind = pixels if value_range is None else read_pixels(path), 'grey' if pixels.ndim == 2 else 'RGB'
-    return {'path': path.relative_to(root).as_posix(), 'part': part, 'modality': path.parent.name, 'name': name,
+    return {'path': path.relative_to(root).as_posix(), 'part': part, 'modality': path.parent.name.upper(), 'name': name,
             'case': case, 'size': f'{pixels.shape[0]}×{pixels.shape[1]}', 'black': not pixels.any(),
             'depth': f'{8 * stored.itemsize} bit {kind}', 'type': pixels.dtype.name, 'largest': pixels.max(),
             'sha256': sha256_of(path)}
@@ -719,7 +719,7 @@ def folder_problems(root, parts, names, case_of=case_of):
             return [str(error)]
         return []
     for folder in parts.values():
-        yield from complaint(list_pairs, folder / 'CT', folder / 'MRI')
+        yield from complaint(list_pairs, kind_folder(folder, 'CT'), kind_folder(folder, 'MRI'))
     if (root / 'split_info.json').exists():
         yield from complaint(check_split, root)
     else:
@@ -735,8 +735,8 @@ def images_in(folder):
 
 # %% ../nbs/02_data.ipynb #21d78869
 def slices_in(folder):
-    "{path: name of its pair} of the slices in folder/CT and folder/MRI: 34010.png for 34010_CT.png beside 34010_MRI.png."
-    places = folder / 'CT', folder / 'MRI'
+    "{path: name of its pair} of the slices in folder/CT and folder/MRI (see `kind_folder`): 34010.png for 34010_CT.png beside 34010_MRI.png."
+    places = kind_folder(folder, 'CT'), kind_folder(folder, 'MRI')
     if all(map(images_in, places)) and not os.path.samefile(*places):
         places = source_folders(*places)
     return {path: slice_name(path, split_pattern(place)[1]) for place in places for path in images_in(place)}
@@ -798,13 +798,13 @@ def listed_names(path, part):
 
 # %% ../nbs/02_data.ipynb #25c77928
 def names_in_part(source, part):
-    """The slice names of a part of a split: the files of a folder (of CT/ in it, if there is one), or what a file lists.
+    """The slice names of a part of a split: those in a folder (in CT/ and MRI/ in it, if it has them: see `slices_in`), or what a file lists.
 
     A file: see `listed_names`. Raises `FileNotFoundError` or `ValueError`, also where there is no name.
     """
     source, why = absolute_path(source), ''
     if source.is_dir():
-        return [path.name for path in list_images(source / 'CT' if (source / 'CT').is_dir() else source)]
+        return list(dict.fromkeys(slices_in(source).values())) or [path.name for path in list_images(source)]
     try:
         names = listed_names(source, part)
     except (ValueError, RecursionError) as error:

@@ -259,6 +259,22 @@ def test_data_import(tmp_path, monkeypatch):
     assert medfusion('data', 'import', 'source', 'few', '--val', 0).exit_code == 0
 
 
+def test_what_can_be_imported_can_be_checked(tmp_path, monkeypatch):
+    "Folders in small letters were not found, and of names that tell their kind the audit of a split knew no case."
+    monkeypatch.chdir(tmp_path)
+    write_flat(tmp_path / 'small', {f'{case}001.png': 20 for case in (1, 2, 3)})
+    for kind in ('CT', 'MRI'):
+        os.rename(tmp_path / 'small' / kind, tmp_path / 'small' / kind.lower())
+    told = medfusion('data', 'check', 'small')
+    assert told.exit_code == 0 and 'all: 3 CT and 3 MRI slices of cases 1, 2, 3' in told.stdout and '-p ct_dir=small/ct -p mri_dir=small/mri' in told.stdout
+    for kind in ('ct', 'mri'):
+        for path in list((tmp_path / 'small' / kind).iterdir()):
+            path.rename(path.with_name(f'{path.stem}_{kind}.png'))
+    assert medfusion('data', 'check', 'small').exit_code == 0
+    leak = medfusion('data', 'check', '--train', 'small', '--test', 'small')
+    assert leak.exit_code == 1 and '3 of 3 test slices are of a case that is in training too (case 1, 2, 3)' in leak.stdout
+
+
 def test_cases_with_blanks_in_their_names_can_be_named(tmp_path, monkeypatch):
     "As the check of a flat folder proposes."
     monkeypatch.chdir(tmp_path)
