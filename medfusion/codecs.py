@@ -292,7 +292,8 @@ def decode_tiff(data):
                          'uncompressed or with deflate or LZW.')
     pixels = tiff_numbers(data, layout)
     if tags.get(262) == (3,):
-        pixels = (np.array(tags[320]).reshape(3, 256).T >> 8).astype(np.uint8)[pixels[..., 0]]
+        colours = np.array(tags[320]).reshape(3, 256).T
+        pixels = (colours >> 8 * (colours.max() > 255)).astype(np.uint8)[pixels[..., 0]]  # of 16 bits; some writers store 8
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in 'ui' else 1
     if pixels.shape[2] in (2, 4) and pixels[..., -1].min() < opaque:
         raise ValueError('is a TIFF with transparency, which may have changed its greys; export it without alpha.')
@@ -367,7 +368,7 @@ def jpeg_segments(data):
             if data[place + 1] not in (0, *range(0xD0, 0xD8)):
                 break
             place += 2
-        if data[place:place + 2] == b'\xff\xd9':
+        if data[place:place + 1] == b'\xff' and data[place:place + 99].lstrip(b'\xff')[:1] == b'\xd9':  # a few more 0xFF may fill up
             return segments, place
     raise ValueError('is truncated or damaged (its end mark is missing); copy or download it again.')
 

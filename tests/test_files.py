@@ -167,6 +167,14 @@ def test_every_layout_of_tiff_is_right_or_refused(tmp_path, layout):
     assert 'LZMA compression' in refused
 
 
+def test_a_palette_of_a_tiff_in_eight_bits(tmp_path):
+    "Colours count to 65535; those of some programs to 255, of which all became black."
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256), np.uint16)
+    for scale in (1, 257):
+        tifffile.imwrite(tmp_path / 'a.tif', noise(), photometric='palette', colormap=colours * np.uint16(scale))
+        assert np.array_equal(read_pixels(tmp_path / 'a.tif'), colours.T[noise()])
+
+
 @pytest.mark.parametrize('compression, name', [(2, 'CCITT'), (7, 'JPEG'), (50000, 'ZSTD'), (34925, 'LZMA'), (50001, 'WebP'),
                                                (34712, 'JPEG 2000'), (12345, r'unknown \(12345\)')])
 def test_a_compression_that_is_not_read_is_named(tmp_path, compression, name):
@@ -295,7 +303,8 @@ def test_a_whole_jpeg_of_any_size_is_read(sides):
         for options in ({'quality': 95}, {'optimize': True}, {'progressive': True}):
             data = encoded(image, 'JPEG', **options)
             assert np.array_equal(decode_jpeg(data), np.asarray(Image.open(io.BytesIO(data)))), options
-    for fault in (lambda data: data[:-60] + data[-2:], lambda data: data[:-2] + bytes(40) + data[-2:]):
+            assert np.array_equal(decode_jpeg(data[:-2] + b'\xff' * 3 + data[-2:]), decode_jpeg(data)), 'bytes that fill up before a marker'
+    for fault in (lambda data: data[:-60] + data[-2:], lambda data: data[:-60] + b'\xff' * 60 + data[-2:], lambda data: data[:-2] + bytes(40) + data[-2:]):
         with pytest.raises(ValueError, match='is damaged'):
             decode_jpeg(fault(encoded(pet, 'JPEG', quality=95)))
 
