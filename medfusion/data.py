@@ -716,7 +716,7 @@ def folder_problems(root, parts, names, case_of=case_of):
         try:
             function(*arguments)
         except (OSError, ValueError) as error:
-            return [str(error)]
+            return [getattr(error, 'strerror', None) or str(error)]
         return []
     for folder in parts.values():
         yield from complaint(list_pairs, kind_folder(folder, 'CT'), kind_folder(folder, 'MRI'))
@@ -756,7 +756,7 @@ def inspect_dataset(root, case_of=case_of, value_range=None):
             try:
                 rows.append(describe_slice(path, root, part, name, case_of(name), value_range))
             except (OSError, ValueError) as error:
-                problems.append(str(error))
+                problems.append(getattr(error, 'strerror', None) or str(error))
     if not names:
         raise FileNotFoundError(f'{root} holds no slices in {{train,val,test}}/{{CT,MRI}} nor in {{CT,MRI}}; '
                                 'check the path or fill the folder.')

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
-           'scan_words', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'windowed_before', 'read_image',
-           'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant', 'abandoned_folders',
-           'clear_scratch', 'not_made', 'new_parents', 'make_hidden', 'whole_folder', 'write_synced', 'way_to_write',
-           'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of', 'plain', 'write_json',
-           'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line', 'is_slice_name', 'split_pattern',
-           'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key', 'sort_by_key', 'kind_pattern',
-           'source_folders', 'named_unlike', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for',
-           'read_pair']
+           'scan_words', 'not_read', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'windowed_before',
+           'read_image', 'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant',
+           'abandoned_folders', 'clear_scratch', 'not_made', 'new_parents', 'make_hidden', 'whole_folder',
+           'write_synced', 'way_to_write', 'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of',
+           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line',
+           'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
+           'sort_by_key', 'kind_pattern', 'source_folders', 'named_unlike', 'match_images', 'list_pairs', 'naming_ways',
+           'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -137,6 +137,11 @@ def scan_words(names) -> str:
     scan = re.compile(r'\.(dcm|ima|nii|nii\.gz|nrrd|mha|mhd)$', re.IGNORECASE)
     return ' A scan (DICOM, NIfTI, NRRD, MetaImage) is fused by medfusion scan.' * any(map(scan.search, names))
 
+# %% ../nbs/00_files.ipynb #52fc1889
+def not_read(path, error: OSError) -> OSError:
+    "What is raised in place of an error that kept a file from being read: a sentence that names it."
+    return OSError(error.errno, f'{path} cannot be read ({error.strerror}); change who may read it, or copy it again')
+
 # %% ../nbs/00_files.ipynb #c376d1b6
 def file_bytes(path):
     "The bytes of an image file; a sentence with the path for an ending that is none of an image, or where nothing is to be read."
@@ -145,7 +150,10 @@ def file_bytes(path):
         raise ValueError(f'{path} does not end in {", ".join(image_suffixes())}; convert it to one of these.{scan_words([path.name])}')
     if not path.is_file():
         raise FileNotFoundError(missing_sentence(path))
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise not_read(path, error) from error
     if not data:
         raise ValueError(f'{path} is empty (0 bytes); copy or download it again.')
     return data
@@ -440,7 +448,7 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as error:
         if Path(path).exists():
-            raise
+            raise not_read(path, error) from error
         raise FileNotFoundError(missing_sentence(Path(path))) from error
 
 # %% ../nbs/00_files.ipynb #b1a6e8fa

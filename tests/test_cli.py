@@ -275,6 +275,27 @@ def test_what_can_be_imported_can_be_checked(tmp_path, monkeypatch):
     assert leak.exit_code == 1 and '3 of 3 test slices are of a case that is in training too (case 1, 2, 3)' in leak.stdout
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    "Of a pair in a folder nothing but 'Permission denied' was told, and not of which of its files."
+    monkeypatch.chdir(tmp_path)
+    write_flat(tmp_path / 'own', {f'{case}001.png': 20 for case in (1, 2, 3)})
+    (tmp_path / 'own/CT/2001.png').chmod(0)
+    real = Path.read_bytes
+
+    def refuse(path):      # root may read all
+        if path.parts[-2:] == ('CT', '2001.png'):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+    monkeypatch.setattr(Path, 'read_bytes', refuse)
+    sentence = f'{tmp_path}/own/CT/2001.png cannot be read (Permission denied); change who may read it, or copy it again'
+    fused = medfusion('fuse', 'own/CT', 'own/MRI', '-o', 'out', '-m', 'maximum')
+    assert fused.exit_code == 1 and f'2001.png: {sentence}\n' in fused.output
+    checked = medfusion('data', 'check', 'own')
+    assert checked.exit_code == 1 and f'problem: {sentence}\n' in checked.output
+    assert_sentence(medfusion('data', 'import', 'own', 'mine'), sentence)
+    assert not (tmp_path / 'mine').exists()
+
+
 def test_cases_with_blanks_in_their_names_can_be_named(tmp_path, monkeypatch):
     "As the check of a flat folder proposes."
     monkeypatch.chdir(tmp_path)
