@@ -283,6 +283,8 @@ def check_vacant(path) -> None:
     path = absolute_path(path)
     if path == Path.cwd():
         raise FileExistsError(f'{path} is the current folder, whose place no other can take; name a new folder.')
+    if os.path.ismount(os.path.realpath(path)):
+        raise FileExistsError(f'{path} is where a disk is mounted, whose place no folder can take; name a new folder in it.')
     check_above(path)
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f'{path} is there already and not empty; name a new folder.')
@@ -338,14 +340,15 @@ def whole_folder(path):
     """
     path = absolute_path(path)
     check_vacant(path)
-    with new_parents(path) as parent:
-        clear_scratch(parent, path.name)
-        folder = parent / temporary_name(path.name)
+    place = path.resolve() if path.is_symlink() else path  # a link to an empty folder, maybe on another disk, stays a link
+    with new_parents(place) as parent:
+        clear_scratch(parent, place.name)
+        folder = parent / temporary_name(place.name)
         try:
             make_hidden(folder, path)
             yield folder
             check_vacant(path)  # somebody else may have been quicker
-            os.replace(folder, path.resolve())  # a link to an empty folder stays a link
+            os.replace(folder, place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

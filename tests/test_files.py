@@ -761,13 +761,31 @@ def test_a_folder_that_another_one_made_meanwhile_stays(tmp_path):
     assert tree(tmp_path) == ['study', 'study/a'] and (tmp_path / 'study/a').read_text() == 'quick'
 
 
+def test_the_place_of_a_disk_is_no_place_for_a_new_folder(tmp_path, monkeypatch):
+    "As a volume of a container: that was told at the end of the work, as a device that is busy, by the name of a hidden folder."
+    (tmp_path / 'volume').mkdir()
+    monkeypatch.setattr(os.path, 'ismount', lambda path: str(path) == f'{tmp_path}/volume')
+    (tmp_path / 'link').symlink_to('volume')
+    for place in ('volume', 'link'):
+        with pytest.raises(FileExistsError, match=f'{place} is where a disk is mounted, whose place no folder can take; name a new folder in it'):
+            with whole_folder(tmp_path / place):
+                pytest.fail('work for nothing')
+    (tmp_path / 'volume/empty').mkdir()
+    (tmp_path / 'out').symlink_to('volume/empty')
+    with whole_folder(tmp_path / 'out') as folder:
+        assert folder.parent == tmp_path / 'volume', 'made on the disk where it is to lie, for from another it cannot be moved at once'
+        (folder / 'a').write_text('a')
+    assert tree(tmp_path) == ['link', 'out', 'volume', 'volume/empty', 'volume/empty/a']
+
+
 def test_a_folder_where_none_can_be(tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('mine')
     (tmp_path / 'gone').symlink_to('nowhere')
+    (tmp_path / 'loop').symlink_to('loop')
     (tmp_path / 'real').mkdir()
     (tmp_path / 'link').symlink_to('real')
     monkeypatch.chdir(tmp_path)
-    for place in ('file', 'file/a', 'gone', 'gone/a', '.', tmp_path.parent):
+    for place in ('file', 'file/a', 'gone', 'gone/a', 'loop', '.', tmp_path.parent):
         with pytest.raises(FileExistsError), whole_folder(place):
             raise AssertionError('never begun')
     with whole_folder('link') as folder:
