@@ -518,8 +518,10 @@ def fill_dataset(root, replace=False):
     """
     root = absolute_path(root)
     check_fillable(root, replace)
-    ancestor = next(folder for folder in root.parents if folder.is_dir())
-    clear_scratch(ancestor, root.name)
+    ancestor, *above = [folder for folder in (root, *root.parents) if folder.is_dir()]  # above it may be another disk, or no right to write
+    for place in (ancestor, *above[:1]):  # where who was killed left something before `root` was there
+        with suppress(OSError):
+            clear_scratch(place, root.name)
     scratch = ancestor / temporary_name(root.name)
     try:
         scratch.mkdir()
@@ -533,8 +535,7 @@ def fill_dataset(root, replace=False):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and Path(error.filename or '') != scratch:
             raise
-        reason = f'Cannot fill the data set ({os.strerror(error.errno)}), and nothing was left half-written'
-        raise OSError(error.errno, reason, str(root)) from error
+        raise OSError(error.errno, f'Cannot fill the data set ({os.strerror(error.errno)}), and nothing was left half-written', str(root)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

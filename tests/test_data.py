@@ -1,4 +1,5 @@
 """What 02_data.ipynb does not show: unusual names and folders, broken slices, full disks, interrupted fillings and downloads."""
+import errno
 import json
 import os
 import pickle
@@ -595,6 +596,23 @@ def test_no_space_left_for_a_data_set(tmp_path):
     assert message == ("[Errno 27] Cannot fill the data set (File too large), and nothing was left half-written: "
                        f"'{root}'")
     assert tree(tmp_path) == before
+
+
+def test_a_folder_of_ones_own_in_one_of_others_is_filled(flat, tmp_path, monkeypatch):
+    "As a volume of a container, above which nothing can be written: the new data set grew there, and was refused."
+    (tmp_path / 'others/mine').mkdir(parents=True)
+    real = Path.mkdir
+
+    def refuse(path, *arguments, **more):
+        if path.parent == tmp_path / 'others' and not path.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real(path, *arguments, **more)
+    monkeypatch.setattr(Path, 'mkdir', refuse)
+    for seed in (0, 1):
+        assert check_split(prepare_dataset(flat, tmp_path / 'others/mine', replace=bool(seed), seed=seed))['seed'] == seed
+    assert [path.name for path in (tmp_path / 'others').iterdir()] == ['mine'] and not list((tmp_path / 'others/mine').glob('.*'))
+    with pytest.raises(PermissionError, match='Cannot fill the data set .Permission denied.*others/new'):
+        prepare_dataset(flat, tmp_path / 'others/new')
 
 
 def test_new_parents_are_made_only_on_success(flat, tmp_path):
