@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
-           'file_slices', 'files_in', 'find_slices', 'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart',
-           'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked',
+           'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel', 'telling_tags', 'places',
+           'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked',
            'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts',
            'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
            'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
@@ -243,12 +243,18 @@ def find_slices(path) -> Folder:
             found.broken.append(str(error))
     return found
 
+# %% ../nbs/30_scans.ipynb #96554e0b
+def series_key(header) -> tuple:
+    "What all slices of a series have in common by their header: its number and modality; where it has no number, as in a header that was made anonymous, what else tells series apart."
+    number, modality = str(header.get('SeriesInstanceUID') or ''), str(header.get('Modality') or '')
+    return (number, modality) if number else (modality, *(str(header.get(name) or '') for name in ('StudyInstanceUID', 'SeriesNumber', 'SeriesDescription')))
+
 # %% ../nbs/30_scans.ipynb #796baa98
 def slice_group(one: Slice) -> tuple:
     "What all slices of a volume share but for their orientation: series, patient, frame of reference, size, spacing, and whether it is a localiser."
     header, spacing = one.header, one.numbers('PixelSpacing', 2)
     localiser = any('LOCALI' in str(word).upper() or 'SCOUT' in str(word).upper() for word in header.get('ImageType') or [])
-    return (str(header.get('SeriesInstanceUID', '')), patient_key(header.get('PatientID', '')), str(header.get('FrameOfReferenceUID', '')), header.Rows,
+    return (series_key(header), patient_key(header.get('PatientID', '')), str(header.get('FrameOfReferenceUID', '')), header.Rows,
             header.Columns, int(header.get('SamplesPerPixel') or 1), localiser, None if spacing is None else tuple(spacing.round(4)))
 
 # %% ../nbs/30_scans.ipynb #f19c7567
@@ -339,16 +345,21 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     return values << above >> unused if unused and values.dtype.kind in 'iu' else values
 
 # %% ../nbs/30_scans.ipynb #66e6e376
-def fingerprint(one: Slice) -> tuple:
-    "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean."
-    header = dicom_header(one.path, pixels=True)
+@lru_cache(maxsize=4096)
+def _pixels_sha256(path, changed):
+    header = dicom_header(path, pixels=True)
     pixels = header.get('PixelData', b'')
-    if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file would be unpacked once for each frame
+    if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file is not unpacked
         try:
             pixels = stored_frames(header).astype(np.int64).tobytes()
         except ValueError:                            # what is broken is said when it is read
             pass
-    return sha256(pixels).hexdigest(), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
+    return sha256(pixels).hexdigest()
+
+
+def fingerprint(one: Slice) -> tuple:
+    "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean. A file of many frames is read once."
+    return _pixels_sha256(one.path, one.path.stat().st_mtime_ns), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
 
 # %% ../nbs/30_scans.ipynb #75bd04c9
 def without_copies(slices: list) -> list:
@@ -410,7 +421,7 @@ def fault_of_geometry(slices: list) -> str:
         return f'its pixels are packed in a way that is not known (transfer syntax {syntax}); export it without compression (Explicit VR Little Endian)'
     if 'MPEG' in syntax.name or 'HEVC' in syntax.name:
         return f'it is a video ({syntax.name})'
-    if int(header.get('SamplesPerPixel') or 1) > 1:
+    if int(header.get('SamplesPerPixel') or 1) > 1 or header.get('PhotometricInterpretation') == 'PALETTE COLOR':
         return 'its pixels are in colour: a secondary capture or a report, no scan'
     if slice_group(slices[0])[6]:
         return 'it is a localiser'
@@ -510,10 +521,10 @@ def list_series(path) -> tuple[list[Series], Folder]:
     series.sort(key=lambda one: (not one.is_volume, -len(one.slices) * one.header.Rows * one.header.Columns, one.name))
     parts = {}
     for one in series:
-        parts.setdefault(one.header.get('SeriesInstanceUID'), []).append(one)
+        parts.setdefault(series_key(one.header), []).append(one)
     for number, one in enumerate(series, start=1):
         one.number = number
-        one.notes += notes_on_parts([other for other in parts[one.header.get('SeriesInstanceUID')] if other is not one])
+        one.notes += notes_on_parts([other for other in parts[series_key(one.header)] if other is not one])
         one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 
@@ -933,13 +944,15 @@ def chosen_series(path, series: list, wanted=None) -> Series:
 def read_scan(path, series=None, fill_gaps: bool = False) -> Scan:
     """The volume in a folder of DICOM files (searched whole), in one DICOM file with many frames, or in a NIfTI, NRRD or MetaImage file.
 
-    Where several could be meant, `series` is the number of one, or a part of its name. `fill_gaps` interpolates where slices are missing.
+    Where several could be meant, `series` is the number of one, or a part of its name; a file of one volume takes none. `fill_gaps` interpolates where slices are missing.
     Raises ValueError or FileNotFoundError, in a sentence that names series, place and remedy: what is not right is not read."""
     path = Path(path)
     if reader := format_reader(path):
+        if series is not None:
+            raise ValueError(f'{path} holds one volume and no series by number or name; leave series={series} out.')
         return reader(path)
     found_series, found = list_series(path)
-    if not any(one.is_volume for one in found_series) and series is None:
+    if not any(one.is_volume or str(one.number) == str(series) for one in found_series):
         raise ValueError(nothing_sentence(path, found, found_series))
     scan = read_series(chosen_series(path, found_series, series), fill_gaps)
     if found.others:

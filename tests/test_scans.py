@@ -301,6 +301,16 @@ def test_slices_at_one_place_are_read_once_each(tmp_path, monkeypatch):
     assert len(compared) <= 2 * len(looked)
 
 
+def test_a_file_of_many_frames_at_one_place_is_read_once(tmp_path, monkeypatch):
+    "A file of diffusion or of a dynamic holds hundreds to thousands of frames; it was read anew for each of them."
+    places, read, own = stack_positions(3), [], scans.dicom_header
+    echoes = [{'EffectiveEchoTime': 10. + time} for time in range(8) for _ in places]
+    for name in ('one.dcm', 'copy.dcm'):
+        save(enhanced(places * 8, modality='MR', slopes=[.25 + time / 10 for time in range(8) for _ in places], MREchoSequence=echoes), tmp_path / name)
+    monkeypatch.setattr(scans, 'dicom_header', lambda path, pixels=False: (read.append(path.name) if pixels else None, own(path, pixels))[1])
+    assert [len(one.slices) for one in list_series(tmp_path)[0]] == [3] * 8 and sorted(read) == ['copy.dcm', 'one.dcm']
+
+
 def test_different_slices_at_one_place_are_refused(tmp_path):
     places = stack_positions()
     write(tmp_path, [*(made(place) for place in places), made(places[2], values=np.zeros(SHAPE))])
@@ -366,10 +376,31 @@ def test_a_number_that_no_series_has_is_not_looked_for_in_their_names(tmp_path):
     assert read_scan(tmp_path, series='5.0').description == 'HEAD 5.0'
 
 
+@pytest.mark.parametrize('raised', [0, 1.5], ids=['at one place', 'between each other'])
+@pytest.mark.parametrize('lost, more', [('1.2.3', {'Modality': 'MR'}), (None, {'Modality': 'MR', 'SeriesDescription': None}), (None, {'SeriesNumber': 2}),
+                                        (None, {'SeriesDescription': 'neck'}), (None, {'StudyInstanceUID': '1.8'})], ids=str)
+def test_series_whose_number_was_made_anonymous_are_not_mixed(tmp_path, lost, more, raised):
+    "Slices of a CT and an MRI without a SeriesInstanceUID, each between two of the other, were one volume without a word."
+    places = stack_positions()
+    first = [made(place, SeriesInstanceUID=lost, FrameOfReferenceUID=None) for place in places]
+    other = [made(place + (0, 0, raised), slope=.5, **{'SeriesInstanceUID': lost, 'FrameOfReferenceUID': None} | more) for place in places]
+    series, _ = list_series(write(tmp_path, [*first, *other]))
+    assert [(len(one.slices), one.fault, len({float(each.header.RescaleSlope) for each in one.slices})) for one in series] == [(6, '', 1)] * 2
+    assert not any(one.notes for one in series)
+
+
 def test_slices_of_two_patients_are_never_one_volume(tmp_path):
     places = stack_positions(8)
     write(tmp_path, [made(place, PatientID=f'P-{index // 4}', PatientName='X') for index, place in enumerate(places)])
     assert_refused(tmp_path, '2 volumes')
+
+
+def test_a_series_that_is_wanted_where_there_is_none_is_told_why(tmp_path):
+    assert_refused(write(tmp_path / 'one', [made(stack_positions()[0])]), 'it is one slice', series='head')
+    (tmp_path / 'two').mkdir()
+    path = nifti(tmp_path / 'two/a.nii.gz', turned())
+    assert_refused(tmp_path / 'two', 'Name one of its files: a.nii.gz', series=2)
+    assert_refused(path, 'a.nii.gz', 'one volume', 'leave series=2 out', series=2)
 
 
 def test_two_patients_are_not_fused_unawares(tmp_path):
@@ -401,6 +432,7 @@ def test_nothing_that_is_shown_names_the_patient(tmp_path):
     ({'ImageOrientationPatient': None}, ['no valid ImageOrientationPatient', 'export']),
     ({'PixelSpacing': None}, ['no PixelSpacing', 'export']),
     ({'SamplesPerPixel': 3, 'PhotometricInterpretation': 'RGB', 'PlanarConfiguration': 0}, ['in colour']),
+    ({'PhotometricInterpretation': 'PALETTE COLOR'}, ['in colour']),
 ])
 def test_what_is_no_volume_is_refused(tmp_path, tags, words):
     assert_refused(write(tmp_path, [made(place, **tags) for place in stack_positions()]), 'CT head', *words)
