@@ -1205,6 +1205,9 @@ def scan_parameters(typed: dict) -> dict:
     scans, paths = typed['scans'], {name: typed[name] for name in ('transform', 'study', 'truth') if typed[name]}
     if len(scans) < 2 and 'study' not in paths:
         raise typer.BadParameter('a CT and an MRI are needed, or --study with a finished one')
+    for text in typed['parameter']:
+        if option := {'out_dir': '--out', 'replace': '--replace'}.get(text.partition('=')[0]):
+            raise typer.BadParameter(f'-p {text} would do nothing; say {option}')
     check_there(*scans, *paths.values())
     check_output(typed['out'], scans)
     if inside := [scan for scan in scans if scan.is_dir() and scan.resolve() in typed['out'].resolve().parents]:

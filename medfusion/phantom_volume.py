@@ -390,7 +390,8 @@ def phantom_study(seed: int, ct_spacing=(.5, .5, 2.5), mri_spacing=(.9, .9, 4.),
     are the MRI's (shares of full signal), `ct_noise` is in HU. The MRI shows the upper `fraction` of its field of view, or a part (from, to)
     from below (0) to above (1), in slices of a `plane`. Spacings are in the slice, twice, and between slices, in mm.
     """
-    tissue_value('skull', contrast)                                                      # a wrong word is refused before the work begins
+    if contrast not in ('T1', 'T2', 'FLAIR'):                                            # a wrong word is refused before the work begins
+        raise ValueError(f'An MRI has no contrast {contrast!r}; choose one of T1, T2, FLAIR.')
     rng = np.random.default_rng(np.random.SeedSequence((seed, 32)))
     middle = rng.uniform((-8, -12, -15), (8, 4, 15))                                     # of the head, from the isocentre of the CT
     lies = drawn_pose(rng, 8, 0, middle)

@@ -275,7 +275,8 @@ def layer_panels(study: Study, changes) -> dict:
     limits = {one.label: one.limits for one in study.series}
     low, high = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
     fused = {name: (0., 1.) for one in study.series for name in one.fused}
-    return {'CT': LayerPanel('CT', ranges, (-1024., 3071.), 1., changes),
+    span = min(-1024., *(low for low, _ in ranges.values())), max(3071., *(high for _, high in ranges.values()))
+    return {'CT': LayerPanel('CT', ranges, span, 1., changes),
             'MRI': LayerPanel('MRI', limits, (low - (high - low) / 4, high + (high - low)), .5, changes),
             'fused': LayerPanel('fused', fused, (0., 1.), 1. if fused else 0., changes)}
 
@@ -470,8 +471,11 @@ def add_mending(viewer, folder, ct=None, mri=None) -> None:
         return mri[viewer.scans.mri.series.label] if isinstance(mri, dict) else mri
 
     def save(_):
-        path = save_pose(viewer, folder)
-        viewer.say(f'Saved as {path}. Fuse again with it: {fuse_command(path, ct, scan_now())}')
+        try:
+            path = save_pose(viewer, folder)
+            viewer.say(f'Saved as {path}. Fuse again with it: {fuse_command(path, ct, scan_now())}')
+        except (OSError, RuntimeError) as error:
+            viewer.say(f'Nothing was saved in {folder}: {error}')
 
     def refine(_):
         try:

@@ -37,7 +37,7 @@ from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
                                     shrunk, verdict_limits, write_transform)
 from .runs import versions
-from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk, write_nifti
+from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk, upright_image, write_nifti
 
 # %% ../nbs/33_studies.ipynb #970af163
 def between(values, low: float, high: float) -> np.ndarray:
@@ -346,12 +346,13 @@ def fused_planes(study: Study, label: str = ''):
 
 # %% ../nbs/33_studies.ipynb #601f5fa3
 def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
-    "A `Scan`: itself, of a path, or of a SimpleITK image (float32; one with air near −1000 is a CT)."
+    "A `Scan`: itself, of a path, or of a SimpleITK image (float32; one with air near −1000 is a CT). Raises ValueError where that is no volume of numbers."
     if isinstance(scan, Scan):
         return scan
     if isinstance(scan, sitk.Image):
-        is_hu = float(sitk.GetArrayViewFromImage(scan).min()) < -500
-        return Scan(sitk.Cast(scan, sitk.sitkFloat32), 'CT' if is_hu else 'MR', 'image', is_hu)
+        image, notes = upright_image(scan, 'The image')
+        is_hu = float(sitk.GetArrayViewFromImage(image).min()) < -500
+        return Scan(image, 'CT' if is_hu else 'MR', 'image', is_hu, notes=notes)
     return read_scan(absolute_path(scan), series or None, fill_gaps)
 
 # %% ../nbs/33_studies.ipynb #33026a2d
@@ -741,6 +742,8 @@ def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) 
 # %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:
     "An executed notebook (its JSON) without papermill's metadata, bars of progress and the `secrets`, paths and UIDs, whole or in parts; a single word that the notebook itself holds stays."
+    spelled = lambda text: (text, text.encode('unicode_escape').decode().replace('"', r'\"'))      # as it is, and as papermill writes it into a cell
+    secrets = list(dict.fromkeys(form for secret in secrets for form in spelled(str(secret))))
     own = json.dumps([cell['source'] for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])], ensure_ascii=False)
     parts = {part for secret in secrets for part in Path(secret).parts if len(part) > 2 and part not in own}
     words = [re.escape(str(secret)) for secret in secrets if len(Path(secret).parts) > 1] + [rf'(?<![\w×])(?<!\d[.,]){re.escape(part)}(?![\w×])(?![.,]\d)' for part in parts]     # no digits of 0.512 or 512×512

@@ -997,6 +997,14 @@ def test_what_no_study_can_be_made_with_is_noticed_at_once(pairs, no_kernel, mor
     assert sorted(Path().rglob('*')) == before
 
 
+@pytest.mark.parametrize('parameter, option', [('out_dir=elsewhere', '--out'), ('replace=true', '--replace')])
+def test_the_folder_of_a_study_is_named_by_an_option(pairs, no_kernel, parameter, option):
+    before = sorted(Path().rglob('*'))
+    result = medfusion('scan', 'CT', 'MRI', '-m', 'maximum', '-o', 'study', '-p', parameter)
+    assert result.exit_code == 2 and f'-p {parameter} would do nothing; say {option}' in ' '.join(result.stderr.split())
+    assert sorted(Path().rglob('*')) == before
+
+
 @pytest.mark.fault('scan', 'stopped (Ctrl-C, SIGTERM)', points=2)
 def test_a_stopped_scan_leaves_nothing(pairs, no_kernel, monkeypatch):
     before = sorted(Path().rglob('*'))

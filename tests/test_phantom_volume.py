@@ -82,7 +82,7 @@ def test_fraction_and_plane_and_contrast():
     assert top[0] == pytest.approx(top[1])
     sagittal = phantom_study(3, **coarse, plane='sagittal').mri
     assert np.linalg.det(np.reshape(sagittal.GetDirection(), (3, 3))) == pytest.approx(1) and sagittal.GetDirection()[2] == -1
-    for wrong in ({'plane': 'oblique'}, {'contrast': 'PET'}):
+    for wrong in ({'plane': 'oblique'}, {'contrast': 'PET'}, {'contrast': 'CT'}):
         with pytest.raises(ValueError, match='choose one of'):
             phantom_study(3, **coarse, **wrong)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import in_child, run_cells
+from papermill.translators import PythonTranslator
 
 pytest.importorskip('SimpleITK')
 from typer.testing import CliRunner
@@ -310,6 +311,19 @@ def test_what_is_refused_is_refused_in_a_sentence(scans):
         scan_fusion(one, other, registered=True)
 
 
+def test_an_image_that_is_no_volume_of_numbers_is_refused_and_one_with_nan_mended(scans, drawn):
+    "A SimpleITK image has gone through no reader."
+    ct, mri = (one.image for one in scans)
+    for wrong, words in ((mri[:, :, 5], '2 dimensions'), (sitk.Compose(mri, mri), '2 numbers a voxel')):
+        with pytest.raises(ValueError, match=f'image has {words}|image is in colour or has {words}'):
+            scan_fusion(ct, wrong, model='maximum', transform=drawn.truth)
+    values = sitk.GetArrayFromImage(mri)
+    values[0, 0, 0] = np.nan
+    holed = sitk.GetImageFromArray(values)
+    holed.CopyInformation(mri)
+    assert 'NaN' in scan_fusion(ct, holed, model='maximum', transform=drawn.truth).series[0].notes[0]
+
+
 def test_a_given_transform_is_checked(scans, drawn):
     ct, mri = scans
     found = studies.brought_together(ct, mri, drawn.truth)
@@ -533,6 +547,16 @@ def test_a_folder_that_is_called_by_a_number_takes_no_digits_out_of_others():
     notebook = {'cells': [{'cell_type': 'code', 'id': 'a', 'metadata': {}, 'source': '', 'outputs': [output]}], 'metadata': {}}
     clean = scrubbed(notebook, ['/data/512/ct', '/data/512/mri'])['cells'][0]['outputs'][0]['text']
     assert clean == 'case …: 0.512, 512.5 and 1,512 of 512×512×40 voxels; …. In …'
+
+
+def test_a_folder_with_letters_beyond_ascii_is_taken_out_of_the_cell_of_parameters(tmp_path):
+    "papermill writes them there by their numbers (\\xfc), and a quotation mark with a backslash."
+    typed = {'ct': '/data/Müller_Jürgen/ct', 'mri': ['/data/山田太郎/mri', '/data/Sean "O\'Brien"/mri']}
+    source = PythonTranslator.codify(typed)
+    notebook = {'metadata': {}, 'cells': [{'cell_type': 'code', 'id': name, 'metadata': {'tags': [name]}, 'source': text, 'outputs': []}
+                                          for name, text in (('parameters', 'mri = []'), ('injected-parameters', source))]}
+    clean = scrubbed(notebook, [typed['ct'], *typed['mri']])['cells'][1]['source']
+    assert r'M\xfcller' in source and clean.split('\n')[1:3] == ['ct = "…"', 'mri = ["…", "…"]']
 
 
 def test_the_notebook_refuses_a_folder_with_a_study_before_it_works(written):

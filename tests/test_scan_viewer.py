@@ -1,6 +1,7 @@
 """The scan viewer, driven by its events: where a marked voxel is shown, what click, wheel, opacity and nudge do, what is saved."""
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -205,6 +206,16 @@ def test_what_is_saved_is_read_back_and_replaces_nothing(tmp_path):
     assert 'medfusion scan CT MRI --transform' in viewer.status.value and viewer.nudge.refine.disabled
 
 
+def test_a_transform_that_cannot_be_saved_is_told(tmp_path):
+    "JupyterLab shows nothing of what a button raises."
+    (tmp_path / 'study').mkdir()
+    viewer = view_scan(fill_study(tmp_path / 'study', a_study()))
+    shutil.rmtree(tmp_path / 'study')
+    (tmp_path / 'study').write_text('no folder any more')
+    viewer.nudge.save.click()
+    assert 'study' in viewer.status.value and 'Saved' not in viewer.status.value and viewer.status.value.startswith('<b>')
+
+
 def test_refine_begins_where_the_mri_was_moved_to(monkeypatch):
     study, asked = a_study(), []
     found = Registration(motion_of((1, 1, 1), (0, 0, 0), (0, 0, 0)), 'doubtful', ['halves lie 5 mm apart'])
@@ -226,6 +237,12 @@ def test_the_verdict_stands_on_the_picture(verdict, red):
     strip = pixels(viewer)[-24:].max((0, 1))
     assert (strip[0] > strip[1] + 80) == red and strip[0] > 200
     assert verdict in viewer.status.value and verdict in repr(viewer)
+
+
+def test_a_window_in_which_was_fused_is_shown_as_wide_as_it_is():
+    study = a_study()
+    study.record['windows'] = [{'name': '480_8000', 'level': 480, 'width': 8000}]
+    assert view_scan(study).layers['CT'].window.value == (-3520, 4480)
 
 
 def test_a_study_in_which_nothing_was_fused_is_shown(tmp_path):
