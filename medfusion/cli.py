@@ -1257,7 +1257,7 @@ def scan(
     scans: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI...', help='folders of DICOM, or NIfTI, NRRD, MetaImage files')] = [],
     out: Annotated[Path | None, typer.Option('--out', '-o', parser=typed_path, metavar='STUDY', help='the folder of the study; by default that of --study, else study')] = None,
     model: ModelName = 'wavelet',
-    window: Annotated[str, typer.Option(help='brain, subdural, stroke, bone, or level,width; several make several volumes')] = 'brain',
+    window: Annotated[str, typer.Option(help='brain, subdural, stroke, stroke-wide, bone, or level,width; several make several volumes')] = 'brain',
     grid: Annotated[str, typer.Option(help='ct or mri: whose voxels the study has')] = 'ct',
     spacing: Annotated[float, typer.Option(metavar='MM', help='of voxels alike in all directions; 0 keeps that of the grid')] = 0.,
     plane: Annotated[str, typer.Option(help='axial, coronal or sagittal slices are fused; by default those of the grid')] = '',

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import absolute_path, missing_sentence, write_atomically
-from .scans import sitk
+from .scans import itk_path, sitk
 
 # %% ../nbs/32_registration.ipynb #57457cda
 def shrunk(image: sitk.Image, mm: float) -> sitk.Image:
@@ -383,7 +383,7 @@ def read_transform(path) -> sitk.Transform:
     if not path.is_file():
         raise FileNotFoundError(missing_sentence(path))
     try:
-        found = sitk.ReadTransform(str(path))
+        found = sitk.ReadTransform(itk_path(path))
     except RuntimeError:
         raise ValueError(f'{path} is no transform that SimpleITK reads; write it as .tfm or .h5.') from None
     if found.GetDimension() != 3 or not found.IsLinear():

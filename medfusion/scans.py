@@ -10,7 +10,7 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom
            'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
            'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
            'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
-           'image_scan', 'as_mri', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values',
+           'image_scan', 'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values',
            'read_nifti', 'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series',
            'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
@@ -823,11 +823,20 @@ def as_mri(scan: Scan) -> Scan:
     notes = [note for note in scan.notes if 'air near −1000' not in note]
     return replace(scan, image=image, modality='', is_hu=False, notes=[*notes, *filled, 'Some of its values lie where a CT has air; it was said to be an MRI.'])
 
+# %% ../nbs/30_scans.ipynb #85e7bb15
+def itk_path(path) -> str:
+    "A path as text for SimpleITK. Raises ValueError for one that is not UTF-8 (as old servers have them): it ends the whole process, without a word."
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{ascii(str(path))} has a name in it that is not UTF-8, which SimpleITK cannot take; rename that folder or file.') from None
+    return str(path)
+
 # %% ../nbs/30_scans.ipynb #95d40f1b
 def read_pixels_of(path) -> sitk.Image:
     "The image in a file that SimpleITK reads. Raises ValueError where it cannot."
     try:
-        return sitk.ReadImage(str(path))
+        return sitk.ReadImage(itk_path(path))
     except RuntimeError:
         raise ValueError(f'{Path(path).name} cannot be read as an image: it is cut off, or no such file; copy it again.') from None
 
@@ -894,7 +903,7 @@ def write_nifti(path, image: sitk.Image) -> Path:
     What was compressed ends with its length: the header of 352 bytes and the voxels.
     """
     path = Path(path)
-    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
+    sitk.WriteImage(image, itk_path(path), useCompression=True, compressionLevel=1)
     whole = 352 + image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
     if path.read_bytes()[-4:] != (whole % 2**32).to_bytes(4, 'little'):
         raise OSError(f'{path.name} could not be written whole; free some space or choose another folder.')

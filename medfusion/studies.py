@@ -37,7 +37,7 @@ from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
                                     shrunk, verdict_limits, write_transform)
 from .runs import versions
-from .scans import Scan, as_mri, check_pair, plane_of, pydicom, read_scan, shape_text, sitk, upright_image, write_nifti
+from .scans import Scan, as_mri, check_pair, itk_path, plane_of, pydicom, read_scan, shape_text, sitk, upright_image, write_nifti
 
 # %% ../nbs/33_studies.ipynb #970af163
 def between(values, low: float, high: float) -> np.ndarray:
@@ -550,7 +550,7 @@ def clear_beside(path: Path) -> None:
 @contextmanager
 def new_folder_at(path, replace: bool = False):
     "A hidden folder beside `path` that takes its place when all went well and vanishes otherwise. FileExistsError for what is there, unless it is a study to `replace`."
-    path = absolute_path(path)
+    path = Path(itk_path(absolute_path(path)))
     path = Path(os.path.realpath(path)) if path.is_symlink() else path      # a link stays one, and leads to the new study
     with new_parents(path) as parent:
         clear_beside(path)
@@ -601,7 +601,7 @@ def fill_study(folder, study: Study, progress=quietly) -> Path:
 # %% ../nbs/33_studies.ipynb #298b7366
 def record_in(folder) -> dict:
     "What run.json says of the study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
-    folder = absolute_path(folder)
+    folder = Path(itk_path(absolute_path(folder)))
     if not folder.is_dir():
         raise FileNotFoundError(f'{missing_sentence(folder, "folder")} A study is made by medfusion scan CT MRI -o STUDY.')
     record = read_json(folder / 'run.json') if (folder / 'run.json').is_file() else {}

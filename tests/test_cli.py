@@ -1005,6 +1005,27 @@ def test_the_folder_of_a_study_is_named_by_an_option(pairs, no_kernel, parameter
     assert sorted(Path().rglob('*')) == before
 
 
+def test_a_folder_whose_name_is_not_utf8_is_told_and_ends_nothing(pairs, no_kernel):
+    "SimpleITK ends the whole process at such a path, as old servers have them, and what was half-written stayed."
+    place = Path(os.fsdecode(b'M\xfcller'))
+    place.mkdir()
+    (place / 'study').mkdir()
+    (place / 'a.nrrd').write_bytes(b'NRRD0004\n')
+    before = sorted(Path().rglob('*'))
+    for words in (['scan', 'CT', 'MRI', '-m', 'maximum', '-o', str(place / 'new')], ['view', str(place / 'study')]):
+        assert_sentence(medfusion(*words), 'is not UTF-8', 'rename')
+    read = medfusion('scans', str(place.absolute()))
+    assert read.exit_code == 0 and 'is not UTF-8' in read.stdout
+    ended = subprocess.run([sys.executable, '-m', 'medfusion', 'data', 'scans', '--voxel', '8', '-o', place / 'new'], capture_output=True, text=True)
+    assert ended.returncode == 1 and 'is not UTF-8' in ended.stderr and 'terminate' not in ended.stderr
+    assert sorted(Path().rglob('*')) == before
+
+
+def test_the_help_of_scan_names_every_window():
+    from medfusion.studies import windows
+    assert f'{", ".join(windows())}, or level,width' in ' '.join(medfusion('scan', '--help').stdout.split())
+
+
 @pytest.mark.fault('scan', 'stopped (Ctrl-C, SIGTERM)', points=2)
 def test_a_stopped_scan_leaves_nothing(pairs, no_kernel, monkeypatch):
     before = sorted(Path().rglob('*'))
