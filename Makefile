@@ -1,6 +1,6 @@
-# Everything here needs Python 3.11 or newer with its venv, make and git; the rest is installed into .venv.
+# Everything here needs Python 3.11 to 3.14 with its venv, make and git; the rest is installed into .venv.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
-  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$python"; break; }; done)
+  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && { command -v "$$python"; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked

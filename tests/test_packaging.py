@@ -177,3 +177,12 @@ def test_lock_resolves_from_wheels(tmp_path, python, platform):
     if done.returncode and re.search('error sending request|dns error|Failed to fetch|timed out', done.stderr):
         pytest.skip(f'the registry cannot be reached: {done.stderr.strip().splitlines()[-1]}')
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('version', [(3, 10), (3, 15)])
+def test_a_python_that_the_lock_does_not_know_is_refused_before_anything_is_installed(tmp_path, version):
+    python = tmp_path / 'python3'
+    python.write_text(f'#!{sys.executable}\nimport sys\ncode = sys.argv[2]\nsys.version_info = ({version[0]}, {version[1]}, 0)\nexec(code)\n')
+    python.chmod(0o755)
+    done = subprocess.run([ROOT / '.ci/set-up', python, tmp_path / 'venv'], capture_output=True, text=True)
+    assert done.returncode == 1 and 'Python 3.11 to 3.14' in done.stderr and 'make PYTHON=' in done.stderr and not (tmp_path / 'venv').exists()
