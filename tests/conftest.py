@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import psutil
@@ -130,7 +131,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_unconfigure(config):
     if hasattr(config, 'leftovers') and not hasattr(config, 'workerinput'):
-        shutil.rmtree(config.leftovers.folder, ignore_errors=True)
+        Finalize(None, shutil.rmtree, (config.leftovers.folder, True), exitpriority=-200)    # after multiprocessing, which removes its own folder at -100
 
 
 def notebook(folder, *cells, tags=('parameters',)):
