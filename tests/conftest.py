@@ -175,21 +175,23 @@ def write_slices(root, number, sides=('ct', 'mri'), size=48):
 
 
 def memory_of(process):
-    "MiB of memory of its own that the process of this number uses, 0 where it has ended; of files that it maps, what else the machine does decides how much."
-    status = Path(f'/proc/{process}/status')
-    told = re.search(r'RssAnon:\s+(\d+)', status.read_text()) if status.exists() else None
-    return int(told[1]) // 1024 if told else 0
+    """MiB of memory of its own that the process of this number uses, 0 where it has ended: of what it shares with the processes that it was forked from,
+    its part; of files that it maps, what else the machine does decides how much."""
+    with suppress(OSError):
+        told = re.search(r'Pss_Anon:\s+(\d+)', Path(f'/proc/{process}/smaps_rollup').read_text())
+        return int(told[1]) // 1024 if told else 0
+    return 0
 
 
 def peak_memory(process):
-    "The largest `memory_of` a process and of those that it began, added up; looked at until it ends."
-    peaks = {}
+    "The largest sum at one time of the `memory_of` a process and of those that it began; looked at until it ends."
+    peak = 0
     while process.poll() is None:
         with suppress(OSError, psutil.NoSuchProcess):        # it has ended meanwhile
-            for number in (process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))):
-                peaks[number] = max(peaks.get(number, 0), memory_of(number))
+            numbers = process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))
+            peak = max(peak, sum(map(memory_of, numbers)))
         time.sleep(0.05)
-    return sum(peaks.values())
+    return peak
 
 
 def begin_child(function):
