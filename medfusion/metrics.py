@@ -763,7 +763,7 @@ def metric_table():
         Metric('SCD', lambda t: _scd(*t.doubles, math.nan),
                undefined='a source is constant, or differs from the fused image by a constant'),
         Metric('PSNR', psnr_columns, 'PSNR of the mean squared error, peak {peak}', undefined='max(F) is 0', **both),
-        Metric('VIF', lambda t: joined(vif_of_levels(t.fused, [t.ct, t.mri]), t.choices.combine),
+        Metric('VIF', lambda t: joined(vif_of_levels(t.doubles[0], t.doubles[1:]), t.choices.combine),
                'MI, VIF, SSIM, MS-SSIM: {combine} of both sources', undefined='it needs 41 pixels a side', **both),
         Metric('Qabf', lambda t: _qabf(*map(edges, t.images), t.choices.qabf_wrapped, t.choices.qabf_equal, math.nan),
                'Qabf angles {angles}, ratio of equal strengths {equal}', undefined='neither source has an edge'),

@@ -146,6 +146,15 @@ def test_single_precision_suffices_for_vif():
             assert close(M.vif(f.float(), s.float()), M.vif(f, s), 1e-4)
 
 
+def test_vif_of_a_table_is_right_on_a_white_background():
+    "Faint variances beside black: single precision was wrong in the third digit of inverted and of saturated slices."
+    images = [torch.where(torch.arange(128) < 8, 0, 1 - (image - 0.7).clamp(min=0)) for image in triple(128, 128)]
+    fused, *sources = map(levels, images)
+    ours = M.measure(*images, names=['VIF'])
+    for name, source in zip(('VIF_ct', 'VIF_mri'), sources):
+        assert close(ours[name], direct_forms().direct_vif(fused, source), 1e-5), name
+
+
 def test_ssim_matches_skimage():
     from skimage.metrics import structural_similarity
     fused, ct, _ = (image.double() for image in triple())
