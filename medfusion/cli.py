@@ -480,8 +480,10 @@ def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None
         typer.echo(f'{pairs} pairs are in {task}/CT and {task}/MRI. Fuse them into a folder of PNGs of the same names, then: '
                    f'medfusion evaluate FUSED --task {shlex.quote(str(task))}')
         return
-    if csv is not None:
-        check_output(csv, [*paths, task], ('.csv',))
+    if csv is not None and check_output(csv, [*paths, task], ('.csv',)).is_file():
+        with open(csv, 'rb') as file:
+            if (there := file.readline()) and not there.startswith(b'lesion,method,case,'):
+                raise FileExistsError(f'{csv} is there already, and no table of a scored task; name another file.')
     table = score_task(task, paths[0])
     if csv is not None:
         write_atomically(csv, table.to_csv(index=False, float_format='%.6g').encode())

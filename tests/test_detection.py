@@ -171,6 +171,17 @@ def test_the_command_writes_and_scores(heads, task, tmp_path):
     assert CliRunner().invoke(app, ['evaluate', str(task[1])]).exit_code == 2
 
 
+def test_scores_replace_no_other_file(task, tmp_path):
+    scores, letter = tmp_path / 'scores.csv', tmp_path / 'letter.csv'
+    letter.write_text('Dear all,')
+    refused = CliRunner().invoke(app, ['evaluate', str(task[1]), '--task', str(task[0]), '--csv', str(letter)])
+    assert refused.exit_code == 1 and 'letter.csv is there already, and no table of a scored task; name another file.' in refused.stderr
+    assert letter.read_text() == 'Dear all,'
+    scores.write_text('lesion,method,case,d\n')
+    assert CliRunner().invoke(app, ['evaluate', str(task[1]), '--task', str(task[0]), '--csv', str(scores)]).exit_code == 0
+    assert len(pd.read_csv(scores)) > 8
+
+
 def test_too_few_slices_are_told(tmp_path):
     y, x = np.mgrid[:128, :128] - 63.5
     radius = np.hypot(x, y)
