@@ -6,9 +6,9 @@
 __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'network_words', 'ModelName', 'Task', 'MethodName', 'Parameters', 'Files',
            'RunName', 'Latex', 'Markdown', 'in_shell_words', 'sentence_of', 'stop_signals', 'say', 'SentenceGroup',
            'common', 'typed_path', 'typed_place', 'read_range', 'check_there', 'tell_data', 'phantom', 'named_split',
-           'import_slices', 'harvard', 'flat_folder_sentence', 'check', 'fuse_files', 'Engine', 'check_local',
-           'two_files', 'tell_report', 'fuse', 'Preset', 'some_names', 'metric_summary', 'evaluation_text',
-           'refuse_vain', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model',
+           'import_slices', 'harvard', 'flat_folder_sentence', 'refuse_vain', 'check', 'fuse_files', 'Engine',
+           'check_local', 'two_files', 'tell_report', 'fuse', 'Preset', 'some_names', 'metric_summary',
+           'evaluation_text', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model',
            'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
            'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
            'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
@@ -298,9 +298,18 @@ def flat_folder_sentence(root: Path, cases: list[str], values: str | None = None
             f'-p ct_dir={ct} -p mri_dir={mri} -p val_cases={val} -p test_cases={test}{drawn}), and records the split; or make a data set with parts: '
             f'medfusion data import {place} Dataset --val-cases {val} --test-cases {test}{drawn}')
 
+# %% ../nbs/50_cli.ipynb #a3301353
+def refuse_vain(context: typer.Context, way: str, names: list[str]) -> None:
+    "Raises BadParameter where an option or argument was typed that does nothing beside the option `way`; `names` are those of the parameters of the command."
+    typed = [option.opts[0] for option in context.command.params if option.name in names and context.get_parameter_source(option.name).name == 'COMMANDLINE']
+    vain = [name if name.startswith('-') else name.upper() for name in typed]
+    if vain:
+        raise typer.BadParameter(f'{", ".join(vain)} would do nothing with {way}; leave it out')
+
 # %% ../nbs/50_cli.ipynb #3625d514
 @data_app.command()
 def check(
+    context: typer.Context,
     root: Root = Path('Dataset'),
     train: Annotated[Path | None, typer.Option(parser=typed_path, metavar='NAMES', help='audit a split instead: its training slices, '
                                                'a folder or a list (text, JSON, CSV)')] = None,
@@ -313,6 +322,7 @@ def check(
     if train or test or case_pattern:
         if not (train and test):
             raise typer.BadParameter('an audit takes both --train and --test')
+        refuse_vain(context, '--train', ['root', 'values'])
         check_there(train, test)
         audit = audit_split(names_in_part(train, 'train'), names_in_part(test, 'test'), case_pattern)
         typer.echo(str(audit))
@@ -455,13 +465,6 @@ def evaluation_text(table) -> str:
 # %% ../nbs/50_cli.ipynb #8a844427
 Task = Annotated[Path | None, typer.Option('--task', parser=typed_path, metavar='FOLDER', help='detection: CT MRI --task FOLDER writes pairs '
                                            'with painted lesions there, FUSED --task FOLDER scores what was fused of them')]
-
-# %% ../nbs/50_cli.ipynb #a3301353
-def refuse_vain(context: typer.Context, way: str, names: list[str]) -> None:
-    "Raises BadParameter where an option was typed that does nothing beside the option `way`; `names` are those of the parameters of the command."
-    vain = [option.opts[0] for option in context.command.params if option.name in names and context.get_parameter_source(option.name).name == 'COMMANDLINE']
-    if vain:
-        raise typer.BadParameter(f'{", ".join(vain)} would do nothing with {way}; leave it out')
 
 # %% ../nbs/50_cli.ipynb #cd4ee3f0
 def detection_task(paths: list[Path], task: Path | None, csv: Path | None = None, value_range=None) -> None:

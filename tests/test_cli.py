@@ -1093,11 +1093,12 @@ def test_a_finished_benchmark_is_shown(pairs):
 @pytest.mark.parametrize('typed, vain', [
     (['benchmark', '--record', 'toy', '-m', 'maximum', '-p', 'ct_dir=CT', '--run', 'a', '--detection', '--columns', 'EN'], '--parameter, --run, --model, --detection'),
     (['evaluate', 'CT', '--task', 'task', '--jobs', '1', '--preset', 'cvpr', '--pattern', '{name}_f.png', '--range', '0,1'], '--preset, --range, --jobs, --pattern'),
-    (['evaluate', 'CT', 'MRI', '--task', 'task', '--csv', 'a.csv', '--range', '0,1'], '--csv')])
+    (['evaluate', 'CT', 'MRI', '--task', 'task', '--csv', 'a.csv', '--range', '0,1'], '--csv'),
+    (['data', 'check', 'CT', '--train', 'CT', '--test', 'CT', '--range', '0,1'], 'ROOT, --range')])
 def test_an_option_that_would_do_nothing_is_refused(pairs, typed, vain):
     before = sorted(Path().rglob('*'))
     result = medfusion(*typed)
-    assert result.exit_code == 2 and f'{vain} would do nothing with {"--record" if "toy" in typed else "--task"}' in ' '.join(result.stderr.replace('│', ' ').split())
+    assert result.exit_code == 2 and f'{vain} would do nothing with {"--record" if "toy" in typed else "--task" if "--task" in typed else "--train"}' in ' '.join(result.stderr.replace('│', ' ').split())
     assert sorted(Path().rglob('*')) == before
 
 
