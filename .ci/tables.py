@@ -142,7 +142,7 @@ def folds_told(folds):
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
             f'34 and 41 the fourth and fifth of the wavelet network\'s six and the last of ResNet\'s three, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
-            f'much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may. In brackets: in how many patients the network is better.\n\n```sh\n{commands}\n```\n\n'
+            f'much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may. In brackets: in how many patients the network is better; they are told apart where the 95 % interval of the mean difference leaves out 0.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
 
 
@@ -309,7 +309,7 @@ def benchmarks():
 def blocks():
     "{file: {name of a block: its text}}."
     total = len(recorded('cases_34_41'))
-    pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 6))}\n\nThe first 6 of {total} by mean rank. Against the best of all others, column by column:'
+    pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 6))}\n\nThe first 6 of {total} by mean rank. Against the best of the others, our networks and the copies left out, column by column:'
     kept = with_command('phantom', lesions())
     return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
