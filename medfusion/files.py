@@ -488,10 +488,18 @@ def read_json(path) -> dict:
 
 # %% ../nbs/00_files.ipynb #adf072f2
 def lock_file(file):
-    "Waits for the lock of an open file, where the system has such locks; it is given back when the file is closed."
-    with suppress(ImportError):  # Windows has none
+    """Waits for the lock of an open file, which is given back when the file is closed.
+
+    Where there are no such locks (Windows, some network disks) nothing is waited for, and of a disk a warning tells.
+    """
+    with suppress(ImportError):
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f'This disk has no locks ({error.strerror}); let one process at a time write into a folder of it.', stacklevel=2)
 
 # %% ../nbs/00_files.ipynb #83fcc6fc
 def cut_torn_line(file):

@@ -976,6 +976,20 @@ def test_no_locks_on_this_system(tmp_path, monkeypatch):
     assert read_lines(tmp_path / 'log') == ['a'] and threading.active_count() >= 1
 
 
+def test_no_locks_on_this_disk(tmp_path, monkeypatch):
+    import fcntl
+    def fails(file, kind):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', fails)
+    for number in (errno.ENOSYS, errno.ENOLCK):     # a Lustre that was mounted without flock; an NFS without its lock daemon
+        with pytest.warns(UserWarning, match='has no locks .*one process at a time'):
+            append_line(tmp_path / 'log', str(number))
+    number = errno.EIO
+    with pytest.raises(OSError, match='could not take one more line'):
+        append_line(tmp_path / 'log', 'c')
+    assert read_lines(tmp_path / 'log') == [str(errno.ENOSYS), str(errno.ENOLCK)]
+
+
 def test_a_name_that_is_no_text_and_one_folder_for_both_are_told(tmp_path):
     write_image(tmp_path / '7001.png', np.zeros((16, 16), np.uint8))
     with pytest.raises(ValueError, match=f'{tmp_path} is given for CT and MRI, .* give a folder for each'):
