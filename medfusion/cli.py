@@ -1259,7 +1259,7 @@ def tell_study(record: dict, out: Path) -> None:
 @app.command()
 def scan(
     context: typer.Context,
-    scans: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI...', help='folders of DICOM, or NIfTI, NRRD, MetaImage files')] = [],
+    scans: Annotated[list[Path], typer.Argument(parser=typed_path, metavar='CT MRI', help='folders of DICOM, or NIfTI, NRRD, MetaImage files')] = [],
     out: Annotated[Path | None, typer.Option('--out', '-o', parser=typed_path, metavar='STUDY', help='the folder of the study; by default that of --study, else study')] = None,
     model: ModelName = 'wavelet',
     window: Annotated[str, typer.Option(help='brain, subdural, stroke, stroke-wide, bone, or level,width; several make several volumes')] = 'brain',

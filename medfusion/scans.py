@@ -253,7 +253,7 @@ def series_key(header) -> tuple:
 def slice_group(one: Slice) -> tuple:
     "What all slices of a volume share but for their orientation: series, patient, frame of reference, size, spacing, and whether it is a localiser."
     header, spacing = one.header, one.numbers('PixelSpacing', 2)
-    localiser = any('LOCALI' in str(word).upper() or 'SCOUT' in str(word).upper() for word in header.get('ImageType') or [])
+    localiser = any(word in str(header.get('ImageType')).upper() for word in ('LOCALI', 'SCOUT'))    # one word, or several
     return (series_key(header), patient_key(header.get('PatientID', '')), str(header.get('FrameOfReferenceUID', '')), header.Rows,
             header.Columns, int(header.get('SamplesPerPixel') or 1), localiser, None if spacing is None else tuple(spacing.round(4)))
 

@@ -346,8 +346,9 @@ def test_slices_at_one_place_only(tmp_path):
 
 # Several things in one folder
 
-def test_a_localiser_in_the_series_is_left_aside(tmp_path):
-    localisers = [made((-8., -6., 5.), [0, 1, 0, 0, 0, -1]), made((-8., -6., 50.), ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])]
+@pytest.mark.parametrize('told', [['ORIGINAL', 'PRIMARY', 'LOCALIZER'], 'LOCALIZER'])
+def test_a_localiser_in_the_series_is_left_aside(tmp_path, told):
+    localisers = [made((-8., -6., 5.), [0, 1, 0, 0, 0, -1]), made((-8., -6., 50.), ImageType=told)]
     scan = read_scan(write(tmp_path, [*localisers, *(made(place) for place in stack_positions())]))
     assert_right(scan)
     assert scan.image.GetSize()[2] == 6 and 'localiser' in notes(scan) and 'left aside' in notes(scan)
