@@ -2,12 +2,14 @@
 
     python benchmarks/scan_registration.py poses 40    results/recorded/registration_poses.csv: heads never used for tuning (18 CPU minutes)
     python benchmarks/scan_registration.py signs 15    results/recorded/registration_signs.csv: the heads by which the verdict was calibrated (10 CPU minutes)
+    python benchmarks/scan_registration.py stretches 8    results/recorded/registration_stretches.csv: spacings that headers tell wrongly (6 CPU minutes)
     python benchmarks/scan_registration.py optimisers 3    results/recorded/registration_optimisers.csv: what climbs best to a pose (6 CPU minutes for 3)
 
 The number says how many heads; remove the file to begin anew. A stopped run goes on with the next head.
 """
 import argparse
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from medfusion.registration import (
     descend,
     distance_between,
     half_disagreement,
+    judge,
     mirror_ratio,
     mirrored,
     moved,
@@ -29,6 +32,9 @@ from medfusion.registration import (
     register,
     rigid,
     search_pose,
+    seen_mm,
+    seen_share,
+    stretches,
 )
 from medfusion.scans import sitk
 
@@ -125,6 +131,51 @@ def signs(number):
     return {case: lambda row=row: row for case, row in found.items()}
 
 
+# Is a wrong spacing noticed
+
+SPACINGS = {'slices ×.83': (1, 1, .83), 'slices ×.9': (1, 1, .9), 'slices ×.94': (1, 1, .94), 'slices ×1.06': (1, 1, 1.06), 'slices ×1.1': (1, 1, 1.1), 'slices ×1.15': (1, 1, 1.15),
+            'pixels ×.9': (.9, .9, 1), 'pixels ×1.1': (1.1, 1.1, 1)}
+PARTS = {'MRI, upper two thirds': {'fraction': .67}, 'MRI, lower half': {'fraction': (0, .5)}, 'MRI, middle third': {'fraction': (.33, .67)}, 'sagittal MRI': {'plane': 'sagittal', 'mri_spacing': (1., 1., 5.)},
+         'slices of 7 mm': {'mri_spacing': (1., 1., 7.)}, 'noise 8 %': {'noise': .08}, 'bias 40 %': {'bias': .4}, 'CT, lower half': slice(0, 35), 'CT, upper half': slice(34, None), 'CT, 80 mm': slice(22, 47)}
+
+
+@lru_cache(maxsize=2)
+def seen_head(seed, part=''):
+    "A study of the head with the seed, of which one scan shows a part, or is worse."
+    how = PARTS.get(part, {})
+    usual = dict(contrast=('T1', 'T2', 'FLAIR')[seed % 3], ct_spacing=(1.6, 1.6, 3.2), mri_spacing=(1.5, 1.5, 4.), pose=(40., 60.))
+    study = phantom_study(seed, **usual | ({} if isinstance(how, slice) else how))
+    return replace(study, ct=study.ct[:, :, how]) if isinstance(how, slice) else study
+
+
+def stretch_row(study, factors=(1, 1, 1)):
+    "What is measured, and said with it and without, where the header of the MRI tells its spacings `factors` times too large; registered from near the truth."
+    mri, turn, middle = sitk.Image(study.mri), np.reshape(study.mri.GetDirection(), (3, 3)), study.brain.mean(0)
+    mri.SetSpacing([step * factor for step, factor in zip(mri.GetSpacing(), factors)])
+    place, origin = moved(study.truth, middle[None])[0], np.array(mri.GetOrigin())
+    place = origin + turn @ np.diag(factors) @ turn.T @ (place - origin)
+    pyramid = ScanPyramid.of(study.ct, mri)
+    start = pose_of(np.reshape(study.truth.GetMatrix(), (3, 3)), middle, place + (2, -2, 2))
+    pose, _ = descend(pyramid, 2, descend(pyramid, 4, start, 1.)[0], 1., .005, 60, .15)
+    began = time.process_time()
+    shares, gain = stretches(pyramid, pose)
+    seconds = time.process_time() - began
+    seen = (study.ct, mri, pose, pyramid.points, pyramid.mri_points)
+    signs = {'halves_mm': float(np.median(half_disagreement(pyramid, pose))), 'mirror_ratio': mirror_ratio(pyramid, pose),
+             'seen_share': seen_share(*seen), 'seen_mm': seen_mm(*seen)}
+    named = {name: round(float(share), 4) for name, share in zip(('stretch_rows', 'stretch_columns', 'stretch_slices'), shares)}
+    return {'contrast': study.contrast} | {name: round(value, 3) for name, value in signs.items()} | named | {
+        'gain': round(gain, 3), 'without': judge(signs)[0], 'verdict': judge(signs | (named if gain > 1.1 else {}))[0], 'cpu_seconds': round(seconds, 2)}
+
+
+def stretched(number):
+    "What is tried with head `number`, counted from 0, {case: what makes its row}: as it is, with wrong spacings, and as other scans, by turns, show it."
+    seed, parts = 5001 + number, [list(PARTS)[(number + step) % len(PARTS)] for step in (0, 3, 5, 6)]
+    cases = {'as it is': (), **{part: (part,) for part in parts}}
+    rows = {case: lambda part=part: stretch_row(seen_head(seed, *part)) for case, part in cases.items()}
+    return rows | {case: lambda factors=factors: stretch_row(seen_head(seed), factors) for case, factors in SPACINGS.items()}
+
+
 # What climbs best
 
 ASCENTS = {'descend': None,        # as the package does it
@@ -178,10 +229,10 @@ def optimisers(number):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('table', choices=('poses', 'signs', 'optimisers'))
+    parser.add_argument('table', choices=('poses', 'signs', 'stretches', 'optimisers'))
     parser.add_argument('heads', type=int)
     options = parser.parse_args()
-    make, first = {'poses': (poses, 3001), 'signs': (signs, 1003), 'optimisers': (optimisers, 1003)}[options.table]
+    make, first = {'poses': (poses, 3001), 'signs': (signs, 1003), 'stretches': (stretched, 5001), 'optimisers': (optimisers, 1003)}[options.table]
     path = RECORDS / f'registration_{options.table}.csv'
     rows = pd.read_csv(path).to_dict('records') if path.is_file() else []
     for number in range(options.heads):

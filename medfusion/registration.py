@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['shrunk', 'looks_like_ct', 'graded', 'tissue_threshold', 'head_mask', 'points_in', 'quarter_turns', 'thickness',
            'stretches_along', 'middles_across', 'pose_of', 'moved', 'distance_between', 'rigid', 'Registration',
-           'ScanPyramid', 'one_thread', 'descend', 'quietly', 'starting_poses', 'search_pose', 'seen_by',
-           'half_disagreement', 'mirrored', 'mirror_ratio', 'seen_share', 'seen_mm', 'verdict_limits', 'judge',
-           'register', 'resampled', 'write_transform', 'read_transform']
+           'ScanPyramid', 'one_thread', 'climb', 'descend', 'quietly', 'starting_poses', 'search_pose', 'seen_by',
+           'half_disagreement', 'mirrored', 'mirror_ratio', 'stretches', 'seen_share', 'seen_mm', 'verdict_limits',
+           'judge', 'register', 'resampled', 'write_transform', 'read_transform']
 
 # %% ../nbs/32_registration.ipynb #fa15e5ad
 import tempfile
@@ -209,10 +209,10 @@ def one_thread():
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 # %% ../nbs/32_registration.ipynb #94af174b
-def descend(pyramid: ScanPyramid, mm: int, start, step=2., least=.05, rounds=40, share=1., mask=None):
-    """The pose near `start` with the most mutual information on the scans of `mm`, and that information: (sitk.VersorRigid3DTransform, float).
+def climb(pyramid: ScanPyramid, mm: int, start, small, step=2., least=.05, rounds=40, share=1., mask=None) -> float:
+    """Changes `small`, a transform before `start`, uphill to the most mutual information of the scans of `mm`, and returns that: 0 where the scans do not overlap.
 
-    `step`: the first step, `least`: the last, in mm; `share` of the voxels in `mask` (by default the pyramid's) count. (start, 0.) where the scans do not overlap.
+    `step`: the first step, `least`: the last, in mm; `share` of the voxels in `mask` (by default the pyramid's) count.
     """
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
@@ -224,17 +224,26 @@ def descend(pyramid: ScanPyramid, mm: int, start, step=2., least=.05, rounds=40,
         method.SetMetricSamplingStrategy(method.REGULAR)
         method.SetMetricSamplingPercentage(share, 1)
     method.SetOptimizerAsRegularStepGradientDescent(step, least, rounds, .6, 1e-8)
-    method.SetOptimizerScales([80. ** 2] * 3 + [1.] * 3)
-    middle, small = pyramid.points.mean(0), sitk.Euler3DTransform()
-    small.SetCenter(middle.tolist())
+    method.SetOptimizerScales([80. ** 2] * (small.GetNumberOfParameters() - 3) + [1.] * 3)      # a shift comes last
     method.SetMovingInitialTransform(start)      # small first, then start
     method.SetInitialTransform(small, True)
     try:
         with one_thread():
             method.Execute(pyramid.ct[mm], pyramid.mri[mm])
     except RuntimeError:      # no point of the CT lies inside the MRI
-        return rigid(start, middle), 0.
-    return rigid(sitk.CompositeTransform([start, small]), middle), -method.GetMetricValue()
+        return 0.
+    return -method.GetMetricValue()
+
+# %% ../nbs/32_registration.ipynb #15fe7148
+def descend(pyramid: ScanPyramid, mm: int, start, step=2., least=.05, rounds=40, share=1., mask=None):
+    """The pose near `start` with the most mutual information on the scans of `mm`, and that information: (sitk.VersorRigid3DTransform, float).
+
+    The rest is as in `climb`. (start, 0.) where the scans do not overlap.
+    """
+    middle, small = pyramid.points.mean(0), sitk.Euler3DTransform()
+    small.SetCenter(middle.tolist())
+    information = climb(pyramid, mm, start, small, step, least, rounds, share, mask)
+    return rigid(sitk.CompositeTransform([start, small]) if information else start, middle), information
 
 # %% ../nbs/32_registration.ipynb #a057eee8
 def quietly(steps, **told):
@@ -309,6 +318,18 @@ def mirror_ratio(pyramid: ScanPyramid, pose) -> float:
     plain = descend(pyramid, 4, pose, 1., share=.5)[1]
     return descend(other, 4, pose, share=.5)[1] / max(plain, 1e-6)
 
+# %% ../nbs/32_registration.ipynb #c8a00851
+def stretches(pyramid: ScanPyramid, pose) -> tuple[np.ndarray, float]:
+    """How much longer the head is in the MRI than in the CT along rows, columns and from slice to slice of the MRI's volume, (3,), .1 for 10 %, by the affine transform that fits best near `pose`;
+    and its mutual information as a multiple of that of `pose`."""
+    middle, small = pyramid.points.mean(0), sitk.AffineTransform(3)
+    small.SetCenter(middle.tolist())
+    climb(pyramid, 8, pose, small, 4., .1, 60)
+    information = climb(pyramid, 4, pose, small, 1., share=.5)
+    steps = moved(pose, moved(small, middle + np.eye(3))) - moved(pose, moved(small, middle[None]))        # where a step of 1 mm along each axis of the CT leads
+    plain = descend(pyramid, 4, pose, .05, rounds=1, share=.5)[1]
+    return np.linalg.norm(steps @ np.reshape(pyramid.mri[4].GetDirection(), (3, 3)), axis=0) - 1, information / max(plain, 1e-6)
+
 # %% ../nbs/32_registration.ipynb #27aca4a7
 def seen_share(ct: sitk.Image, mri: sitk.Image, pose, points, mri_points) -> float:
     "The share of a head's points (N, 3), of the CT's `points` or of the MRI's, whichever is larger, that lie in the other scan by a pose: 1 for a small scan within a large one."
@@ -323,12 +344,13 @@ def seen_mm(ct: sitk.Image, mri: sitk.Image, pose, points, mri_points) -> float:
 
 # %% ../nbs/32_registration.ipynb #907a6970
 def verdict_limits() -> dict[str, tuple[float, float]]:
-    "The signs that decide, {name: (doubtful beyond, failed beyond)}; what both scans see is beyond where it is less. (No extent is below 0: a thin slab is doubtful, not failed.)"
-    return {'halves_mm': (4., 7.), 'mirror_ratio': (.9, 1.), 'seen_share': (.3, .15), 'seen_mm': (40., 0.)}
+    "The signs that decide, {name: (doubtful beyond, failed beyond)}; what both scans see is beyond where it is less. (No extent is below 0: a thin slab is doubtful, not failed; nor does a stretch fail.)"
+    stretched = dict.fromkeys(('stretch_rows', 'stretch_columns', 'stretch_slices'), (.06, float('inf')))
+    return {'halves_mm': (4., 7.), 'mirror_ratio': (.9, 1.), 'seen_share': (.3, .15), 'seen_mm': (40., 0.)} | stretched
 
 # %% ../nbs/32_registration.ipynb #3b94256f
 def judge(signs: dict) -> tuple[str, list[str]]:
-    "The verdict on signs of `register`, 'good', 'doubtful' or 'failed', and why, in sentences."
+    "The verdict on signs of `register`, 'good', 'doubtful' or 'failed', and why, in sentences. Stretches that are not among them decide nothing."
     apart = f'halves of the head, each registered for itself, come to lie {signs["halves_mm"]:.1f} mm apart'
     words = {'halves_mm': (apart, f'{apart} (an MRI without scalp and skull cannot be judged: give the one from before they were taken away)'),
              'mirror_ratio': ('the mirrored MRI fits nearly as well as the MRI as it is',
@@ -336,13 +358,22 @@ def judge(signs: dict) -> tuple[str, list[str]]:
              'seen_share': (f'only {signs["seen_share"]:.0%} of the head is seen by both scans',) * 2,
              'seen_mm': (f'only {signs["seen_mm"]:.0f} mm of the head are seen by both scans, too little to be sure of any pose; compare the pictures',) * 2}
     failed, doubtful = [], []
-    for name, (doubt, fail) in verdict_limits().items():
+    for name in words:
+        doubt, fail = verdict_limits()[name]
         worse = (lambda limit: signs[name] > limit) if doubt < fail else (lambda limit: signs[name] < limit)
         if worse(fail):
             failed.append(words[name][1])
         elif worse(doubt):
             doubtful.append(words[name][0])
+    doubtful += _stretched(signs)
     return ('failed' if failed else 'doubtful' if doubtful else 'good'), failed + doubtful
+
+
+def _stretched(signs):
+    ways = {'stretch_rows': 'along the rows', 'stretch_columns': 'along the columns', 'stretch_slices': 'from slice to slice'}
+    told = [f'the head is {abs(signs[name]):.0%} {"longer" if signs[name] > 0 else "shorter"} in the MRI than in the CT {way} of the MRI'
+            for name, way in ways.items() if abs(signs.get(name, 0)) > verdict_limits()[name][0]]
+    return told + ['one of the two headers may tell a wrong spacing (slices with gaps lie farther apart than they are thick): correct it, and register again'] * bool(told)
 
 # %% ../nbs/32_registration.ipynb #f97f6b06
 def register(ct: sitk.Image, mri: sitk.Image, start=None, progress=quietly) -> Registration:
@@ -360,6 +391,8 @@ def register(ct: sitk.Image, mri: sitk.Image, start=None, progress=quietly) -> R
     seen = (ct, mri, pose, pyramid.points, pyramid.mri_points)
     signs = {'halves_mm': float(np.median(half_disagreement(pyramid, pose, progress))), 'mirror_ratio': mirror_ratio(pyramid, pose),
              'seen_share': seen_share(*seen), 'seen_mm': seen_mm(*seen), 'mutual_information': information}
+    shares, gain = stretches(pyramid, pose)
+    signs |= dict(zip(('stretch_rows', 'stretch_columns', 'stretch_slices'), (shares if gain > 1.1 else np.zeros(3)).tolist()))
     if len(tried) > 1:
         signs['second_start'] = tried[1][1] / max(tried[0][1], 1e-6)
     return Registration(pose, *judge(signs), signs, tried, time.perf_counter() - began)

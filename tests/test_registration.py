@@ -125,9 +125,29 @@ def test_verdicts():
     good = {'halves_mm': 1., 'mirror_ratio': .8, 'seen_share': 1., 'seen_mm': 140.}
     for sign, value, verdict in (('halves_mm', 5., 'doubtful'), ('halves_mm', 9., 'failed'), ('mirror_ratio', .95, 'doubtful'),
                                  ('mirror_ratio', 1.3, 'failed'), ('seen_share', .2, 'doubtful'), ('seen_share', .05, 'failed'), ('seen_mm', 30., 'doubtful'),
-                                 ('seen_mm', 0., 'doubtful')):
+                                 ('seen_mm', 0., 'doubtful'), ('stretch_rows', .07, 'doubtful'), ('stretch_columns', -.07, 'doubtful'), ('stretch_slices', -.5, 'doubtful'),
+                                 ('stretch_slices', .05, 'good')):
         assert judge(good | {sign: value})[0] == verdict
     assert len(judge({'halves_mm': 9., 'mirror_ratio': 1.3, 'seen_share': .05, 'seen_mm': 9.})[1]) == 4
+
+
+@pytest.mark.parametrize('factors, told', [((1, 1, 1.06), '% longer in the MRI than in the CT from slice to slice'),
+                                           pytest.param((1, 1, .83), '% shorter in the MRI than in the CT from slice to slice', marks=pytest.mark.long),
+                                           pytest.param((1.1, 1, 1), '% longer in the MRI than in the CT along the rows', marks=pytest.mark.long)])
+def test_a_spacing_that_a_header_tells_wrongly_is_told(study, factors, told):
+    "Of slices 6 % too far apart halves agree, and the mirror fits worse."
+    mri, middle = sitk.Image(study.mri), study.brain.mean(0)
+    mri.SetSpacing(np.multiply(mri.GetSpacing(), factors).tolist())
+    place = np.array(mri.GetOrigin()) + factors * (moved(study.truth, middle[None])[0] - mri.GetOrigin())
+    found = register(study.ct, mri, start=pose_of(np.reshape(study.truth.GetMatrix(), (3, 3)), middle, place))
+    assert found.verdict != 'good' and told in found.sentence
+
+
+@pytest.mark.parametrize('part', ['whole', pytest.param('MRI', marks=pytest.mark.long), pytest.param('CT', marks=pytest.mark.long)])
+def test_no_stretch_is_told_where_spacings_are_right(study, part):
+    ct, mri = {'MRI': (study.ct, study.mri[:, :, 12:]), 'CT': (study.ct[:, :, 20:48], study.mri)}.get(part, (study.ct, study.mri))
+    found = register(ct, mri, start=study.truth)
+    assert 'longer' not in found.sentence and 'shorter' not in found.sentence
 
 
 @pytest.mark.parametrize('part', ['MRI below', pytest.param('CT above', marks=pytest.mark.long), pytest.param('CT below', marks=pytest.mark.long)])
