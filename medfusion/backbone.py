@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['backbone_stages', 'ResNetBackbone', 'find_backbone', 'check_named_hash', 'download_backbone', 'backbone_file',
-           'read_weights', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'folded', 'OnFrozenBackbone',
-           'half_storage', 'working_type', 'frozen_features', 'FeatureCache', 'random_interval', 'cut', 'cut_or_varied',
-           'item_of_others', 'grid_of_crops', 'TrainingPairs']
+           'read_weights', 'check_resnet50', 'LoadedBackbone', 'random_backbone', 'load_backbone', 'folded',
+           'OnFrozenBackbone', 'half_storage', 'working_type', 'frozen_features', 'FeatureCache', 'random_interval',
+           'cut', 'cut_or_varied', 'item_of_others', 'grid_of_crops', 'TrainingPairs']
 
 # %% ../nbs/12_backbone.ipynb #d1792a83
 import contextlib
@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import tempfile
 import urllib.error
 from pathlib import Path
@@ -35,7 +36,7 @@ from .cpu import quick_on_cpus
 from .data import check_share, of_others, pair_tensors, vary_pair
 from .files import read_json, sha256_of, to_float
 from .processes import connect, from_first_here, shared_out, this_process
-from .runs import nbs_dir, resolve_path
+from .runs import nbs_dir, resolve_path, weight_fault
 
 # %% ../nbs/12_backbone.ipynb #3123329e
 def backbone_stages():
@@ -149,8 +150,21 @@ def read_weights(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
         state = state.get('state_dict', state)
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:    # of any bytes
         raise ValueError(f'{path} is no file of weights ({type(error).__name__}); fetch it again.') from None
+
+# %% ../nbs/12_backbone.ipynb #51078118
+def check_resnet50(state, backbone, path):
+    "Raises ValueError where the state dict of the file `path` is not that of a ResNet-50 as far as `backbone` goes: lacks something, or has more, other shapes or no numbers there."
+    wanted, parts = backbone.state_dict(), dict(backbone.named_children())
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(f'{path} lacks {missing[0]} (and {len(missing) - 1} more) of ResNet-50 up to {backbone.stages[-1]}; choose other weights.')
+    more = {name: 'is too much' for name in state if str(name).split('.')[0] in parts and name not in wanted}
+    wrong = more or {name: fault for name, value in wanted.items() if (fault := weight_fault(state[name], value))}
+    if wrong:
+        name = min(wrong)
+        raise ValueError(f'{path} is not of a ResNet-50: {name} {wrong[name]}; choose other weights.')
 
 # %% ../nbs/12_backbone.ipynb #e7e9882b
 class LoadedBackbone(NamedTuple):
@@ -180,10 +194,7 @@ def load_backbone(weights='IMAGENET1K_V2', deepest='layer3', sha256=None):
     else:
         path, backbone = backbone_file(weights, sha256), ResNetBackbone(deepest)
         state = read_weights(path)
-        missing = [name for name in backbone.state_dict() if name not in state]
-        if missing:
-            raise ValueError(f'{path} lacks {missing[0]} (and {len(missing) - 1} more) of ResNet-50 up to {deepest}; '
-                             'choose other weights.')
+        check_resnet50(state, backbone, path)
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
         loaded = LoadedBackbone(backbone, sha256_of(path))
     if sha256 not in (None, loaded.sha256):

@@ -150,6 +150,25 @@ def test_weights_from_a_path(weights_file, tmp_path):
         load_backbone(str(tmp_path / 'absent.pth'), 'layer1')
 
 
+@pytest.mark.parametrize('written', [b'hello', b'(text', b'G', b'\x80\x02\x8a\nlm'])
+def test_a_file_of_anything_is_no_file_of_weights(tmp_path, written):
+    text = tmp_path / 'weights.pth'
+    text.write_bytes(written)
+    with pytest.raises(ValueError, match='weights.pth is no file of weights'):
+        load_backbone(str(text), 'layer1')
+
+
+@pytest.mark.parametrize('change, said', [
+    ({'layer1.0.conv1.weight': torch.zeros(128, 64, 1, 1)}, r'layer1.0.conv1.weight is \(128, 64, 1, 1\) where the network has \(64, 64, 1, 1\)'),   # of a wide ResNet
+    ({'layer1.3.conv1.weight': torch.zeros(64, 256, 1, 1)}, 'layer1.3.conv1.weight is too much'),                                             # of a deeper one
+    ({'bn1.weight': torch.full((64,), float('nan'))}, 'bn1.weight is not finite')])
+def test_weights_of_another_network_are_refused(weights_file, tmp_path, change, said):
+    path = tmp_path / 'other.pth'
+    torch.save(torch.load(weights_file, weights_only=True) | change, path)
+    with pytest.raises(ValueError, match=f'other.pth .*{said}.*choose other weights'):
+        load_backbone(str(path), 'layer1')
+
+
 # What ships is found by its record, what one trains oneself by its hash
 
 @pytest.fixture

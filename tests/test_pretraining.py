@@ -53,3 +53,8 @@ def test_own_slices_that_validate_may_have_any_sizes(tmp_path):
 def test_some_blocks_are_hidden_and_others_seen(tmp_path, wrong):
     with pytest.raises(ValueError, match='{} is {}'.format(*[*wrong.items()][0])):
         run_cells(NOTEBOOK, arguments(tmp_path, **wrong), until='train_set')
+
+
+def test_a_step_in_which_every_block_is_hidden_or_none(tmp_path):
+    kept = run_cells(NOTEBOOK, arguments(tmp_path, deepest='stem', block=64, batch_size=1), until='best')
+    assert np.isfinite(kept['best']['metrics']['val_loss'])
