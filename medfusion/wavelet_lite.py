@@ -32,7 +32,7 @@ class RegionNetwork(nn.Module):
         super().__init__()
         self.encode1 = nn.Sequential(nn.Conv2d(8, width, 3, 2, 1), nn.LeakyReLU(0.1, inplace=True), separable(width, width))
         self.encode2 = separable(width, 2 * width, stride=2)
-        self.around = separable(2 * width, 2 * width, dilation=2)  # a window of 60 pixels of the slice
+        self.around = separable(2 * width, 2 * width, dilation=2)  # a window of some 65 pixels of the slice
         self.up = nn.Conv2d(2 * width, width, 1)
         self.head = nn.Conv2d(width, 12, 1)
         nn.init.normal_(self.head.weight, std=0.01)  # training starts from the rule
