@@ -224,19 +224,19 @@ def check_values(parameters) -> None:
     `parameters` is a namespace or a Config; of the names below it may have any.
     """
     given = parameters if isinstance(parameters, dict) else vars(parameters)
-    if 'run' in given:
-        check_run_name(given['run'])
+    check_run_name(given.get('run', 'latest'))
     range_of(given.get('value_range', ''))
     whole = {'crop': 'a side in pixels, or 0 for whole slices', 'seed': 'a whole number from 0 up'}
     for name in ('crop', 'seed', 'num_epochs', 'epochs', 'batch_size', 'save_every', 'width'):
         if name in given and given[name] < (0 if name in whole else 1):
             raise ValueError(f'{name} must be {whole.get(name, "at least 1")}, not {given[name]}.')
-    if 0 < given.get('crop', 0) < 16:
-        raise ValueError(f'crop must be 0 for whole slices, or 16 and more, not {given["crop"]}: networks see 16 pixels a side.')
-    for name in ('lr', 'gradient_gain'):
+    least, why = (41, 'VIF, for w_vif, needs 41') if given.get('w_vif') else (16, 'networks see 16')
+    if 0 < given.get('crop', 0) < least:
+        raise ValueError(f'crop must be 0 for whole slices, or {least} and more, not {given["crop"]}: {why} pixels a side.')
+    for name in ('lr', 'gradient_gain', 'layer_decay'):
         if name in given and not given[name] > 0:
             raise ValueError(f'{name} must be above 0, not {given[name]}.')
-    for name in ('residual', 'gain'):
+    for name in ('residual', 'gain', 'cache_gb'):
         if not given.get(name, 0) >= 0:
             raise ValueError(f'{name} must be 0 or more, not {given[name]}: it is a bound.')
     if not given.get('clip', 0) >= 0:

@@ -150,12 +150,19 @@ VALUES = dict(run='latest', num_epochs=2, batch_size=4, lr=1e-3, seed=0, crop=0,
 
 @pytest.mark.parametrize('name, value', [
     ('lr', 0), ('lr', -1e-3), ('seed', -1), ('num_epochs', 0), ('batch_size', 0), ('crop', -1), ('ema', 1.0), ('ema', -0.5), ('clip', -1.0),
-    ('precision', 'half'), ('w_ssim', -1.0), ('w_mse', 0.0), ('run', '..'), ('run', 'a/b'), ('width', 0), ('residual', -0.1), ('gain', -0.1)])
+    ('precision', 'half'), ('w_ssim', -1.0), ('w_mse', 0.0), ('run', '..'), ('run', 'a/b'), ('width', 0), ('residual', -0.1), ('gain', -0.1),
+    ('layer_decay', 0.0), ('cache_gb', -1.0)])
 def test_values_that_no_run_can_be_made_with(name, value):
     check_values(VALUES)
     with pytest.raises(ValueError, match=name if name != 'run' else 'cannot be named') as complaint:
         check_values(VALUES | {name: value})
     assert re.search(r'\.$', str(complaint.value))
+
+
+def test_crops_too_small_for_vif():
+    check_values(VALUES | {'w_vif': 0.1, 'crop': 41})
+    with pytest.raises(ValueError, match='crop must be .* 41 and more, not 40: VIF, for w_vif'):
+        check_values(VALUES | {'w_vif': 0.1, 'crop': 40})
 
 
 @some
