@@ -946,7 +946,8 @@ def ways_out(parameters, notebook: str, resume: bool) -> str:
     others = (f'{parameters.run}-{number}' for number in numbers)
     free = next(name for name in others if not (folder.parent / name).exists())
     ways = {'To go on with it: ': {'resume': True}} if resume else {}
-    ways |= {'To begin another run beside it: ': {'run': free},
+    own = {'checkpoint_dir': ''} if getattr(parameters, 'checkpoint_dir', '') else {}    # the place that was named is the other one's
+    ways |= {'To begin another run beside it: ': {'run': free} | own,
              'To begin anew in its place (it is kept, under the time of its beginning): ': {'replace': True}}
     return ' '.join(f'{words}{command_again(notebook, parameters, **change)}.' for words, change in ways.items())
 
@@ -1010,8 +1011,8 @@ def make_room(folder: Path, files: CheckpointFiles | None) -> Path:
         for path in [place / name for name in names if (place / name).is_file() and not place.is_relative_to(home)]:
             inside.mkdir(parents=True, exist_ok=True)
             shutil.move(path, inside / path.name)
-    if not folder.is_dir():    # a new run, for which another one's checkpoints made room
-        return home
+    if not folder.is_dir() or home != folder and {path.name for path in folder.iterdir()} <= {'.running.lock', 'executed.ipynb'}:
+        return home    # a new run, for which another one's checkpoints made room
     kept = new_folder(folder.parent, began.strftime('%Y%m%d-%H%M%S'))
     if os.name == 'nt':
         kept.rmdir()    # Windows does not rename onto an empty folder

@@ -584,6 +584,21 @@ def test_each_run_keeps_its_network_where_several_share_a_place(tmp_path):
     assert weights == {'a': 1, 'b': 3, 'c': 4, kept: 2}
 
 
+def test_where_another_runs_checkpoints_lie_each_way_out_leads_out(tmp_path):
+    "A run beside it keeps its own; a folder that was made for the new run, and holds nothing yet, is not kept as if it were a run."
+    shared = str(tmp_path / 'shared')
+    train(parameters(tmp_path, run='a', checkpoint_dir=shared), weight=1.0)
+    for run in ('a', 'b'):
+        with pytest.raises(FileExistsError, match=f"beside it: run = '{run}-2' and checkpoint_dir = ''. To begin anew"):
+            train(parameters(tmp_path, run=run, checkpoint_dir=shared))
+    (tmp_path / 'results/b').mkdir()
+    for name in ('.running.lock', 'executed.ipynb'):
+        (tmp_path / 'results/b' / name).touch()
+    assert make_room(tmp_path / 'results/b', checkpoint_files('toy', parameters(tmp_path, run='b', checkpoint_dir=shared))) == tmp_path / 'results/a'
+    assert sorted(path.name for path in (tmp_path / 'results').iterdir()) == ['a', 'b']
+    assert load_checkpoint(run_checkpoint(tmp_path / 'results/a'))['state_dict']['w'] == 1
+
+
 def test_a_network_of_nobody_takes_no_other_networks_place(tmp_path):
     "What a run left whose record is gone is kept in a folder of its own, not over the network of the run that makes room."
     shared = str(tmp_path / 'shared')
