@@ -11,7 +11,7 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'network_words', 'ModelName'
            'evaluation_text', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model',
            'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
            'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
-           'open_run_folder', 'without_run', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
+           'open_run_folder', 'without_run', 'own_command', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
            'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
            'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
            'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan',
@@ -769,7 +769,7 @@ def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, Simple
     "What was given, with the name of the run, and all parameters that follow; checked. Raises ValueError or OSError."
     from medfusion import runs
     from medfusion.inference import check_output
-    declared, named = runs.notebook_parameters(notebook), given.get('run', run)
+    declared, named = runs.notebook_parameters(notebook), given.get('run') if run is None else run
     given = given | ({'run': time.strftime('%Y%m%d-%H%M%S') if named is None else named} if 'run' in declared else {})
     parameters = SimpleNamespace(**runs.check_parameters(notebook, given))
     runs.check_values(parameters)
@@ -790,7 +790,7 @@ def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, Simple
 def open_run_folder(notebook: str, given: dict, run: str | None) -> tuple[Path, dict]:
     "The folder of the run, and the parameters with which the notebook uses it; checked first. Raises ValueError or OSError."
     from medfusion import runs
-    named = given.get('run', run)
+    named = given.get('run') if run is None else run
     given, parameters = check_run(notebook, given, run)
     if named is not None and 'run' in given:
         return runs.run_folder(parameters), given
@@ -812,11 +812,16 @@ def without_run(typed: list[str]) -> list[str]:
             kept.append(word)
     return kept
 
+# %% ../nbs/50_cli.ipynb #5ca0b756
+def own_command(context: typer.Context) -> str:
+    "The command that was typed, without the words about its run, to which a sentence adds some; from here on those of the notebooks propose it."
+    os.environ['MEDFUSION_COMMAND'] = shlex.join(['medfusion', *without_run(context.meta['typed'])])
+    return os.environ['MEDFUSION_COMMAND']
+
 # %% ../nbs/50_cli.ipynb #1c90fbec
 def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Context) -> Path:
     "The folder of the run in which a notebook of nbs/ was executed. Raises ValueError or OSError in a sentence."
-    command = shlex.join(['medfusion', *without_run(context.meta['typed'])])
-    os.environ['MEDFUSION_COMMAND'] = command       # for the sentences of the notebook
+    command = own_command(context)
     folder, given = open_run_folder(notebook, given, run)
     executed = ExecutedNotebook(folder)
     typer.echo(f'{notebook} runs; its results go to {folder}')
@@ -957,7 +962,10 @@ def train(
     notebook = methods()[method].notebook
     drawn = [] if read_range(values) is None else [f'value_range={values}']
     given, process = given_parameters(notebook, file, [*parameter, *drawn]), this_process()
+    if run is not None and any(text.startswith('run=') for text in parameter):
+        raise typer.BadParameter('the run is named twice, by --run and by -p run; leave one of them out')
     if processes > 1 and process.count == 1:
+        own_command(context)
         check_processes(processes, processes, getattr(check_run(notebook, given, run)[1], 'batch_size', processes))
         return launch(context.meta['typed'], processes)
     if processes not in (1, process.count):
@@ -998,9 +1006,10 @@ def sweep(
 
     Example: medfusion sweep wavelet -p w_gradient=0.5,1 -p seed=0,1 -f params/x.yaml
     """
-    from medfusion import sweeps
+    from medfusion import runs, sweeps
     from medfusion.inference import methods
     grid, base = read_grid(methods()[method].notebook, file, parameter)
+    check_sides([*runs.notebook_parameters(methods()[method].notebook)], base | grid)
     if not grid:
         raise typer.BadParameter('a sweep needs a parameter with several values, as in -p seed=0,1')
     if dry_run:

@@ -775,6 +775,18 @@ def test_typed_folders_are_seen_from_the_shell_and_runs_have_names_of_their_own(
     assert json.loads(Path('runs/2/seen.json').read_text())[:4] == ['2', 20, 0.001, str(Path.cwd() / 'my/CT')]
 
 
+def test_the_name_after_run_is_that_of_the_run(clone, monkeypatch):
+    "Also where a file of parameters gives another one: what is proposed ends in --run. Two names that were typed are refused."
+    names = []
+    monkeypatch.setattr(cli, 'execute', lambda notebook, executed, given: names.append((executed.folder.name, given['run'])))
+    Path('x.yaml').write_text('run: of_the_file\n')
+    for words in (['--run', 'typed'], []):
+        assert medfusion('train', 'wavelet', '-f', 'x.yaml', *words).exit_code == 0
+    assert names == [('typed', 'typed'), ('of_the_file', 'of_the_file')]
+    result = medfusion('train', 'wavelet', '-p', 'run=a', '--run', 'b')
+    assert result.exit_code == 2 and 'the run is named twice' in ' '.join(result.stderr.split())
+
+
 @pytest.mark.fault('train', 'several at once')
 def test_two_runs_in_one_second_have_two_folders(clone, monkeypatch):
     monkeypatch.setattr(cli.time, 'strftime', lambda _: '20260101-120000')
@@ -1211,6 +1223,8 @@ def test_checkpoints_of_another_run_are_noticed_at_once(pairs, no_kernel, monkey
     place.parent.mkdir(parents=True)
     place.write_bytes(b'')
     assert_sentence(medfusion(*arguments), 'holds 1 checkpoints', '-p resume=true', '-p replace=true')
+    monkeypatch.delenv('MEDFUSION_COMMAND')
+    assert_sentence(medfusion(*arguments, '--processes', '2', '--run', 'b'), 'checkpoint_dir=kept --processes 2 --run b -p resume=true.')
     place.unlink()
     monkeypatch.setattr('medfusion.runs.claim_folder', partial(claim_folder, patience=0))
     with claim_folder(place.parent.absolute()):

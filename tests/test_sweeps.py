@@ -166,6 +166,7 @@ def test_from_the_shell(base, started, tmp_path, monkeypatch):
     assert shown.exit_code == 0 and 'w_sd=0' in shown.stdout and '2/2' in shown.stdout
     assert medfusion('sweep', 'wavelet', '-p', 'seed=0').exit_code == 2, 'nothing is varied'
     assert_sentence(medfusion('sweep', 'wavelet', '-p', 'seed=0,1', '-p', 'run=a'), 'chooses run itself')
+    assert_sentence(medfusion('sweep', 'wavelet', '-p', 'seed=0,1', '-p', f'ct_dir={base["ct_dir"]}'), 'ct_dir was given without mri_dir')
 
 
 @pytest.fixture
