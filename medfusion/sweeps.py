@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['combinations', 'value_text', 'name_of_run', 'differing_parameters', 'other_slices', 'Planned', 'what_to_do', 'plan',
-           'RunAtWork', 'read_history', 'tell', 'run_all', 'read_row', 'load_runs', 'varied', 'column_of',
-           'select_runs', 'runs_table', 'over_seeds', 'draw_histories', 'sweep']
+           'RunAtWork', 'read_history', 'tell', 'run_all', 'read_row', 'load_runs', 'parameters_in', 'varied',
+           'column_of', 'select_runs', 'runs_table', 'over_seeds', 'draw_histories', 'sweep']
 
 # %% ../nbs/26_sweeps.ipynb #eb1ec365
 import csv
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .figures import training_curves
 from .files import plain, read_json
-from .inference import methods
+from .inference import in_place, methods, network_roles
 from .metrics import lower_is_better, metric_names
 from .runs import (as_meant, check_folders, check_parameters, check_run_name, check_values, nbs_dir, notebook_parameters, read_run,
                             resolve_path, run_folder, slices_sha256)
@@ -64,7 +64,9 @@ def differing_parameters(record: dict, parameters: dict, notebook: str) -> dict:
     own = 'run', 'resume', 'replace', 'cache_gb', 'device', 'tracker', 'save_dir', 'checkpoint_dir'
 
     def meant(name, value):
-        return str(resolve_path(value)) if name.endswith('_dir') and value else plain(value)
+        if name in network_roles() and isinstance(value, str):
+            return in_place(value, resolve_path)
+        return str(resolve_path(value)) if value and (name.endswith('_dir') or name == 'backbone_weights' and re.search('[./]', value)) else plain(value)
     pairs = {name: (before.get(name), value) for name, value in parameters.items() if name not in own}
     return {name: pair for name, pair in pairs.items() if meant(name, pair[0]) != meant(name, pair[1])}
 
@@ -164,7 +166,7 @@ class RunAtWork:
         with self.told:
             self.told.seek(0)
             told = [line.removeprefix('medfusion: ').strip() for line in self.told if line.startswith('medfusion: ')]
-        return '' if status == 0 else (told or [f'its process ended with {status}.'])[-1]
+        return '' if status == 0 else told[-1] if told and status > 0 else f'its process ended with {status}.'
 
 # %% ../nbs/26_sweeps.ipynb #419ad719
 def read_history(folder: Path) -> list[dict]:
@@ -249,13 +251,17 @@ def load_runs(*folders) -> pd.DataFrame:
         raise ValueError(f'There is no run in {", ".join(map(str, places))}: {there}.')
     return pd.DataFrame(rows).drop_duplicates('folder').sort_values('when', kind='stable').set_index('run')
 
+# %% ../nbs/26_sweeps.ipynb #c237bed6
+def parameters_in(table) -> list[str]:
+    "The parameters of the runs of a table; where results go is none."
+    fixed = ['method', 'state', 'when', 'epochs', 'planned', 'best epoch', 'folder', 'save_dir', 'checkpoint_dir', 'device', 'cache_gb', 'tracker']
+    return [name for name in table if name not in fixed and not name.endswith((' val', ' test'))]
+
 # %% ../nbs/26_sweeps.ipynb #366f920c
 def varied(table) -> list[str]:
-    "The parameters in which the runs of a table differ that have a record; where results go is none."
-    fixed = ['method', 'state', 'when', 'epochs', 'planned', 'best epoch', 'folder', 'save_dir', 'checkpoint_dir', 'device', 'cache_gb', 'tracker']
-    names = [name for name in table if name not in fixed and not name.endswith((' val', ' test'))]
+    "The parameters in which the runs of a table differ that have a record."
     recorded = table[table['when'].notna()]
-    return [name for name in names if recorded[name].map(str).nunique() > 1]
+    return [name for name in parameters_in(table) if recorded[name].map(str).nunique() > 1]
 
 # %% ../nbs/26_sweeps.ipynb #8d1de1bf
 def column_of(table, name: str) -> str:
@@ -311,7 +317,9 @@ def over_seeds(table, over: str = 'seed', columns=None) -> pd.DataFrame:
     if ended.empty:
         raise ValueError('None of these runs is finished, so there is nothing to put together.')
     ended, shown = ended.assign(epochs=ended.planned), runs_table(ended, columns)
-    over = 'epochs' if over == 'num_epochs' else column_of(ended, over)
+    over = 'epochs' if over in ('num_epochs', 'planned') else column_of(ended, over)
+    if over not in ('method', 'epochs', *parameters_in(ended)):
+        raise ValueError(f'{over} is no parameter in which runs could differ; give one, such as seed.')
     numbers = [name for name in shown if name.endswith((' val', ' test'))]
     several = [name for name in ('method', 'epochs') if ended[name].nunique() > 1]
     keys = [name for name in (*several, *varied(ended)) if name != over]

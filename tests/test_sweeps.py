@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,10 @@ from test_cli import assert_sentence, medfusion
 
 from medfusion import sweeps as S
 from medfusion.cli import read_value
-from medfusion.inference import named_model
+from medfusion.inference import find_model, methods, named_model
 from medfusion.paper_figures import named_method
 from medfusion.phantom import write_phantom
-from medfusion.runs import read_run, slices_sha256, write_history, write_run
+from medfusion.runs import check_parameters, nbs_dir, read_run, slices_sha256, write_history, write_run
 from medfusion.tables import split_values
 
 GRID = {'w_gradient': [0.5, 1.0], 'seed': [0, 1]}
@@ -155,6 +156,25 @@ def test_a_run_of_the_name_with_other_parameters_is_refused(base, started, tmp_p
     assert S.sweep('wavelet', {'seed': [0]}, given | {'w_mse': 0.5}, 'soft', progress='none').index[0] == 'soft+seed=0'
 
 
+@pytest.mark.parametrize('method, name, value', [('wavelet', 'start', find_model('wavelet').path), ('resnet', 'backbone_weights', 'b.pt')])
+def test_a_network_is_the_same_by_whatever_path(base, tmp_path, method, name, value):
+    "A path from nbs/, as in a file of parameters, is in the record of the run from the root on, for the command that made it took it as typed."
+    notebook, place = methods()[method].notebook, Path(tmp_path, value)
+    given = {one: text for one, text in base.items() if one != 'num_epochs'} | {'save_dir': str(tmp_path), name: os.path.relpath(place, nbs_dir())}
+    write_run(tmp_path / 'seed=0', method='toy', parameters=check_parameters(notebook, given | {'run': 'seed=0', name: str(place)}), state='finished', started=0)
+    assert [run.todo for run in S.plan(method, {'seed': [0]}, given)] == ['finished']
+    with pytest.raises(ValueError, match=f'seed=0 holds a run whose {name} is'):
+        S.plan(method, {'seed': [0]}, given | {name: {'start': 'wavelet', 'backbone_weights': 'medfusion'}[name]})
+
+
+def test_a_run_that_was_killed_says_so_and_not_its_last_warning(base, tmp_path, monkeypatch):
+    script = "import os, sys; print('medfusion: the slices are nearly black.', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(S.subprocess, 'Popen', lambda words, **options: popen([sys.executable, '-c', script], **options))
+    run, = S.plan('wavelet', {'seed': [0]}, base | {'save_dir': str(tmp_path)})
+    assert S.RunAtWork(run).fault() == 'its process ended with -9.'
+
+
 def test_from_the_shell(base, started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ['sweep', 'wavelet', '-p', 'w_sd=0,1', '-p', 'epochs=2', '-p', 'save_dir=R', '-p', f'ct_dir={base["ct_dir"]}', '-p', f'mri_dir={base["mri_dir"]}']
@@ -209,6 +229,8 @@ def test_runs_of_other_lengths_are_other_recipes(tmp_path):
         assert S.over_seeds(table, name, columns=['VIF']).runs.to_dict() == {'seed=0': 2, 'seed=1': 2}
     with pytest.raises(ValueError, match="no column 'sede'"):
         S.over_seeds(table, 'sede')
+    with pytest.raises(ValueError, match='VIF val is no parameter in which runs could differ; give one, such as seed'):
+        S.over_seeds(table, 'VIF')
 
 
 def test_where_only_benchmarks_are_is_said(tmp_path):
