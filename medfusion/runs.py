@@ -182,7 +182,8 @@ def wrong_type(parameter: Parameter, value) -> str:
     elif 'str' in wanted and not isinstance(value, (str, list, tuple, dict)):
         remedy = f"for a text that looks like something else write the line `{name}: '{value}'` in a file given with -f"
     elif wanted.startswith(('list', 'tuple', 'dict')):
-        remedy = f'write it as a line of a YAML file given with -f, for example {line}'
+        texts = wanted == 'list[str]' and isinstance(value, (list, tuple)) and [str(one) for one in value[:2]]
+        remedy = f'write it as a line of a YAML file given with -f, for example {f"`{name}: {json.dumps(texts)}`, texts in quotes" if texts else line}'
     shown = repr(value) if len(repr(value)) < 80 else f'{repr(value)[:76]}...'
     return f'must be {wanted}, not {shown} ({type(value).__name__}); {remedy}.'
 
@@ -243,7 +244,7 @@ def check_values(parameters) -> None:
         raise ValueError(f'clip must be above 0, or 0 for no bound, not {given["clip"]}.')
     if 'ema' in given and not 0 <= given['ema'] < 1:
         raise ValueError(f'ema must lie between 0 (no average) and 1, not {given["ema"]}.')
-    if given.get('precision', 'no') not in ('no', 'bf16', 'fp16'):
+    if given.get('precision', 'no') not in ['no', 'bf16', *['fp16'] * torch.cuda.is_available()]:
         raise ValueError(f"precision must be 'no', 'bf16' or, on a GPU, 'fp16', not {given['precision']!r}.")
     if weights := {name: value for name, value in given.items() if name.startswith('w_')}:
         check_weights(weights, own=weights)

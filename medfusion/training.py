@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from .files import plain, sha256_of, write_atomically
 from .processes import (Process, ProcessLost, Share, check_processes, connect, from_first, noticing_loss,
                                  this_process)
-from .runs import (CheckpointFiles, Run, check_parameters, claim_places, command_again, copied, data_sha256,
+from .runs import (CheckpointFiles, Run, check_parameters, check_values, claim_places, command_again, copied, data_sha256,
                             in_test, load_checkpoint, load_weights, nbs_dir, resume_settings, run_folder, save_checkpoint,
                             saved_epochs, seed_everything, versions, write_history, write_metadata)
 
@@ -433,13 +433,12 @@ def check_request(train_set, val_set, **chosen) -> None:
         least = 0 if name == 'seed' else 1
         if type(chosen[name]) is not int or chosen[name] < least:
             raise ValueError(f'{name} must be a whole number of at least {least}, not {chosen[name]!r}.')
-    ema, clip, precision = chosen['ema'], chosen['clip'], chosen['precision']
+    check_values({'precision': chosen['precision']})
+    ema, clip = chosen['ema'], chosen['clip']
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f'ema must lie between 0 and 1, not {ema}; None averages nothing.')
     if clip is not None and not clip > 0:
         raise ValueError(f'clip must be above 0, not {clip}; None does not clip.')
-    if precision not in ('no', 'bf16', 'fp16') or precision == 'fp16' and not torch.cuda.is_available():
-        raise ValueError(f"precision must be 'no', 'bf16' or, on a GPU, 'fp16', not {precision!r}.")
     if len(train_set) == 0 or val_set is not None and len(val_set) == 0:
         raise ValueError('The training or the validation set is empty; without validation, pass val_set=None.')
     check_processes(this_process().count, this_process().count_here, chosen['batch_size'])
