@@ -960,13 +960,11 @@ def train(
     """
     from medfusion.inference import methods
     notebook = methods()[method].notebook
-    drawn = [] if read_range(values) is None else [f'value_range={values}']
-    given, process = given_parameters(notebook, file, [*parameter, *drawn]), this_process()
+    given, process = given_parameters(notebook, file, parameter if read_range(values) is None else [*parameter, f'value_range={values}']), this_process()
     if run is not None and any(text.startswith('run=') for text in parameter):
         raise typer.BadParameter('the run is named twice, by --run and by -p run; leave one of them out')
     if processes > 1 and process.count == 1:
-        own_command(context)
-        check_processes(processes, processes, getattr(check_run(notebook, given, run)[1], 'batch_size', processes))
+        own_command(context), check_processes(processes, processes, getattr(check_run(notebook, given, run)[1], 'batch_size', processes))
         return launch(context.meta['typed'], processes)
     if processes not in (1, process.count):
         raise ValueError(f'torchrun started {process.count} processes, and --processes says {processes}; leave it out.')
