@@ -86,6 +86,15 @@ def test_two_splits_of_the_same_slices(dataset, tmp_path):
         assert set(own.name[own.seen == 'itself']) == {name for name in trained_on[f'by_slice-{draw}'] if name[0] in '13'}
 
 
+@pytest.mark.parametrize('given, words', [({'recipes': ['wavelett']}, 'wavelett is no recipe: its name begins with that of a method (wavelet,'),
+                                          ({'recipes': ['wavelet_none']}, 'wavelet_none.yaml; name a file of ../params'),
+                                          ({'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion")])
+def test_what_no_fold_can_be_made_of_is_said_before_the_first(tmp_path, given, words):
+    done = papermill('92_cross_validation.ipynb', tmp_path, **{'recipes': ['wavelet_table'], 'records': tmp_path / 'records', 'save_dir': tmp_path, 'make': 'missing',
+                                                               'data': tmp_path / 'nowhere'} | given)
+    assert done.returncode and words in done.stderr and not (tmp_path / 'cross_validation').exists(), done.stderr[-2000:]
+
+
 def test_folds_in_two_stages(dataset, tmp_path):
     "The second stage goes on from the fold of the first that left out the same cases; where that is done, it is not made again."
     first, second = recipe(tmp_path, 'wavelet_one'), recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)
