@@ -929,7 +929,7 @@ def command_again(notebook: str, parameters, **changes) -> str:
         return ' and '.join(f'{name} = {value!r}' for name, value in changes.items())
     values = vars(parameters) | changes
     if 'MEDFUSION_COMMAND' in os.environ:
-        options = [f'-p {name}={str(value).lower()}' for name, value in changes.items() if name != 'run']
+        options = [f'-p {name}={shlex.quote(str(value).lower())}' for name, value in changes.items() if name != 'run']
         return ' '.join([os.environ['MEDFUSION_COMMAND'], '--run', shlex.quote(values['run']), *options])
     words = ['papermill', os.path.relpath(resolve_path(notebook)), f'{values["run"]}.ipynb']
     for name, parameter in notebook_parameters(notebook).items():

@@ -585,13 +585,16 @@ def test_each_run_keeps_its_network_where_several_share_a_place(tmp_path):
     assert weights == {'a': 1, 'b': 3, 'c': 4, kept: 2}
 
 
-def test_where_another_runs_checkpoints_lie_each_way_out_leads_out(tmp_path):
+def test_where_another_runs_checkpoints_lie_each_way_out_leads_out(tmp_path, monkeypatch):
     "A run beside it keeps its own; a folder that was made for the new run, and holds nothing yet, is not kept as if it were a run."
     shared = str(tmp_path / 'shared')
     train(parameters(tmp_path, run='a', checkpoint_dir=shared), weight=1.0)
     for run in ('a', 'b'):
         with pytest.raises(FileExistsError, match=f"beside it: run = '{run}-2' and checkpoint_dir = ''. To begin anew"):
             train(parameters(tmp_path, run=run, checkpoint_dir=shared))
+    monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy')
+    with pytest.raises(FileExistsError, match="--run b-2 -p checkpoint_dir=''[.] To begin anew"):     # without the quotes the full stop would be a folder
+        open_run('toy', parameters(tmp_path, run='b', checkpoint_dir=shared), checkpoint_files('toy', parameters(tmp_path, run='b', checkpoint_dir=shared)), notebook='toy.ipynb')
     (tmp_path / 'results/b').mkdir()
     for name in ('.running.lock', 'executed.ipynb'):
         (tmp_path / 'results/b' / name).touch()
