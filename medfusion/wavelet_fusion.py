@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .certain_pixels import dark_gate, keep_certain, pad_to_multiple
-from .dial import Dial, WithDial, check_lesions
+from .dial import Dial, WithDial, check_lesions, of_own_modules
 from .losses import weighted_loss
 from .metrics import check_images
 from .subbands import MaskNetwork, bounded, haar, mix_on_four_grids, mix_subbands, subband_names
@@ -46,7 +46,7 @@ class SubbandMasks(WithDial, nn.Module):
     def decide(self, ct, mri, lesions=None):
         "Four masks in [0, 1] and four bounded residuals, (B, 8, h, w), of slices padded to multiples of 8: h is H/2."
         lesions = self.position(lesions)
-        network = partial(functional_call, self.network, self.dial.weights(self.network, lesions)) if self.dial else self.network
+        network = partial(functional_call, of_own_modules(self.network), self.dial.weights(self.network, lesions)) if self.dial else self.network
         bands = torch.cat([haar(pad_to_multiple(x, 8)) for x in (ct, mri)], 1)               # (B, 8, h, w)
         maps = network(bands.to(self.network.head.weight.dtype)).to(bands.dtype)             # (B, 8 or 5, h, w)
         return bounded(maps, self.residual)

@@ -1,4 +1,6 @@
 """The wavelet networks, the large and the small: any size, any type of numbers, black stays black, a slice alone equals the slice in a batch."""
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,6 +216,20 @@ def test_a_copy_whose_dial_stands_elsewhere_shares_the_weights():
         assert torch.equal(turned(ct, mri), model(ct, mri, lesions=1)) and torch.equal(model(ct, mri), model(ct, mri, lesions=0.25))
         assert not torch.equal(turned.maps(ct, mri)['LL'], model.maps(ct, mri)['LL'])
     assert turned.network is model.network and at_lesions(model, None) is model
+
+
+def test_two_threads_turn_the_dial_each_for_itself():
+    model, ct, mri = dialled(), *pair(1, 1, 32, 32)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    alone, both = [model(ct, mri, lesions=lesions).detach() for lesions in (0., 1.)], Barrier(2, timeout=60)
+
+    def meet(*_):
+        both.wait()     # both have turned it, and neither has computed
+    model.network.encode1.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        at_once = list(threads.map(lambda lesions: model(ct, mri, lesions=lesions).detach(), (0., 1.)))
+    assert all(map(torch.equal, at_once, alone))
+    assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
 
 
 @pytest.mark.parametrize('lesions', [-0.1, 1.1, '1', True, float('nan')])
