@@ -45,6 +45,7 @@ import medfusion
 from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .codecs import array_of
+from .dial import check_lesions
 from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, not_made, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, windowed_before, write_atomically)
 from .runs import build_model, checkpoint_suffixes, checkpoints_in, find_run, load_checkpoint, resolve_path, run_checkpoint
@@ -418,7 +419,7 @@ def with_luminance(rgb: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def place_of(model) -> dict:
     "Where and in which precision a network computes, for `tensor.to(**...)`; a rule takes float32 on the CPU."
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    first = next((parameter for parameter in parameters), torch.empty(0))
+    first = next((parameter for parameter in parameters), torch.empty(0, dtype=torch.float32, device='cpu'))
     return {'device': first.device, 'dtype': first.dtype}
 
 # %% ../nbs/20_inference.ipynb #e7baa864
@@ -442,7 +443,7 @@ def receptive_radius(model) -> int | None:
     and 1024 pixels a side.
     """
     for side in (256, 512, 1024):
-        image = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0)).to(**place_of(model))
+        image = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0), device='cpu').to(**place_of(model))
         first = side // 2 - 32
         image[..., first:first + 64, first:first + 64] = torch.nan
         touched = answer_of(model, image, image.flip(-1)).isnan()[0, 0]
@@ -474,7 +475,7 @@ def fuse_batch(model, ct: torch.Tensor, mri: torch.Tensor, tile: int = 1024) -> 
     together = max(1, (2**16 if place['device'].type == 'cpu' else 2**22) // (height * width))    # what fits into cache, into memory
     if len(ct) > together:
         return torch.cat([fuse_batch(model, *part, tile) for part in zip(ct.split(together), mri.split(together))])
-    fused = torch.empty(ct.shape, dtype=torch.float32)
+    fused = torch.empty(ct.shape, dtype=torch.float32, device='cpu')       # whatever torch.set_default_device says
     margin = tile_margin(model) if max(height, width) > tile else 0
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -511,7 +512,9 @@ def check_pair(ct: torch.Tensor, mri: torch.Tensor, name: str = '') -> None:
 
 # %% ../nbs/20_inference.ipynb #c97b1676
 def model_of(model, device='auto', lesions=None):
-    "The network or rule behind a name, a path, or a network or function itself. Raises ValueError for one in training mode, and for a name that turns its dial beside `lesions`."
+    "The network or rule behind a name, a path, or a network or function itself. Raises ValueError for one in training mode, for `lesions` beside a name that turns its dial, and where no dial can stand there."
+    if lesions is not None:
+        check_lesions(lesions)
     if isinstance(model, torch.nn.Module):
         if model.training:
             raise ValueError('The network is in training mode; call model.eval() before fusing with it.')

@@ -318,6 +318,17 @@ def test_devices_that_are_not_here(name):
         load_model('wavelet', device=name)
 
 
+@pytest.mark.parametrize('model', ['wavelet', 'maximum'])
+def test_where_tensors_are_made_by_default_changes_nothing(model, pair):
+    network, (ct, mri) = load_model(model, device='cpu'), pair
+    warm = np.stack([mri, mri / 2, mri / 4], -1)
+    wanted = fuse(ct, warm, network), fuse(ct, mri, network, tile=64)
+    receptive_radius.cache_clear()
+    with torch.device('meta'):      # where nothing can be computed; torch.set_default_device('cuda') where there is a GPU
+        made = fuse(ct, warm, network), fuse(ct, mri, network, tile=64)
+    assert all(map(np.array_equal, made, wanted))
+
+
 # Kinds and depths
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32, np.float64])
@@ -415,6 +426,13 @@ def test_values_of_wide_types_come_back_as_floats(kind):
     steps = (np.mgrid[:64, :64][0] * 60).astype(kind)
     fused = fuse(steps, steps, maximum, value_range=(0, 4095))
     assert fused.dtype == np.float32 and np.allclose(fused, steps / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize('lesions', [np.array(0.5), np.array([0., 1.]), [0.5], 'all', 2])
+@pytest.mark.parametrize('model', ['wavelet', 'resnet', 'maximum'])
+def test_where_a_dial_cannot_stand(pair, model, lesions):
+    with pytest.raises(ValueError, match='lesions is .* must be a number from 0'):
+        fuse(*pair, model, lesions=lesions)
 
 
 def test_numbers_of_numpy_are_numbers(pair):
