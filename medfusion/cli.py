@@ -553,13 +553,13 @@ def figure(
 
     Example: medfusion figure ct/ mri/ --pair 41003 -m wavelet -m "Theirs=theirs/" --box 120,90,40 -o figure.pdf
     """
-    from medfusion import figures, inference, paper_figures
+    from medfusion import figures, inference, paper_figures, tables
     check_there(*sources)
     inference.check_output(out, [*sources, *(sources[0] / 'fused').glob('*'), *(Path(inference.named_model(text)[1]) for text in model)], tuple(figures.figure_formats()))
     if out.exists() and not replace:
         raise FileExistsError(f'{out} is there already; name another file, or replace it (replace=True).')
     given = {'boxes': [paper_figures.box_of(text) for text in box] or boxes, 'scale': scale, 'inside': inside or None, 'width': width, 'dpi': dpi}
-    drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in columns.split(',') if name], titles.split(','),
+    drawn = paper_figures.paper_figure(sources, kind, model, pair, [name for name in tables.split_values(columns) if name], tables.split_values(titles),
                                        value_range=read_range(values), **{name: value for name, value in given.items() if value is not None})
     typer.echo(figures.save_figure(drawn, out))
 
@@ -1143,7 +1143,7 @@ def benchmark(
     check_tables(None, latex, markdown)
     record and refuse_vain(context, '--record', ['parameter', 'file', 'run', 'model', 'pattern', 'detection'])
     if record is None:
-        more = {'checkpoints': model, 'columns': columns and columns.split(','), 'external_pattern': pattern, 'detection': detection}
+        more = {'checkpoints': model, 'columns': columns and [name.strip() for name in columns.split(',')], 'external_pattern': pattern, 'detection': detection}
         given = given_parameters('90_benchmark.ipynb', file, parameter) | {name: value for name, value in more.items() if value}
         given |= {'checkpoints': named_models(given['checkpoints'])} if isinstance(given.get('checkpoints'), list) else {}
         check_external(given)

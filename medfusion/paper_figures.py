@@ -241,9 +241,11 @@ def paper_figure(sources, kind='slices', models=(), pairs=(), columns=(), titles
         raise ValueError(f'{kind!r} is no kind of figure; there are {", ".join(figure_kinds())}.')
     draw = figure_kinds()[kind]
     if draw not in (comparison, difference_figure):
-        if len(sources) > 1 or pairs or layout.keys() - {'width'}:
+        if len(sources) > 1 or pairs or layout.keys() - {'width'} or value_range is not None or tuple(titles) != ('CT', 'MRI'):
             raise ValueError(f'{kind} are drawn from the record of one benchmark, and take columns, methods and a width; name its folder alone.')
         return draw(sources[0], columns, models, **layout)
+    if columns:
+        raise ValueError(f'{kind} show pixels and no metrics; leave the columns out, or name a chart of a benchmark, as in --kind bars.')
     there = pairs_of(sources)
     found, beside = chosen_pairs(there, pairs), there[0].ct.parent      # of two files, those beside them are the other pairs
     among = [pair.name for pair in there] if absolute_path(sources[0]) != there[0].ct else [path.name for path in list_images(beside)]

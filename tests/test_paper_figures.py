@@ -225,6 +225,23 @@ def test_the_command_draws(folder, tmp_path, monkeypatch):
     assert not (folder / 'a.pdf').exists()
 
 
+@pytest.mark.parametrize('kind, more', [('slices', ['--columns', 'VIF']), ('difference', ['--columns', 'VIF']), ('bars', ['--titles', 'CT,PET']), ('radar', ['--range', '0,200'])])
+def test_an_option_that_the_kind_takes_no_notice_of_is_refused(folder, benchmark, tmp_path, kind, more):
+    sources = ['CT', 'MRI', '-m', 'maximum'] if kind in ('slices', 'difference') else [str(benchmark)]
+    result = CliRunner().invoke(app, ['figure', *(str(folder / one) if one in ('CT', 'MRI') else one for one in sources), '--kind', kind, *more, '-o', str(tmp_path / 'a.png')])
+    assert result.exit_code == 1 and re.search(f'medfusion: {kind} .*; ', result.stderr) and result.stderr.count('\n') == 1, result.output
+    assert not (tmp_path / 'a.png').exists()
+
+
+def test_blanks_beside_commas_are_no_part_of_a_name(benchmark, tmp_path, monkeypatch):
+    drawn = CliRunner().invoke(app, ['figure', str(benchmark), '--kind', 'bars', '--columns', 'VIF, Qabf', '-o', str(tmp_path / 'a.svg')])
+    assert drawn.exit_code == 0 and 'Qabf' in (tmp_path / 'a.svg').read_text(), drawn.output
+    asked = []
+    monkeypatch.setattr('medfusion.cli.run_notebook', lambda notebook, given, *more: asked.append(given) or tmp_path)
+    CliRunner().invoke(app, ['benchmark', '--columns', 'VIF, Qabf'])
+    assert asked[0]['columns'] == ['VIF', 'Qabf']
+
+
 def test_a_finished_slice_is_not_drawn_over(folder, benchmark, monkeypatch):
     "Of a column, by its folder, its pattern or its file; of a benchmark's record, with methods named or not."
     monkeypatch.chdir(folder)
