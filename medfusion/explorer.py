@@ -649,9 +649,10 @@ def show_view(explorer, dataset, name, methods, view, lesions=None):
     """Sets an Explorer to a slice, by its file name, to some methods and a View, and its dials for lesions, and draws once.
 
     lesions: where all dials are to stand, or {name of a method: where its dial is}. Raises ValueError for what the explorer does not have."""
-    unknown = [method for method in methods if method not in explorer.methods]
-    if unknown:
-        raise ValueError(f'The explorer has no method {unknown[0]!r}; it has {", ".join(explorer.methods)}.')
+    for what, wanted, there in (('method', methods, explorer.methods), ('data set', [dataset], explorer.picker.datasets),
+                                ('view mode', [view.mode], explorer.controls['mode'].options)):
+        if unknown := [one for one in wanted if one not in there]:
+            raise ValueError(f'The explorer has no {what} {unknown[0]!r}; it has {", ".join(there)}.')
     dials = lesions if isinstance(lesions, dict) else dict.fromkeys(explorer.dials if lesions is not None else (), lesions)
     for method, position in dials.items():
         at_lesions(explorer.store.methods.get(method), position, str(method))       # refuses what is no position, or has no dial
@@ -659,8 +660,9 @@ def show_view(explorer, dataset, name, methods, view, lesions=None):
         choose_slice(explorer.picker, dataset, name)
         set_view(explorer.panel, view)
         if dials:
+            stood = dict(explorer.dials)        # moving the slider turns them all
             explorer.controls['lesions'].value = next(iter(dials.values()))
-            explorer.dials.update(dials)
+            explorer.dials.update(stood | dials)
         for method, box in explorer.methods.items():
             box.value = method in methods
 
@@ -741,7 +743,9 @@ def explore(datasets, methods, maps=None):
     name to a function `fused = fuse(ct, mri)` on tensors (1, 1, H, W) in [0, 1], and `maps`, where a method has them, its
     name to a function `{name: map} = maps(ct, mri)`, such as `model.maps`. For networks with a dial for lesions there is a slider: each is asked where
     its own dial stands until that is moved, and then all are where it stands, the maps too if their function takes `lesions`.
-    Raises ValueError where there is no slice or no method, where maps belong to no method, and for a method called CT or MRI."""
+    Raises ValueError where there is no slice or no method, where maps belong to no method, and for a method that is no function, or called CT or MRI."""
+    if not (isinstance(datasets, dict) and isinstance(methods, dict)):
+        raise ValueError("The explorer needs data sets by name and methods by name, as in explore({'mine': pairs}, {'wavelet': load_model('wavelet')}).")
     datasets = {name: PairList(data) if isinstance(data, (list, tuple)) else data for name, data in datasets.items()}
     empty = [name for name, data in datasets.items() if not len(data)]
     if empty or not datasets:
@@ -749,6 +753,8 @@ def explore(datasets, methods, maps=None):
     if not methods or set(maps or {}) - set(methods):
         raise ValueError(f'The explorer needs methods by name, and maps by the same names; methods: {list(methods)}, '
                          f'maps: {list(maps or {})}.')
+    if wrong := [name for name, method in methods.items() if not callable(method)]:
+        raise ValueError(f'For the explorer the method {wrong[0]!r} is {methods[wrong[0]]!r}, no function; give load_model({methods[wrong[0]]!r}), if it names a network.')
     if {'CT', 'MRI'} & set(methods):
         raise ValueError('CT and MRI are the sources, which the explorer shows beside the methods; give the method of that name another one.')
     explorer = Explorer(SliceStore(datasets, methods, maps))

@@ -312,6 +312,12 @@ def test_what_cannot_be_shown_is_named(explorer):
         show_view(explorer, 'test', '9999.png', ['mean'], View())
     with pytest.raises(ValueError, match="no method 'net'"):
         show_view(explorer, 'test', explorer.store.datasets['test'].names[0], ['net'], View())
+    before = view_call(explorer)
+    with pytest.raises(ValueError, match="no data set 'vali'; it has train, test"):
+        show_view(explorer, 'vali', '1000.png', ['mean'], View())
+    with pytest.raises(ValueError, match="no view mode 'sepia'; it has slices"):
+        show_view(explorer, 'train', explorer.store.datasets['train'].names[0], ['mean'], View('sepia'))
+    assert view_call(explorer) == before
 
 
 def test_pairs_of_files_arrays_and_colours_are_explored(tmp_path):
@@ -482,6 +488,10 @@ def test_explore_names_what_is_missing(root):
         explore({}, {'larger': torch.maximum})
     with pytest.raises(ValueError, match='methods by name'):
         explore({'test': dataset}, {})
+    with pytest.raises(ValueError, match="the method 'mine' is 'wavelet', no function; give load_model"):
+        explore({'test': dataset}, {'mine': 'wavelet'})
+    with pytest.raises(ValueError, match='data sets by name'):
+        explore([(np.zeros((32, 32)), np.zeros((32, 32)))], {'larger': torch.maximum})
     with pytest.raises(ValueError, match="'wavelt'"):
         explore({'test': dataset}, {'wavelet': torch.maximum}, maps={'wavelt': torch.maximum})
 
@@ -572,6 +582,8 @@ def test_a_dial_stands_where_its_network_says_until_the_slider_is_moved(two_posi
     assert explorer.picture.value == before and view_call(explorer) == call
     show_view(explorer, 'flat', explorer.store.datasets['flat'].names[0], ['half'], View(), lesions=0.5)        # where the slider stands already
     assert explorer.dials == {'half': 0.5, 'none': 0.5}
+    show_view(explorer, 'flat', explorer.store.datasets['flat'].names[0], ['half'], View(), lesions={'none': 0.2})      # the other stays
+    assert explorer.dials == {'half': 0.5, 'none': 0.2}
 
 
 @pytest.mark.parametrize('lesions, said', [(5, 'lesions is 5'), ({'half': -1}, 'lesions is -1'), ({'nobody': 0.5}, 'nobody has no dial')])
