@@ -36,7 +36,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
                                largest_disagreement, map_overlay, marked, overlay, window_level)
-from .files import luminance, write_atomically
+from .files import luminance, not_made, write_atomically
 from .inference import at_lesions, fuse_batch, has_dial, place_of, with_luminance
 from .metrics import grey_levels, invented_edges, lower_is_better, measure
 
@@ -567,30 +567,31 @@ class ExplorerFrame(PictureBox):
     "The controls and outputs of an explorer, laid out; nothing is drawn yet."
 
     def __init__(self, store, first=2):
-        self.store, self.changes = store, Changes(self.say)
+        self.store, self.changes = store, Changes(self.say_alone)
         self.picker = SlicePicker(store.datasets, self.changes)
         self.panel = ViewPanel(self.changes, [mode for mode in view_modes() if mode != 'maps' or store.map_functions])
         self.methods = method_boxes(store.methods, first, self.changes)
-        self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice,
-                         **self.panel.controls}
         self.dials = dialled(store.methods)
-        self.controls |= dial_slider(self.dials, self.changes)
+        self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice, **self.panel.controls, **dial_slider(self.dials, self.changes)}
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
         self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        super().__init__([*control_rows(self.controls, self.methods, self.buttons),
-                          self.picture, self.levels, self.status, self.numbers])
+        super().__init__([*control_rows(self.controls, self.methods, self.buttons), self.picture, self.levels, self.status, self.numbers])
         self.add_class('medfusion-explorer')
 
     def say(self, sentence):
         "Shows a sentence in the line about the slice."
         self.status.value = f'<b>{escape(sentence)}</b>'
 
+    def say_alone(self, sentence):
+        "Shows a sentence, and no longer the picture and the numbers, which are of something else."
+        self.picture.value, self.numbers.value = b'', ''
+        self.say(sentence)
+
     @property
     def shown(self):
         "The names of the ticked methods."
         return [name for name, box in self.methods.items() if box.value]
-
 
 # %% ../nbs/40_explorer.ipynb #28aca26c
 def asked_of(explorer):
@@ -677,11 +678,16 @@ def view_call(explorer):
 
 # %% ../nbs/40_explorer.ipynb #4b90e113
 def save_view(explorer, folder='explorer_views'):
-    "The path of a new PNG in `folder`: what an Explorer shows, with its `view_call` as the text 'call' inside."
+    "The path of a new PNG in `folder`: what an Explorer shows, with its `view_call` as the text 'call' inside. ValueError where it shows nothing, OSError where nothing can be written."
+    if not explorer.picture.value:
+        raise ValueError('There is no picture of this view to save; choose another slice, method or mode.')
     dataset, mode = explorer.picker.dataset.value, explorer.panel.view.mode
     stem = Path(explorer.store.datasets[dataset].names[explorer.picker.index]).stem
     folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_made(folder, error) from error
     path = next(path for path in (folder / f'{stem}-{mode}-{number}.png' for number in count(1)) if not path.exists())
     text, file = PngInfo(), BytesIO()
     text.add_text('call', view_call(explorer))
@@ -729,10 +735,15 @@ def add_buttons(explorer):
         explorer.controls[name] = widgets.Button(description=description, tooltip=tooltip,
                                                  layout=widgets.Layout(width='auto'))
         explorer.controls[name].on_click(act)
+
+    def save(_):
+        try:
+            explorer.say(f'Saved as {save_view(explorer)}; again by {view_call(explorer)}')
+        except (OSError, ValueError) as error:
+            explorer.say(getattr(error, 'strerror', None) or str(error))
     button('find', 'largest disagreement', 'zoom to where the methods (or, with one method, CT and MRI) differ most',
            lambda _: find_disagreement(explorer))
-    button('save', 'save this view', 'write a PNG with captions into the folder explorer_views',
-           lambda _: explorer.say(f'Saved as {save_view(explorer)}; again by {view_call(explorer)}'))
+    button('save', 'save this view', 'write a PNG with captions into the folder explorer_views', save)
     explorer.buttons.children = explorer.controls['find'], explorer.controls['save']
 
 # %% ../nbs/40_explorer.ipynb #de9da2cb

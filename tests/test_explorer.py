@@ -307,6 +307,26 @@ def test_a_saved_view_stays_whatever_was_removed_before_it(tmp_path):
     assert save_view(explorer, tmp_path) == first and save_view(explorer, tmp_path) not in later and len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_pair_that_cannot_be_shown_has_no_picture_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ct, mri = random_slices((48, 48), 2)
+    explorer = explore({'mine': [(ct, mri), (ct, mri[:40])]}, {'larger': torch.maximum})
+    before = explorer.picture.value, explorer.numbers.value
+    explorer.controls['slice'].value = 2
+    assert 'register both to one grid' in explorer.status.value and (explorer.picture.value, explorer.numbers.value) == (b'', '')
+    explorer.controls['save'].click()
+    assert 'no picture of this view' in explorer.status.value and not list(tmp_path.iterdir())
+    explorer.controls['slice'].value = 1
+    assert (explorer.picture.value, explorer.numbers.value) == before
+
+
+def test_a_view_that_cannot_be_saved_says_why(explorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'explorer_views').write_text('a file')
+    explorer.controls['save'].click()
+    assert explorer.status.value.startswith('<b>The folder ') and 'explorer_views cannot be made' in explorer.status.value
+
+
 def test_what_cannot_be_shown_is_named(explorer):
     with pytest.raises(ValueError, match='no slice 9999.png'):
         show_view(explorer, 'test', '9999.png', ['mean'], View())
