@@ -7,13 +7,13 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'check_parameters', 'check_run_name', 'check_values', 'in_test', 'names_made_by', 'unknown_names',
            'read_parameters', 'seed_everything', 'versions', 'copied', 'save_checkpoint', 'unpack', 'read_safetensors',
            'checkpoint_suffixes', 'checkpoints_in', 'load_checkpoint', 'weight_fault', 'load_weights', 'config_fault',
-           'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder', 'CheckpointFiles', 'saved_epochs',
-           'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders', 'check_folders', 'listed_cases',
-           'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history', 'write_metadata', 'data_sha256',
-           'slices_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed', 'check_record',
-           'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint', 'command_again', 'ways_out',
-           'needs_room', 'keeper_of', 'make_room', 'resume_settings', 'warn_of_changes', 'Run', 'SharedRun',
-           'claim_places', 'open_run']
+           'single_precision', 'build_model', 'make_folder', 'try_lock', 'claim_folder', 'new_folder',
+           'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders',
+           'check_folders', 'listed_cases', 'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history',
+           'write_metadata', 'data_sha256', 'slices_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed',
+           'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint',
+           'command_again', 'ways_out', 'needs_room', 'keeper_of', 'make_room', 'resume_settings', 'warn_of_changes',
+           'Run', 'SharedRun', 'claim_places', 'open_run']
 
 # %% ../nbs/09_runs.ipynb #b45d05d3
 import ast
@@ -35,6 +35,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 import types
@@ -465,6 +466,18 @@ def config_fault(network: type, config: dict) -> str:
             return f'{name} is {str(value)[:60]!r}, which is not of the kind of its default, {default!r}'
     return ''
 
+# %% ../nbs/09_runs.ipynb #342f26a0
+@contextlib.contextmanager
+def single_precision(lock=threading.RLock()):
+    "A block in which torch makes numbers of single precision by default, whatever it does outside; of one thread at a time, for the default is one for all."
+    with lock:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
 # %% ../nbs/09_runs.ipynb #b2f6f003
 def build_model(network: type, checkpoint: dict, path: str | Path) -> torch.nn.Module:
     """The network of a checkpoint, in eval mode: `network(**config)` with the checkpoint's weights.
@@ -475,7 +488,8 @@ def build_model(network: type, checkpoint: dict, path: str | Path) -> torch.nn.M
     try:
         if fault := config_fault(network, config):
             raise ValueError(fault)
-        model = network(**config)
+        with single_precision():
+            model = network(**config)
     except (TypeError, ValueError, RuntimeError, KeyError, ArithmeticError, MemoryError) as error:
         written = checkpoint['versions'].get('medfusion', 'unknown')
         raise ValueError(f'{network.__name__} cannot be made with the config in {path} (written by medfusion {written}): '

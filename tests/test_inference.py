@@ -329,6 +329,20 @@ def test_where_tensors_are_made_by_default_changes_nothing(model, pair):
     assert all(map(np.array_equal, made, wanted))
 
 
+@pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', methods())
+def test_a_network_has_the_precision_that_it_was_trained_in(name, default, pair):
+    "Whatever numbers are by default: it is kept for later calls, when that may be over."
+    wanted = fuse(*pair, load_model(name, device='cpu'))
+    torch.set_default_dtype(default)
+    try:
+        network = load_model(name, device='cpu')
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(fuse(*pair, network), wanted)
+
+
 # Kinds and depths
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32, np.float64])
