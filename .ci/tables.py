@@ -32,7 +32,8 @@ UNSEEN = ', '.join(f'{name}=results/recorded/cross_validation/{"".join([method, 
 COMMANDS = {
     'case_41': ['medfusion data harvard', 'medfusion train wavelet --run defaults',
                 f"medfusion benchmark --run case_41 -p save_dir=results/recorded -p 'checkpoints=[{UNSEEN}, run:defaults]'"],
-    'cases_34_41': ["medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
+    'cases_34_41': ['medfusion data harvard',
+                    "medfusion benchmark --run cases_34_41 -p save_dir=results/recorded -p 'join=[val]' "
                     f"-p 'checkpoints=[{UNSEEN}]' "
                     '-p published=results/published/peers_cases_34_41.csv -p detection=true'],
     'phantom': ['medfusion data phantom results/phantom',
@@ -54,8 +55,8 @@ SEEN = '\n\n† This network was trained on slices of a case that is judged here
 
 
 def with_command(record, table):
-    "The commands that make a record, and a table of it."
-    return '```sh\n' + '\n'.join(COMMANDS[record]) + f'\n```\n\n{table}'
+    "The commands that make what a record holds, in a folder of whoever types them (the record is there already), and a table of it."
+    return '```sh\n' + '\n'.join(COMMANDS[record]).replace(' -p save_dir=results/recorded', '') + f'\n```\n\n{table}'
 
 
 def recorded(record, table='summary'):
@@ -327,7 +328,7 @@ def stale():
 
 if __name__ == '__main__':
     if '--commands' in sys.argv:
-        print('\n'.join(command for commands in COMMANDS.values() for command in commands))
+        print('\n'.join(dict.fromkeys(command for commands in COMMANDS.values() for command in commands)))
         sys.exit()
     if '--check' in sys.argv:
         old = stale()

@@ -10,12 +10,12 @@ __all__ = ['app', 'ValueRange', 'data_app', 'Root', 'network_words', 'ModelName'
            'check_local', 'two_files', 'tell_report', 'fuse', 'Preset', 'some_names', 'metric_summary',
            'evaluation_text', 'detection_task', 'measure_paths', 'evaluate', 'figure', 'read_value', 'typed_model',
            'absolute_path', 'check_yaml', 'read_parameter_file', 'given_parameters', 'ExecutedNotebook',
-           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'check_run',
-           'open_run_folder', 'without_run', 'own_command', 'run_notebook', 'run_beside', 'launch', 'parameters_text',
-           'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid', 'sweep', 'print_table',
-           'check_tables', 'write_texts', 'runs', 'check_external', 'named_models', 'write_benchmark', 'benchmark',
-           'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters', 'tell_replaced', 'tell_study', 'scan',
-           'view', 'models', 'export', 'run_as_module']
+           'place_of_cell', 'own_temporary_files', 'execute', 'check_sides', 'check_method', 'holds_more_than_notebook',
+           'check_run', 'open_run_folder', 'without_run', 'own_command', 'run_notebook', 'run_beside', 'launch',
+           'parameters_text', 'NotebookCommand', 'method_named', 'means_text', 'short_name', 'train', 'read_grid',
+           'sweep', 'print_table', 'check_tables', 'write_texts', 'runs', 'check_external', 'named_models',
+           'write_benchmark', 'benchmark', 'phantom_scans', 'scans', 'run_scan_notebook', 'scan_parameters',
+           'tell_replaced', 'tell_study', 'scan', 'view', 'models', 'export', 'run_as_module']
 
 # %% ../nbs/50_cli.ipynb #8a0a4ffa
 import ast
@@ -764,6 +764,11 @@ def check_method(notebook: str, parameters) -> None:
                 pass
     runs.needs_room(parameters, files, notebook)
 
+# %% ../nbs/50_cli.ipynb #e13af6a5
+def holds_more_than_notebook(folder: Path) -> bool:
+    "Whether something is at a path but an empty folder, or one with the executed notebook alone, of a run that failed before it had a result: its name is free."
+    return folder.exists() and (not folder.is_dir() or any(path.name != 'executed.ipynb' for path in folder.iterdir()))
+
 # %% ../nbs/50_cli.ipynb #43d25a7f
 def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, SimpleNamespace]:
     "What was given, with the name of the run, and all parameters that follow; checked. Raises ValueError or OSError."
@@ -782,7 +787,7 @@ def check_run(notebook: str, given: dict, run: str | None) -> tuple[dict, Simple
     if named is not None and 'run' in declared:
         check_output(runs.run_folder(parameters), [])
         runs.needs_room(parameters, None, notebook)
-    elif named is not None and (runs.resolve_path(parameters.save_dir) / runs.check_run_name(named)).exists():
+    elif named is not None and holds_more_than_notebook(runs.resolve_path(parameters.save_dir) / runs.check_run_name(named)):
         raise FileExistsError(f'{runs.resolve_path(parameters.save_dir) / named} is there already; name another run.')
     return given, parameters
 
@@ -794,6 +799,9 @@ def open_run_folder(notebook: str, given: dict, run: str | None) -> tuple[Path, 
     given, parameters = check_run(notebook, given, run)
     if named is not None and 'run' in given:
         return runs.run_folder(parameters), given
+    if named is not None and (failed := runs.resolve_path(parameters.save_dir) / named).is_dir():
+        (failed / 'executed.ipynb').unlink(missing_ok=True)
+        failed.rmdir()
     folder = runs.new_folder(parameters.save_dir, named or given.get('run') or time.strftime('%Y%m%d-%H%M%S'))
     return folder, given | ({'run': folder.name} if 'run' in given else {'save_dir': str(folder)})
 

@@ -904,7 +904,7 @@ def find_run(name: str, results: str | Path = '../results', first=()) -> Path:
         raise FileNotFoundError(f'There is no run {name} in {root}; there is {", ".join(there[:8]) or "none at all"}.')
     if len(found) > 1:
         choices = ' or '.join(f'{path.parent.name}/{run}' for path in found)
-        raise ValueError(f'{name} is a run of several methods; write {choices} in its place.')
+        raise ValueError(f'{name} is a run of several methods; write {choices} in its place, as in run:{found[0].parent.name}/{run}.')
     return found[0]
 
 # %% ../nbs/09_runs.ipynb #23314274

@@ -149,7 +149,7 @@ def test_names_must_differ(dataset, tmp_path):
     (tmp_path / 'external' / 'average').mkdir(parents=True)
     for path in (dataset / 'Dataset' / 'test' / 'CT').iterdir():
         write_image(tmp_path / 'external' / 'average' / path.name, read_image(path))
-    with pytest.raises(ValueError, match='share a name'):
+    with pytest.raises(ValueError, match='Two methods are called average'):
         execute(arguments(dataset, external_dir=str(tmp_path / 'external'), rules=[]), until='kinds')
 
 
@@ -164,7 +164,7 @@ def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, t
     assert set(result['duels'].against) == {'again', 'rule', 'theirs'} and len(result['duels']) == 3 + 3
     turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', 'every lesion=wavelet@1']}, until='weights')['groups']['network']
     assert turned['wavelet@1'].lesions == turned['every lesion'].lesions == 1 != turned['wavelet'].lesions
-    with pytest.raises(ValueError, match='share a name .*as in mine=PATH'):
+    with pytest.raises(ValueError, match='Two methods are called mine; .*as in other=MODEL'):
         execute(given | {'checkpoints': [mine, mine]}, until='kinds')
     turned = execute(given | {'checkpoints': ['wavelet', 'wavelet@1', f'{mine}@0']}, until='kinds')['groups']['network']
     assert {name: network.lesions for name, network in turned.items()} == {'wavelet': 0.5, 'wavelet@1': 1, 'mine.pt@0': 0}

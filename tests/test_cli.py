@@ -820,6 +820,17 @@ def test_a_failing_notebook_is_kept(clone, epochs, words):
     assert 'TCP' not in result.stderr
 
 
+def test_the_name_of_a_benchmark_that_failed_at_once_is_free(clone):
+    nbformat.write(new_notebook(cells=[new_code_cell("save_dir: str = '../results/benchmark'\ncheckpoints: list[str] = ['wavelet']\nexternal_dir: str = '../external'", metadata={'tags': ['parameters']})]), clone / 'nbs/90_benchmark.ipynb')
+    folder = clone / 'results' / 'benchmark' / 'b'
+    folder.mkdir(parents=True)
+    (folder / 'executed.ipynb').write_text('of one that failed')
+    result = medfusion('benchmark', '--run', 'b')
+    assert result.exit_code == 0 and [path.name for path in folder.parent.iterdir()] == ['b'], result.output
+    (folder / 'summary.csv').write_text('EN')
+    assert_sentence(medfusion('benchmark', '--run', 'b'), 'b is there already; name another run')
+
+
 @pytest.mark.fault('train', 'disk full, or failing')
 def test_the_executed_notebook_is_whole_or_absent(clone, monkeypatch):
     "A disk that fills up during the run: the run is whole, its exit status 0, and a sentence names what is missing."
