@@ -490,16 +490,21 @@ def read_json(path) -> dict:
 def lock_file(file):
     """Waits for the lock of an open file, which is given back when the file is closed.
 
-    Where there are no such locks (Windows, some network disks) nothing is waited for, and of a disk a warning tells.
+    Where there are no such locks (Windows, some network disks) nothing is waited for, and of a disk a warning tells, once.
     """
     with suppress(ImportError):
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):     # macOS has two of the last
                 raise
-            warnings.warn(f'This disk has no locks ({error.strerror}); let one process at a time write into a folder of it.', stacklevel=2)
+            _without_locks(error.strerror)
+
+
+@lru_cache
+def _without_locks(reason):
+    warnings.warn(f'This disk has no locks ({reason}); let one process at a time write into a folder of it.', stacklevel=3)
 
 # %% ../nbs/00_files.ipynb #83fcc6fc
 def cut_torn_line(file):

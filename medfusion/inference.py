@@ -813,7 +813,8 @@ def write_fused(slices: Slices, fused: torch.Tensor, job: FolderJob) -> None:
         data = format_of(target).encode(to_depth(array, np.uint16 if depth.kind == 'f' else depth))
         digest = hashlib.sha256(data).hexdigest()
     line = {'file': target.name, 'ct': slices.sources[0], 'mri': slices.sources[1], 'network': job.sha256, 'sha256': digest}
-    append_line(job.record.path, json.dumps(line), sync=False)      # a line that a power failure takes costs one pair again
+    with job.record.lock:      # of the threads one at a time, also where files have no locks
+        append_line(job.record.path, json.dumps(line), sync=False)      # a line that a power failure takes costs one pair again
     mine = result_key(**line | {'sha256': ''})
     if job.record.update().first.get(target.name, mine) != mine:
         raise ValueError(f'another run is putting a result from other slices at {target} at this moment; name another folder')

@@ -1,5 +1,6 @@
 """What the inference notebook cannot show on a page: every kind of input, tiles against the whole, faults in a folder."""
 import colorsys
+import errno
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from conftest import begin_child, in_child, peak_memory, write_slices
 from PIL import Image, ImageCms
 from torch import nn
 
-from medfusion import inference
+from medfusion import files, inference
 from medfusion.cli import typed_model
 from medfusion.files import list_pairs, luminance, read_image, sha256_of, to_depth, write_image
 from medfusion.inference import (FolderReport, at_lesions, check_output, find_model, fuse, fuse_folder, in_place, load_model, methods, model_of,
@@ -1005,6 +1006,27 @@ def test_memory_of_ten_thousand_pairs(tmp_path):
         memory[number] = peak_memory(process)
         assert process.returncode == 0 and len(names_in(root / 'out')) == number
     assert memory[10_000] - memory[500] < 32, memory
+
+
+@pytest.mark.parametrize('how', ['system', 'disk'])
+def test_where_there_are_no_locks_the_threads_of_a_run_lose_no_line_of_the_record(folders, monkeypatch, how):
+    "Two of them wrote at one place of fused.jsonl, and of a disk a warning told with every pair."
+    cut = files.cut_torn_line
+    monkeypatch.setattr(files, 'cut_torn_line', lambda file: (cut(file), time.sleep(.02))[0])
+    if how == 'system':
+        monkeypatch.setitem(sys.modules, 'fcntl', None)      # as on Windows
+    else:
+        import fcntl
+
+        def fails(file, kind):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        files._without_locks.cache_clear()
+        monkeypatch.setattr(fcntl, 'flock', fails)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always', UserWarning)         # as in the shell
+        assert run(folders).ok
+    assert len([one for one in told if 'has no locks' in str(one.message)]) == (how == 'disk')
+    assert len((folders / 'out/fused.jsonl').read_text().splitlines()) == 1 + len(names_in(folders / 'out'))
 
 
 @pytest.mark.parametrize('shard', ['0/4', '5/4', '3', 'a/b', '1/0', '-1/4'])
