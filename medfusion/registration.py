@@ -365,15 +365,16 @@ def judge(signs: dict) -> tuple[str, list[str]]:
             failed.append(words[name][1])
         elif worse(doubt):
             doubtful.append(words[name][0])
-    doubtful += _stretched(signs)
+    doubtful += _stretched(signs, bool(failed))
     return ('failed' if failed else 'doubtful' if doubtful else 'good'), failed + doubtful
 
 
-def _stretched(signs):
+def _stretched(signs, failed):
     ways = {'stretch_rows': 'along the rows', 'stretch_columns': 'along the columns', 'stretch_slices': 'from slice to slice'}
     told = [f'the head is {abs(signs[name]):.0%} {"longer" if signs[name] > 0 else "shorter"} in the MRI than in the CT {way} of the MRI'
             for name, way in ways.items() if abs(signs.get(name, 0)) > verdict_limits()[name][0]]
-    return told + ['one of the two headers may tell a wrong spacing (slices with gaps lie farther apart than they are thick): correct it, and register again'] * bool(told)
+    same = 'if both scans are of one head, with scalp and skull, ' * failed       # a brain is smaller than a head, and so may another head be
+    return told + [f'{same}one of the two headers may tell a wrong spacing (slices with gaps lie farther apart than they are thick): correct it, and register again'] * bool(told)
 
 # %% ../nbs/32_registration.ipynb #f97f6b06
 def register(ct: sitk.Image, mri: sitk.Image, start=None, progress=quietly) -> Registration:

@@ -119,6 +119,9 @@ def test_an_mri_of_signed_values_is_no_ct(study):
 def test_what_is_said_where_halves_fail_names_a_stripped_mri():
     signs = {'halves_mm': 20., 'mirror_ratio': .97, 'seen_share': 1., 'seen_mm': 100.}
     assert 'without scalp and skull' in judge(signs)[1][0] and 'without scalp' not in judge(signs | {'halves_mm': 5.})[1][0]
+    stretched = dict.fromkeys(('stretch_rows', 'stretch_columns', 'stretch_slices'), -.25)      # as measured of one: a brain is smaller than a head
+    assert judge(signs | stretched)[1][-1].startswith('if both scans are of one head, with scalp and skull, one of the two headers may tell a wrong spacing')
+    assert judge(signs | stretched | {'halves_mm': 5.})[1][-1].startswith('one of the two headers')
 
 
 def test_verdicts():
