@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_range', 'range_of', 'window', 'luminance',
            'scan_words', 'not_read', 'file_bytes', 'read_pixels', 'unused_range', 'check_graded', 'windowed_before',
-           'read_image', 'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_vacant',
-           'abandoned_folders', 'clear_scratch', 'not_made', 'new_parents', 'make_hidden', 'whole_folder',
-           'write_synced', 'way_to_write', 'write_atomically', 'encode_image', 'write_image', 'together', 'sha256_of',
-           'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole', 'append_line',
-           'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images', 'Pair', 'name_key',
-           'sort_by_key', 'kind_pattern', 'source_folders', 'named_unlike', 'match_images', 'list_pairs', 'naming_ways',
-           'find_naming', 'files_for', 'read_pair']
+           'read_image', 'temporary_name', 'is_abandoned', 'clear_abandoned', 'check_above', 'check_no_disk',
+           'check_vacant', 'abandoned_folders', 'clear_scratch', 'not_made', 'new_parents', 'make_hidden',
+           'whole_folder', 'write_synced', 'way_to_write', 'write_atomically', 'encode_image', 'write_image',
+           'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole',
+           'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images',
+           'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders', 'named_unlike', 'match_images',
+           'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -277,14 +277,19 @@ def check_above(path) -> Path:
         raise FileExistsError(f'{above} is no folder, so nothing can be made in it; name another place.')
     return above
 
+# %% ../nbs/00_files.ipynb #913cff6b
+def check_no_disk(path) -> None:
+    "Raises FileExistsError, in a sentence, where a disk is mounted at a path, or where that leads: no other folder can take its place."
+    if os.path.ismount(os.path.realpath(path)):
+        raise FileExistsError(f'{path} is where a disk is mounted, whose place no folder can take; name a new folder in it.')
+
 # %% ../nbs/00_files.ipynb #244e82c6
 def check_vacant(path) -> None:
     "Raises FileExistsError, in a sentence, where a new folder cannot be made: something is there, unless it is an empty folder."
     path = absolute_path(path)
     if path == Path.cwd():
         raise FileExistsError(f'{path} is the current folder, whose place no other can take; name a new folder.')
-    if os.path.ismount(os.path.realpath(path)):
-        raise FileExistsError(f'{path} is where a disk is mounted, whose place no folder can take; name a new folder in it.')
+    check_no_disk(path)
     check_above(path)
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f'{path} is there already and not empty; name a new folder.')

@@ -31,7 +31,7 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from .figures import checkerboard, mosaic
-from .files import abandoned_folders, absolute_path, clear_scratch, make_hidden, missing_sentence, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
+from .files import abandoned_folders, absolute_path, check_no_disk, clear_scratch, make_hidden, missing_sentence, new_parents, plain, read_json, sha256_of, temporary_name, write_atomically, write_json
 from .inference import find_device, find_model, fuse_batch, model_of, model_sha256
 from .metrics import evaluate_batches
 from .registration import (Registration, distance_between, graded, head_mask, points_in, quietly, read_transform, register, resampled, rigid, seen_by, seen_share,
@@ -523,7 +523,8 @@ def target_errors(study: Study, truth, points=None) -> dict[str, float]:
 
 # %% ../nbs/33_studies.ipynb #a6548f96
 def check_replaceable(path: Path, replace: bool = False) -> bool:
-    "Whether a study is at `path` that may be replaced; False where nothing is. FileExistsError for anything else, also for a study with other files in it."
+    "Whether a study is at `path` that may be replaced; False where nothing is. FileExistsError for anything else, also for a study with other files in it, and where a disk is mounted."
+    check_no_disk(path)
     if not path.exists() or path.is_dir() and not any(path.iterdir()):
         return False
     record = read_json(path / 'run.json') if (path / 'run.json').is_file() else {}

@@ -22,6 +22,7 @@ from medfusion.phantom_volume import phantom_study, write_series
 from medfusion.registration import Registration, write_transform
 from medfusion.scans import Scan, pydicom, read_scan, sitk
 from medfusion.studies import (
+    check_replaceable,
     fill_study,
     fuse_study,
     new_folder_at,
@@ -472,6 +473,21 @@ def test_stopped_between_the_two_renames(tmp_path, monkeypatch):
 
 def a_study(folder, told):
     (folder / 'run.json').write_text(json.dumps({'format': 'medfusion study 1', 'verdict': told, 'files_sha256': {}}))
+
+
+def test_the_place_of_a_disk_is_no_place_for_a_study(tmp_path, monkeypatch):
+    "As a volume of a container: that was told after minutes, as a device that is busy."
+    (tmp_path / 'volume').mkdir()
+    (tmp_path / 'link').symlink_to('volume')
+    monkeypatch.setattr(os.path, 'ismount', lambda path: str(path) == f'{tmp_path}/volume')
+    for place in ('volume', 'link'):
+        with pytest.raises(FileExistsError, match='volume is where a disk is mounted, .* name a new folder in it'), new_folder_at(tmp_path / place, replace=True):
+            pytest.fail('work for nothing')
+    with pytest.raises(FileExistsError, match='where a disk is mounted'):       # the notebook looks before it registers
+        check_replaceable(tmp_path / 'link')
+    with new_folder_at(tmp_path / 'volume/study') as folder:
+        (folder / 'run.json').write_text('{}')
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['link', 'run.json', 'study', 'volume']
 
 
 @pytest.mark.parametrize('full', [False, True])
