@@ -156,9 +156,10 @@ def column_panels(columns, methods, draw, note, width=7.0):
 
 # %% ../nbs/27_paper_figures.ipynb #c31636ad
 def best_first(values, column):
-    "Colours for the values of some methods: orange for the best in a column, sky blue for the others."
-    best = values.min() if lower_is_better(column) else values.max()
-    return [palette()['orange' if value == best else 'sky blue'] for value in values]
+    "Colours for values by method: orange for the best in a column, copies of a source aside, which win without fusing; sky blue for the others."
+    fused = values[[not str(name).startswith('copy_') for name in values.index]]
+    best = fused.min() if lower_is_better(column) else fused.max()
+    return [palette()['orange' if name in fused.index and value == best else 'sky blue'] for name, value in values.items()]
 
 # %% ../nbs/27_paper_figures.ipynb #e7d05556
 def bars_figure(source, columns=(), methods=(), width=7.0):
@@ -169,12 +170,12 @@ def bars_figure(source, columns=(), methods=(), width=7.0):
 
     def draw(axis, column):
         axis.barh(range(len(means)), means[column], height=0.7, color=best_first(means[column], column),
-                  xerr=half[column].fillna(0), error_kw={'linewidth': 1, 'capsize': 2})
+                  xerr=half[column].fillna(0) if half[column].notna().any() else None, error_kw={'linewidth': 1, 'capsize': 2})
         for place, name in enumerate(means.index) if rows.case.nunique() > 1 else ():
             of_patients = values.loc[values.method == name, column]
             axis.plot(of_patients, [place] * len(of_patients), '.', color='black', markersize=2, alpha=0.5)
     spread = 'whiskers: 95 % intervals over patients; dots: patients' if rows.case.nunique() > 1 else 'no interval without several patients'
-    return column_panels(columns, list(means.index), draw, f'Means, {sample_told(rows)}; {spread}. Orange: best in its column; ↑ more is better.', width)
+    return column_panels(columns, list(means.index), draw, f'Means, {sample_told(rows)}; {spread}. Orange: best in its column, copies aside; ↑ more is better.', width)
 
 # %% ../nbs/27_paper_figures.ipynb #fa3e20be
 def box_figure(source, columns=(), methods=(), width=7.0):
@@ -188,10 +189,10 @@ def box_figure(source, columns=(), methods=(), width=7.0):
         values = [group[column].dropna().to_numpy() for group in groups.values()]
         boxes = axis.boxplot(values, orientation='horizontal', positions=range(len(values)), manage_ticks=False, widths=0.6, patch_artist=True,
                              flierprops={'markersize': 2}, medianprops={'color': 'black'})
-        for box, colour in zip(boxes['boxes'], best_first(pd.Series([np.median(one) if len(one) else np.nan for one in values]), column)):
+        for box, colour in zip(boxes['boxes'], best_first(pd.Series([np.median(one) if len(one) else np.nan for one in values], list(groups)), column)):
             box.set(facecolor=colour, edgecolor=colour)      # seen, however thin
     return column_panels(columns, list(groups), draw, f'Boxes: quartiles and median of {sample_told(rows)}; whiskers: to the last value within 1.5 boxes. '
-                         'Orange: best median; ↑ more is better.', width)
+                         'Orange: best median, copies aside; ↑ more is better.', width)
 
 # %% ../nbs/27_paper_figures.ipynb #15fecbb6
 def radar_figure(source, columns=(), methods=(), width=5.0):
