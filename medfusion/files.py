@@ -686,13 +686,14 @@ def match_images(folders, by_stem=False):
     for title, folder in folders.items():
         sides[title], doubled = sort_by_key(folder, title, by_stem or any(patterns))
         faults |= doubled | (named_unlike(folder, folders.values(), title) if folder != given[title] else {})
+    paired = set.intersection(*map(set, sides.values()))
     for here, there in permutations(folders, 2):
+        remedy = f'remove it or add the {there}' if paired else f'nor has any other; if names differ, give their patterns, as in {here}/{{name}}_{here.lower()}.png'
         for key, path in sides[here].items():
             if key not in sides[there]:
-                faults.setdefault(path.name, f'{here} slice {path.name} has no {there} slice of the same name in '
-                                             f'{absolute_path(folders[there])}; remove it or add the {there}.')
+                faults.setdefault(path.name, f'{here} slice {path.name} has no {there} slice of the same name in {absolute_path(folders[there])}; {remedy}.')
     rows = {slice_name(path, patterns[0]): [side[key] for side in sides.values()] for key, path in next(iter(sides.values())).items()
-            if all(key in side and side[key].name not in faults for side in sides.values())}
+            if key in paired and all(side[key].name not in faults for side in sides.values())}
     return rows, faults
 
 # %% ../nbs/00_files.ipynb #90515b8d

@@ -177,9 +177,10 @@ def write_slices(root, number, sides=('ct', 'mri'), size=48):
 def memory_of(process):
     """MiB of memory of its own that the process of this number uses, 0 where it has ended: of what it shares with the processes that it was forked from,
     its part; of files that it maps, what else the machine does decides how much."""
-    with suppress(OSError):
-        told = re.search(r'Pss_Anon:\s+(\d+)', Path(f'/proc/{process}/smaps_rollup').read_text())
-        return int(told[1]) // 1024 if told else 0
+    for file, name in (('smaps_rollup', 'Pss_Anon'), ('status', 'RssAnon')):      # older systems do not share it out
+        with suppress(OSError):
+            if told := re.search(rf'{name}:\s+(\d+)', Path(f'/proc/{process}/{file}').read_text()):
+                return int(told[1]) // 1024
     return 0
 
 
