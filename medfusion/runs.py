@@ -287,7 +287,10 @@ def read_parameters(notebook: str | Path, namespace: dict, smoke: dict | None = 
     `notebook` is its file name in nbs/ (the running copy may lie elsewhere), `namespace` its globals(). `smoke` holds
     the values that replace those still at their defaults under IN_TEST. Raises ValueError for an unknown name, a
     missing value, a wrong type or a value that no run can be made with, before anything has been computed.
+    Where the `medfusion` command runs the notebook, warnings are shown as it shows its own: their sentence alone.
     """
+    if 'MEDFUSION_COMMAND' in os.environ:
+        warnings.showwarning = lambda text, kind, *place, **more: issubclass(kind, UserWarning) and print(text, file=sys.stderr)
     declared = notebook_parameters(notebook)
     missing = declared.keys() - namespace.keys()
     if missing:

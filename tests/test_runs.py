@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import time
-import unicodedata
 import types
+import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_what_the_namespace_may_hold(toy, values):
         read_parameters(toy, values | kernel | {'augmnt': True})
     with pytest.raises(ValueError, match='lr of toy.ipynb has no value'):
         read_parameters(toy, {name: value for name, value in values.items() if name != 'lr'})
+
+
+def test_a_command_shows_of_a_warning_the_sentence_alone(toy, values, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)      # and puts it back
+    monkeypatch.setenv('MEDFUSION_COMMAND', 'medfusion train toy')
+    read_parameters(toy, values)
+    warnings.warn('The CT is dark; give a range.')
+    warnings.warn('soon gone', DeprecationWarning)
+    assert capsys.readouterr().err == 'The CT is dark; give a range.\n'
 
 
 def test_smoke_values(toy, values, monkeypatch):
