@@ -35,6 +35,17 @@ def smaller(png):
     return png if patchy else min(base64.b64encode(packed.getvalue()).decode(), png, key=len)
 
 
+def joined(outputs):
+    "The outputs of a cell, what was printed in a row in one of them: in how many pieces a kernel sends it is chance."
+    found = []
+    for output in outputs:
+        if found and output['output_type'] == 'stream' and found[-1].get('name') == output['name']:
+            found[-1]['text'] += output['text']
+        else:
+            found.append(output)
+    return found
+
+
 def execute(source, workplace):
     "The notebook with its outputs, executed in `workplace`."
     notebook = load_notebook_node(str(source))
@@ -47,6 +58,8 @@ def execute(source, workplace):
     for cell in notebook.cells:
         if not cell.metadata.get('tags'):
             cell.metadata.pop('tags', None)  # papermill adds empty ones
+        if 'outputs' in cell:
+            cell['outputs'] = joined(cell['outputs'])
         for output in cell.get('outputs', []):
             if 'text' in output:      # a reader has other temporary folders
                 output['text'] = re.sub(rf'{tempfile.gettempdir()}/[\w.-]+', '...', output['text'])
