@@ -53,7 +53,12 @@ class WithConstants(torch.nn.Module):
 
 # %% ../nbs/28_exporting.ipynb #c0c4266c
 def onnx_bytes(network, facts: dict[str, str], opset: int = 17) -> bytes:
-    "The content of an ONNX file of a network, with dynamic sizes and `facts` inside. ImportError, in a sentence, where the package onnx is missing."
+    """The content of an ONNX file of a network, with dynamic sizes and `facts` inside.
+
+    opset: 13, the first that has all that the networks are made of, to 20, the last that torch's exporter is made for. Raises ValueError for another
+    one and ImportError where the package onnx is missing, each in a sentence."""
+    if opset not in range(13, 21):
+        raise ValueError(f'The networks are exported in an opset from 13 to 20, not in {opset!r}.')
     try:
         import onnx
     except ImportError:

@@ -129,6 +129,8 @@ def check_asked(grid='ct', spacing=0., plane='', batch_size=2, device='auto', la
         raise ValueError(f'There is no plane {plane!r}; choose one of axial, coronal, sagittal.')
     if batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; it must be a whole number from 1 up.')
+    if labels == {}:
+        raise ValueError('The dict of MRIs is empty; it holds one or more, {label: MRI}.')
     for label in labels:
         if not isinstance(label, str) or re.search(r'[/\\\0]', label) or len(os.fsencode(label)) > 200:
             raise ValueError(f'The label {str(label)[:40]!r} of an MRI is a part of file names; take a short text without a slash.')
@@ -346,13 +348,15 @@ def fused_planes(study: Study, label: str = ''):
 
 # %% ../nbs/33_studies.ipynb #601f5fa3
 def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
-    "A `Scan`: itself, of a path, or of a SimpleITK image (float32; one with air near −1000 is a CT). Raises ValueError where that is no volume of numbers."
+    "A `Scan`: itself, of a path, or of a SimpleITK image (float32; one with air near −1000 is a CT). Raises ValueError where that is none of these, or no volume of numbers."
     if isinstance(scan, Scan):
         return scan
     if isinstance(scan, sitk.Image):
         image, notes = upright_image(scan, 'The image')
         is_hu = float(sitk.GetArrayViewFromImage(image).min()) < -500
         return Scan(image, 'CT' if is_hu else 'MR', 'image', is_hu, notes=notes)
+    if not isinstance(scan, (str, os.PathLike)):
+        raise ValueError(f'A scan is a path, a Scan or a SimpleITK image, not a {type(scan).__name__}; several MRIs of one head are a dict {{label: MRI}}.')
     return read_scan(absolute_path(scan), series or None, fill_gaps)
 
 # %% ../nbs/33_studies.ipynb #33026a2d

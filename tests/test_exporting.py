@@ -51,6 +51,19 @@ def test_the_command(tmp_path, monkeypatch):
     assert result.exit_code == 0 and onnx.load('there.onnx').graph.output[0].name == 'fused'
 
 
+@pytest.mark.parametrize('opset', [9, 24])
+def test_an_opset_that_cannot_be(opset, tmp_path):
+    with pytest.raises(ValueError, match=f'from 13 to 20, not in {opset}'):
+        export_onnx('wavelet', tmp_path / 'a.onnx', opset)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('opset', [13, 20])
+def test_the_first_opset_and_the_last(opset, tmp_path):
+    for name in shipped_models():
+        export_onnx(name, tmp_path / f'{name}.onnx', opset)             # which compares with the network
+
+
 def test_where_the_packages_are_missing(tmp_path, monkeypatch):
     for package in ('onnx', 'onnxruntime'):
         with monkeypatch.context() as without:

@@ -196,6 +196,13 @@ def test_a_ct_whose_header_says_so_is_no_signed_mri(patient):
     assert 'signed_mri' not in str(caught.value)
 
 
+def test_what_is_no_scan_is_told(scans):
+    ct, mri = scans
+    for wrong, sentence in (([mri], 'dict {label: MRI}'), ({}, 'is empty'), ({'t1': None}, 'NoneType')):
+        with pytest.raises(ValueError, match=sentence):
+            scan_fusion(ct, wrong, model='maximum')
+
+
 def test_fusing_again_needs_no_registration(study, tmp_path):
     with new_folder_at(tmp_path / 'study') as folder:
         fill_study(folder, study)
