@@ -10,8 +10,8 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'whole_folder', 'write_synced', 'way_to_write', 'write_atomically', 'encode_image', 'write_image',
            'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole',
            'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images',
-           'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'source_folders', 'named_unlike', 'match_images',
-           'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
+           'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'check_order', 'source_folders', 'named_unlike',
+           'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -644,12 +644,20 @@ def kind_pattern(names) -> dict[str, str]:
         found.setdefault(word, set()).add('{name}'.join([stem_of(name)[:told.start('name')], stem_of(name)[told.end('name'):]]) if word else '')
     return {word: min(patterns) for word, patterns in found.items() if len(patterns) == 1}
 
+# %% ../nbs/00_files.ipynb #19712415
+def check_order(ct, mri) -> None:
+    "Raises ValueError where the names of two places, folders, patterns or files, say that the first is an MRI and the second the CT."
+    kinds = [set(re.split('[-_. ]+', stem_of(last_part(place)).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair'} for place in (ct, mri)]
+    if kinds[1] == {'ct'} and kinds[0] and 'ct' not in kinds[0]:
+        raise ValueError(f'The order is CT, then MRI, and by their names {last_part(ct)} is an MRI and {last_part(mri)} a CT; swap them, or rename them.')
+
 # %% ../nbs/00_files.ipynb #35c75ddf
 def source_folders(ct_dir, mri_dir) -> tuple:
     """The two folders, with patterns where no name is in both and both name their kind (see `kind_pattern`).
 
-    One folder may be given for both. ValueError where its names do not tell which is which.
+    One folder may be given for both. ValueError where its names do not tell which is which, or as `check_order` says.
     """
+    check_order(ct_dir, mri_dir)
     if any(split_pattern(folder)[1] or not absolute_path(folder).is_dir() for folder in (ct_dir, mri_dir)):
         return ct_dir, mri_dir
     ct, mri = ([path.name for path in list_images(folder)] for folder in (ct_dir, mri_dir))

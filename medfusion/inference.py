@@ -46,7 +46,7 @@ from .alignment import Displacement, out_of_register, register_sentence
 from .baselines import baselines
 from .codecs import array_of
 from .dial import check_lesions
-from .files import (Pair, absolute_path, append_line, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, not_made, read_image, read_json,
+from .files import (Pair, absolute_path, append_line, check_order, check_range, file_bytes, format_of, is_slice_name, luminance, match_images, name_key, not_made, read_image, read_json,
                              sha256_of, split_pattern, stem_of, to_depth, unused_range, window, windowed_before, write_atomically)
 from .runs import build_model, checkpoint_suffixes, checkpoints_in, find_run, load_checkpoint, resolve_path, run_checkpoint
 
@@ -557,6 +557,8 @@ def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, l
     """
     if not isinstance(tile, Integral) or tile < 64 or tile % 64:
         raise ValueError(f'tile is {tile!r}; it must be a multiple of 64, for tiles begin on the grid of the network.')
+    if isinstance(ct, (str, Path)) and isinstance(mri, (str, Path)):
+        check_order(ct, mri)
     first, second = (read_slice(image, value_range) if isinstance(image, (str, Path)) else image for image in (ct, mri))
     x, y = (as_batch(image, None if image is not given else value_range) for image, given in ((first, ct), (second, mri)))
     name = Path(mri).name if isinstance(mri, (str, Path)) else ''

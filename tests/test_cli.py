@@ -64,6 +64,19 @@ def three_pairs(tmp_path_factory):
     return root
 
 
+def test_an_order_that_names_contradict(three_pairs, tmp_path):
+    "Folders, files and patterns by whose names the MRI comes first are refused; names that tell nothing, or not both, are taken as they come."
+    ct, mri = three_pairs / 'CT', three_pairs / 'MRI'
+    one = next(mri.iterdir()).name
+    shutil.copyfile(ct / one, tmp_path / '1_CT.png'), shutil.copyfile(mri / one, tmp_path / '1_T1.png')
+    out, patterns = tmp_path / 'out', [tmp_path / f'{{name}}_{kind}.png' for kind in ('T1', 'CT')]
+    for first, second, target in ((mri, ct, out), (tmp_path / '1_T1.png', tmp_path / '1_CT.png', tmp_path / 'out.png'), (*patterns, out)):
+        assert_sentence(medfusion('fuse', first, second, '-m', 'maximum', '-o', target), 'The order is CT, then MRI', 'swap them')
+        assert not target.exists()
+    shutil.copytree(mri, tmp_path / 'first')
+    assert medfusion('fuse', tmp_path / 'first', ct, '-m', 'maximum', '-o', out).exit_code == 0
+
+
 @pytest.fixture
 def pairs(three_pairs, tmp_path, monkeypatch):
     "The current folder holds CT/ and MRI/ with three pairs; their names."
