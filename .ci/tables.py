@@ -132,19 +132,19 @@ def folds_told(folds):
         parts = [f'{word} {", ".join(f"{row.Index} (in {row.ahead_in} of {row.patients})" for row in there.itertuples())}'
                  for verdict, word in (('better', 'ahead in'), ('worse', 'behind in'), ('open', 'not told apart in'))
                  if len(there := tests[tests.verdict == verdict])]
-        told.append(f'{title} against the maximum, within each patient: {"; ".join(parts)}.')
+        told.append(f'* {title}: {"; ".join(parts)}.')
     names = {name: TITLES.get(name, name) for name in table.method.unique() if name not in folds}
     shown = with_intervals(table).rename(index=names, columns={'invented': 'invented ↓'})
     commands = f'medfusion data harvard\n{folds_commands(folds.values())}'
     trained = sorted({len(record['trained_on']) for records in folds.values() for record in records})
     lacking = [title for title in RECIPES.values() if title not in folds]
-    told += sorted({record['remark'] for records in folds.values() for record in records if record.get('remark')})
-    told += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
+    remarks = sorted({record['remark'] for records in folds.values() for record in records if record.get('remark')})
+    remarks += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
             f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
             f'34 and 41 the fourth and fifth of the wavelet network\'s six and the last of ResNet\'s three, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
             f'much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may. In brackets: in how many patients the network is better; they are told apart where the 95 % interval of the mean difference leaves out 0.\n\n```sh\n{commands}\n```\n\n'
-            f'{render(shown, bold=list(folds))}\n\n{" ".join(told)}')
+            f'{render(shown, bold=list(folds))}\n\nAgainst the maximum, within each patient:\n\n{chr(10).join(told)}' + ''.join(f'\n\n{remark}' for remark in remarks))
 
 
 def price():
