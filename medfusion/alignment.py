@@ -14,7 +14,7 @@ import numpy as np
 from scipy.fft import ifft, irfft, next_fast_len, rfft2
 
 # %% ../nbs/22_alignment.ipynb #d9c791ae
-def on_grid(image, side=128):
+def on_grid(image, side=96):
     "The slice (H, W) on a grid with `side` pixels on the longer side: float32, 1 at its 99.5th percentile and above."
     scale = side / max(image.shape)
     size = [max(1, round(length * scale)) for length in image.shape[::-1]]
@@ -29,9 +29,9 @@ def correlate(a, b, reach):
     return irfft(rows, size[1])[..., near]
 
 # %% ../nbs/22_alignment.ipynb #4025e5ec
-def edge_field(image, faint=.02):
+def edge_field(image, faint=.025):
     "The edges of a slice (H, W) as (3, H, W): w·cos 2φ, w·sin 2φ, w, with w from 0 to 1 (1/2 for a gradient of `faint`)."
-    smooth = cv2.GaussianBlur(image, (0, 0), 1)
+    smooth = cv2.GaussianBlur(image, (0, 0), .6)
     down, right = (cv2.Scharr(smooth, cv2.CV_32F, *order, scale=1 / 32) for order in ((0, 1), (1, 0)))
     length = right ** 2 + down ** 2
     return np.stack([right ** 2 - down ** 2, 2 * right * down, length]) / (length + faint ** 2)
@@ -45,9 +45,9 @@ def level_shares(image, levels):
 # %% ../nbs/22_alignment.ipynb #f7787537
 def shared_information(ct, mri, reach):
     "The normalised mutual information, less 1, of two slices (H, W) in [0, 1] for each shift of the MRI."
-    joint = correlate(level_shares(ct, 4)[:, None], level_shares(mri, 8)[None], reach).clip(1e-6)
-    joint /= joint.sum((0, 1))                          # (4, 8, shifts, shifts)
-    entropies = [-(counts * np.log(counts)).sum(0) for counts in (joint.sum(1), joint.sum(0), joint.reshape(32, *joint.shape[2:]))]
+    joint = correlate(level_shares(ct, 5)[:, None], level_shares(mri, 10)[None], reach).clip(1e-6)
+    joint /= joint.sum((0, 1))                          # (5, 10, shifts, shifts)
+    entropies = [-(counts * np.log(counts)).sum(0) for counts in (joint.sum(1), joint.sum(0), joint.reshape(50, *joint.shape[2:]))]
     return (entropies[0] + entropies[1]) / entropies[2] - 1
 
 # %% ../nbs/22_alignment.ipynb #b53fc576
@@ -82,14 +82,14 @@ def vertex(before, here, after):
     return place, -.5 * bend * place ** 2
 
 # %% ../nbs/22_alignment.ipynb #998e48f6
-def estimate_shift(ct, mri, reach=16):
+def estimate_shift(ct, mri, reach=12):
     """The `Displacement` of the MRI, two slices (H, W) of one size; None for less than 128 pixels a side or an empty slice.
 
     Searched up to an eighth of the longer side. Calibrated on CT–MRI of heads; rotation and scale are not estimated.
     """
     if min(ct.shape) < 128 or min(np.ptp(ct), np.ptp(mri)) <= 0:
         return None
-    alike, pixel = likeness(on_grid(ct), on_grid(mri), reach), max(ct.shape) / 128
+    alike, pixel = likeness(on_grid(ct), on_grid(mri), reach), max(ct.shape) / 96
     row, column = np.unravel_index(alike.argmax(), alike.shape)
     near = np.pad(alike, 1, 'edge')
     down, above = vertex(*near[row:row + 3, column + 1])
@@ -105,7 +105,7 @@ def border_share(ct, mri, faint=.1):
     return float(np.concatenate([either[0], either[-1], either[1:-1, 0], either[1:-1, -1]]).mean())
 
 # %% ../nbs/22_alignment.ipynb #5c421062
-def out_of_register(ct, mri, least=2.5 / 256, gain=.009, gain_cut=.02):
+def out_of_register(ct, mri, least=2.6 / 256, gain=.0075, gain_cut=.02):
     "The `Displacement` of two slices (H, W) if it is long (share of the longer side) and plain enough to warn of, by `gain_cut` where the head is cut off; else None."
     found = estimate_shift(ct, mri)
     if found is None or found.length < least * max(ct.shape):

@@ -49,7 +49,7 @@ def test_noise_is_no_alarm():
     assert out_of_register(*noise) is None
 
 
-@pytest.mark.parametrize('gain, told', [(.008, (False, False)), (.015, (True, False)), (.03, (True, True))])
+@pytest.mark.parametrize('gain, told', [(.007, (False, False)), (.015, (True, False)), (.03, (True, True))])
 def test_where_the_head_is_cut_off_more_is_asked_for(head, monkeypatch, gain, told):
     monkeypatch.setattr(alignment, 'estimate_shift', lambda ct, mri: Displacement(5., 0., gain))
     part = np.s_[64:192, 64:192]
