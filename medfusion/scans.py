@@ -135,7 +135,7 @@ def flat_frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
         flat.file_meta, flat.NumberOfFrames = header.file_meta, 1
         for group in (*(shared or []), groups):
             for element in group:
-                if element.VR == 'SQ' and len(element.value):
+                if element.VR == 'SQ' and not element.tag.is_private and len(element.value):
                     flat.update({inner.tag: inner for inner in element.value[0]})
         for classic, enhanced in (('ImageType', 'FrameType'), ('EchoTime', 'EffectiveEchoTime')):
             if enhanced in flat:

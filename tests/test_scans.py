@@ -795,6 +795,17 @@ def test_two_echoes_in_an_enhanced_file(tmp_path):
     assert_right(read_scan(tmp_path, series='EchoTime 80'))
 
 
+def test_what_a_maker_keeps_of_a_frame_for_itself_is_not_believed(tmp_path):
+    "Philips repeats tags of the standard in a sequence of its own, where the place of a frame is that of another point of it."
+    whole = enhanced(stack_positions(), modality='MR')
+    for index, frame in enumerate(whole.PerFrameFunctionalGroupsSequence):
+        own = pydicom.Dataset()
+        own.update({'ImagePositionPatient': [-8.5, -6., 3. * index + .5], 'RescaleSlope': 2., 'RescaleIntercept': 7., 'PixelSpacing': [1, 1], 'SOPInstanceUID': generate_uid()})
+        frame.private_block(0x2005, 'Philips MR Imaging DD 005', create=True).add_new(0x0f, 'SQ', [own])
+    save(whole, tmp_path / 'all.dcm')
+    assert_right(read_scan(tmp_path))
+
+
 def test_frames_that_their_header_does_not_tell_apart(tmp_path):
     whole = enhanced(stack_positions())
     del whole.PerFrameFunctionalGroupsSequence[-1]
