@@ -342,7 +342,13 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     above = min(max(header.BitsAllocated - 1 - header.get('HighBit', header.BitsStored - 1), 0), unused)
     if above < unused and header.file_meta.TransferSyntaxUID.is_compressed:
         raise ValueError(f'its pixels are compressed, and HighBit ({header.HighBit}) does not fit BitsStored ({header.BitsStored}); export it without compression')
-    return values << above >> unused if unused and values.dtype.kind in 'iu' else values
+    if not unused or values.dtype.kind not in 'iu':
+        return values
+    found = values << above >> unused
+    if isinstance(padding := header.get('PixelPaddingValue'), int) and above == unused:
+        padding = np.array([padding]).astype(values.dtype)           # which may need more bits than are stored
+        found[values == padding] = padding
+    return found
 
 # %% ../nbs/30_scans.ipynb #66e6e376
 @lru_cache(maxsize=4096)

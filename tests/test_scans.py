@@ -599,6 +599,21 @@ def test_signed_with_signed_padding_and_twelve_bits(tmp_path):
     assert_right(read_scan(write(tmp_path, slices)))
 
 
+@pytest.mark.parametrize('padding, signed', [(63536, 0), (-2000, 0), (-32768, 1)])
+def test_padding_beyond_the_bits_that_are_stored(tmp_path, padding, signed):
+    "Cut down to twelve bits it was bone, or soft tissue."
+    slices = []
+    for place in stack_positions():
+        one = made(place, slope=1., intercept=0. if signed else -1300., PixelRepresentation=signed, BitsStored=12, HighBit=11)
+        one.add_new('PixelPaddingValue', 'SS' if padding < 0 else 'US', padding)
+        values = np.frombuffer(one.PixelData, '<u2').copy()
+        values[:10] = padding % 65536
+        one.PixelData = values.tobytes()
+        slices.append(one)
+    scan = read_scan(write(tmp_path, slices))
+    assert (assert_right(scan, least=.9)[0][:, 0, :10] == -1000).all() and '60 voxels of padding' in notes(scan)
+
+
 @pytest.mark.parametrize('tags', [{'intercept': None}, {'intercept': 0.}, {'RescaleType': 'OD'}])
 def test_a_ct_without_its_intercept_is_said_to_be_not_in_hu(tmp_path, tags):
     wrong = {'RescaleType': 'OD'} if 'RescaleType' in tags else tags
