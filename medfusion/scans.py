@@ -272,7 +272,7 @@ def parallel(slices: list) -> list[list]:
 # %% ../nbs/30_scans.ipynb #d6dd88cb
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
-    return ('ImageType', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
+    return ('ImageType', 'ComplexImageComponent', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
             'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'TriggerTime', 'AcquisitionNumber', 'StackID')
 
 # %% ../nbs/30_scans.ipynb #aedb6eb9

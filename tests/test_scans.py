@@ -821,6 +821,15 @@ def test_what_a_maker_keeps_of_a_frame_for_itself_is_not_believed(tmp_path):
     assert_right(read_scan(tmp_path))
 
 
+def test_magnitude_and_phase_in_an_enhanced_file(tmp_path):
+    "As Philips writes them: their FrameType is the same."
+    places = stack_positions(4)
+    kinds = [{'FrameType': ['ORIGINAL', 'PRIMARY', 'T1', 'NONE'], 'ComplexImageComponent': kind} for kind in ('MAGNITUDE', 'PHASE') for _ in places]
+    save(enhanced([*places, *places], slopes=[.25] * 4 + [.5] * 4, modality='MR', MRImageFrameTypeSequence=kinds), tmp_path / 'both.dcm')
+    assert_refused(tmp_path, '2 volumes', 'ComplexImageComponent MAGNITUDE', 'ComplexImageComponent PHASE')
+    assert_right(read_scan(tmp_path, series='MAGNITUDE'))
+
+
 def test_frames_that_their_header_does_not_tell_apart(tmp_path):
     whole = enhanced(stack_positions())
     del whole.PerFrameFunctionalGroupsSequence[-1]
