@@ -723,6 +723,7 @@ def upright_image(image: sitk.Image, name: str) -> tuple[sitk.Image, list]:
     "A volume as float32 with right-handed axes, and notes. Raises ValueError where it is no volume of one number a voxel, or its axes are not at right angles."
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise ValueError(f'{name} is in colour or has {image.GetNumberOfComponentsPerPixel()} numbers a voxel; give a volume of one.')
+    image = sitk.VectorIndexSelectionCast(image, 0) if 'vector' in image.GetPixelIDTypeAsString() else image      # a list of one number
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:

@@ -1130,6 +1130,17 @@ def test_nrrd_and_metaimage_say_how_they_lie(tmp_path, suffix, told, words):
         assert_right(read_scan(path))
 
 
+@pytest.mark.parametrize('sizes, kinds, directions', [('1 16 12 6', 'list domain domain domain', 'none (1,0,0) (0,1.5,0) (0,0,3)'),
+                                                       ('16 12 6 1', 'domain domain domain list', '(1,0,0) (0,1.5,0) (0,0,3) none')])
+def test_nrrd_with_a_list_of_one_volume(tmp_path, sizes, kinds, directions):
+    "As a sequence of 3D Slicer with one frame; the table of the whole folder was lost for it."
+    header = HEADERS['nrrd'].format(f'space: LPS\nspace directions: {directions}\nspace origin: (0,0,0)').replace('dimension: 3', 'dimension: 4').replace('16 12 6', f'{sizes}\nkinds: {kinds}')
+    index = np.moveaxis(np.indices((6, 12, 16))[::-1], 0, -1) * (1, 1.5, 3)
+    (tmp_path / 'a.nrrd').write_bytes(header.encode() + hounsfield(index).astype('<f4').tobytes())
+    assert_right(read_scan(tmp_path / 'a.nrrd'))
+    assert len(scan_table(tmp_path)) == 1
+
+
 def test_colour_is_no_volume(tmp_path):
     sitk.WriteImage(sitk.Image((4, 4, 4), sitk.sitkVectorUInt8, 3), str(tmp_path / 'a.nrrd'))
     assert_refused(tmp_path / 'a.nrrd', 'a.nrrd', 'in colour')
