@@ -852,7 +852,8 @@ def says_how_it_lies(path) -> bool:
     "Whether the header of a NRRD or MetaImage file names its axes in the patient."
     with open(path, 'rb') as file:
         header = re.split(rb'\n\r?\n|ElementDataFile', file.read(1 << 16))[0]
-    needed = (rb'space: *(left|right)-(anterior|posterior)-superior|space: *(RAS|LAS|LPS)', rb'space directions:', rb'(TransformMatrix|Rotation|Orientation) *=')
+    needed = (rb'space: *(left|right)-(anterior|posterior)-superior|space: *(RAS|LAS|LPS)', rb'space directions:', rb'(TransformMatrix|Rotation|Orientation) *=',
+              rb'Element(Spacing|Size) *=')
     nrrd = header.startswith(b'NRRD')
     return all(re.search(rb'^(' + words + rb')', header, re.MULTILINE | re.IGNORECASE) for words in (needed[:2] if nrrd else needed[2:]))
 
@@ -861,7 +862,7 @@ def read_image_file(path) -> Scan:
     "The scan in a NRRD or MetaImage file. Raises ValueError where it is no volume, or does not say how it lies in space."
     scan = image_scan(read_pixels_of(path), Path(path).name)
     if not says_how_it_lies(path):
-        raise ValueError(f'{Path(path).name} does not say how it lies in space (a NRRD file by space and space directions, MetaImage by TransformMatrix), so left might be right; '
+        raise ValueError(f'{Path(path).name} does not say how it lies in space (a NRRD file by space and space directions, MetaImage by TransformMatrix and ElementSpacing), so left might be right; '
                          'convert it anew from its DICOM files.')
     return scan
 

@@ -1141,6 +1141,16 @@ def test_nrrd_with_a_list_of_one_volume(tmp_path, sizes, kinds, directions):
     assert len(scan_table(tmp_path)) == 1
 
 
+def test_metaimage_without_a_spacing(tmp_path):
+    "It was taken for 1 mm."
+    header = HEADERS['mha'].format('TransformMatrix = 1 0 0 0 1 0 0 0 1')
+    for name, text in (('a.mha', header.replace('ElementSpacing = 1 1.5 3\n', '')), ('b.mha', header.replace('ElementSpacing', 'ElementSize'))):
+        index = np.moveaxis(np.indices((6, 12, 16))[::-1], 0, -1) * (1, 1.5, 3)
+        (tmp_path / name).write_bytes(text.encode() + hounsfield(index).astype('<f4').tobytes())
+    assert_refused(tmp_path / 'a.mha', 'a.mha', 'ElementSpacing')
+    assert_right(read_scan(tmp_path / 'b.mha'))
+
+
 def test_colour_is_no_volume(tmp_path):
     sitk.WriteImage(sitk.Image((4, 4, 4), sitk.sitkVectorUInt8, 3), str(tmp_path / 'a.nrrd'))
     assert_refused(tmp_path / 'a.nrrd', 'a.nrrd', 'in colour')
