@@ -354,18 +354,21 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def _pixels_sha256(path, changed):
     header = dicom_header(path, pixels=True)
-    pixels = header.get('PixelData', b'')
+    pixels, empty = header.get('PixelData', b''), False
     if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file is not unpacked
         try:
-            pixels = stored_frames(header).astype(np.int64).tobytes()
+            values = stored_frames(header)
+            pixels, empty = values.astype(np.int64).tobytes(), bool((values == values.flat[0]).all())
         except ValueError:                            # what is broken is said when it is read
             pass
-    return sha256(pixels).hexdigest()
+    return sha256(pixels).hexdigest(), empty
 
 
 def fingerprint(one: Slice) -> tuple:
-    "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean. A file of many frames is read once."
-    return _pixels_sha256(one.path, one.path.stat().st_mtime_ns), one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept')
+    "What two copies of a slice have in common, however their pixels are packed: a hash of its stored numbers, and what they mean; of an empty one also what tells volumes apart. A file of many frames is read once."
+    pixels, empty = _pixels_sha256(one.path, one.path.stat().st_mtime_ns)
+    told = [_words(one.header.get(tag)) for tag in telling_tags()] if empty else []
+    return pixels, one.frame, one.header.get('RescaleSlope'), one.header.get('RescaleIntercept'), *told
 
 # %% ../nbs/30_scans.ipynb #75bd04c9
 def without_copies(slices: list) -> list:

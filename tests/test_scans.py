@@ -339,6 +339,17 @@ def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
     assert rows[6]['notes'].endswith('9 slice(s) of its series were left aside (3 more such parts).')
 
 
+def test_empty_slices_of_two_volumes_are_no_copies(tmp_path):
+    "As above a head in a series that was made, or from which the skull was taken."
+    def of_echo(time, index, place):
+        return made(place, EchoTime=time, Modality='MR', values=np.full(SHAPE, -1300.) if index in (0, 3) else hounsfield(slice_points(place, AXIAL)) + time)
+    slices = [of_echo(time, index, place) for time in (10, 80) for index, place in enumerate(stack_positions())]
+    folder = write(tmp_path, [*slices, of_echo(10, 0, stack_positions()[0])])
+    for series in (1, 2):
+        scan = read_scan(folder, series=series)
+        assert scan.image.GetSize()[2] == 6 and scan.image.GetOrigin()[2] == 0 and '1 of its slices were copies' in notes(scan)
+
+
 def test_slices_at_one_place_only(tmp_path):
     write(tmp_path, [made(stack_positions()[0], AcquisitionNumber=number, values=np.full(SHAPE, number)) for number in range(4)])
     assert_refused(tmp_path, 'all its slices are at one place')
