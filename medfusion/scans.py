@@ -6,9 +6,9 @@
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'dicom_header', 'flat_frames', 'Slice', 'Folder',
            'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel', 'telling_tags', 'places',
            'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked',
-           'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'judged', 'notes_on_parts',
-           'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices',
-           'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
+           'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'laid_between', 'judged',
+           'notes_on_parts', 'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed',
+           'read_slices', 'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
            'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
            'image_scan', 'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values',
            'read_nifti', 'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series',
@@ -497,6 +497,23 @@ class Series:
         "Whether it is meant as a volume, be it with gaps."
         return not self.fault or self.gaps
 
+# %% ../nbs/30_scans.ipynb #c1665985
+def laid_between(slices: list) -> dict[str, list]:
+    """Slices that are all apart as regular volumes of which one lies between the slices of another, told by a tag: {what tells the volume: slices}; {} where they are no such volumes.
+
+    Slices that step evenly together may have been acquired in turns: the number of an acquisition, a stack or a heartbeat then tells nothing."""
+    stack, counters = stacked(slices), ('AcquisitionNumber', 'StackID', 'TriggerTime')
+    for tag in telling_tags():
+        parts, words = {}, [_words(one.header.get(tag)) for one in stack.slices]
+        for word, one in zip(words, stack.slices):
+            parts.setdefault(f'{tag} {word}', []).append(one)
+        fewest, turns = min(map(len, parts.values())), sum(before != after for before, after in zip(words, words[1:]))
+        if len(parts) < 2 or fewest < 3 or turns < fewest or tag in counters and len(uneven_steps(stack)) < fewest - 1:
+            continue
+        if not any(fault_of_steps(stacked(part)) for part in parts.values()):
+            return parts
+    return {}
+
 # %% ../nbs/30_scans.ipynb #f0f0d73e
 def judged(slices: list, told='') -> list[Series]:
     "The slices of one group as series: copies dropped, volumes told apart, what is wrong with each said."
@@ -506,7 +523,7 @@ def judged(slices: list, told='') -> list[Series]:
     kept = slices if are_apart(slices) else without_copies(slices)
     dropped = len(slices) - len(kept)
     notes = [f'{dropped} of its slices were copies of others and were dropped.'] if dropped else []
-    parts, found = {'': kept} if are_apart(kept) else told_apart(kept), []
+    parts, found = laid_between(kept) or {'': kept} if are_apart(kept) else told_apart(kept), []
     for name, part in parts.items():
         stack, label = stacked(part), ', '.join(filter(None, (told, name)))
         fault = fault_of_geometry(part) or fault_of_steps(stack)

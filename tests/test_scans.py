@@ -350,6 +350,27 @@ def test_empty_slices_of_two_volumes_are_no_copies(tmp_path):
         assert scan.image.GetSize()[2] == 6 and scan.image.GetOrigin()[2] == 0 and '1 of its slices were copies' in notes(scan)
 
 
+@pytest.mark.parametrize('tag, one, other, shift', [('EchoTime', 10, 80, 1.5), ('ContrastBolusAgent', '', 'one', 1.5), ('ContrastBolusAgent', '', 'one', 1.), ('AcquisitionNumber', 1, 2, 1.)])
+def test_volumes_whose_slices_lie_between_each_other_are_told_apart(tmp_path, tag, one, other, shift):
+    "As two acquisitions between which the table moved: they became one volume, which was half without and half with contrast."
+    early = [made(place, **{tag: one}) for place in stack_positions()]
+    late = [made(place, **{tag: other}) for place in stack_positions(7, start=(-8., -6., shift))]
+    folder = write(tmp_path, early + late)
+    assert_refused(folder, '2 volumes', f'{tag} {one}'.strip(), f'{tag} {other}', '7 slices')
+    scan = read_scan(folder, series=1)
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 7 and '6 slice(s) of its series were left aside' in notes(scan)
+
+
+def test_a_volume_that_was_acquired_in_turns_is_one(tmp_path):
+    "Every other slice in another acquisition; also where the last but one is missing, which is then said."
+    slices = [made(place, AcquisitionNumber=1 + index % 2) for index, place in enumerate(stack_positions(10))]
+    scan = read_scan(write(tmp_path / 'whole', slices))
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 10
+    assert_refused(write(tmp_path / 'gap', slices[:7] + slices[8:9]), 'slices are missing', 'from 18.0 to 24.0 mm')
+
+
 def test_slices_at_one_place_only(tmp_path):
     write(tmp_path, [made(stack_positions()[0], AcquisitionNumber=number, values=np.full(SHAPE, number)) for number in range(4)])
     assert_refused(tmp_path, 'all its slices are at one place')
