@@ -307,9 +307,9 @@ def _words(value):
 def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
     "The stored numbers (rows, columns) of one compressed frame, decoded by SimpleITK. Raises ValueError where it cannot."
     bare = pydicom.Dataset()
-    for keyword in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'):
+    for keyword in ('Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'PixelRepresentation'):
         setattr(bare, keyword, header[keyword].value)
-    bare.update({'SOPClassUID': pydicom.uid.SecondaryCaptureImageStorage, 'SOPInstanceUID': '1.2.3', 'SamplesPerPixel': 1,
+    bare.update({'HighBit': _high_bit(header), 'SOPClassUID': pydicom.uid.SecondaryCaptureImageStorage, 'SOPInstanceUID': '1.2.3', 'SamplesPerPixel': 1,
                  'PhotometricInterpretation': 'MONOCHROME2', 'PixelData': pydicom.encaps.encapsulate([frame])})
     bare['PixelData'].is_undefined_length = True
     bare.file_meta = pydicom.dataset.FileMetaDataset()
@@ -321,6 +321,10 @@ def decoded(header: pydicom.Dataset, frame: bytes) -> np.ndarray:
         except (RuntimeError, IndexError):
             raise ValueError(f'its pixels cannot be decoded ({header.file_meta.TransferSyntaxUID.name}); copy the file again') from None
 
+
+def _high_bit(header):
+    return header.BitsStored - 1 if header.get('HighBit') is None else header.HighBit
+
 # %% ../nbs/30_scans.ipynb #90600ee3
 def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     "The stored numbers (frames, rows, columns) of a DICOM file that was read whole. Raises ValueError where pixels are missing or broken."
@@ -329,6 +333,8 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
         raise ValueError('its pixels are floating-point numbers (a parametric map), which are not read')
     if 'PixelData' not in header:
         raise ValueError('it breaks off before its pixels; copy the file again')
+    if lost := [name for name in ('BitsAllocated', 'BitsStored', 'PixelRepresentation') if header.get(name) is None]:
+        raise ValueError(f'its header has no {lost[0]}, by which its pixels are read; export it again')
     try:
         if header.file_meta.TransferSyntaxUID.is_compressed:
             frames = list(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count))
@@ -339,7 +345,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
         text = ' '.join(str(error).split())
         raise ValueError(text if 'copy the file' in text else f'its pixels are cut off or broken ({text[:90]}); copy the file again') from None
     unused = header.BitsAllocated - header.BitsStored             # above the stored bits, or below them, may be something else
-    above = min(max(header.BitsAllocated - 1 - header.get('HighBit', header.BitsStored - 1), 0), unused)
+    above = min(max(header.BitsAllocated - 1 - _high_bit(header), 0), unused)
     if above < unused and header.file_meta.TransferSyntaxUID.is_compressed:
         raise ValueError(f'its pixels are compressed, and HighBit ({header.HighBit}) does not fit BitsStored ({header.BitsStored}); export it without compression')
     if not unused or values.dtype.kind not in 'iu':

@@ -754,6 +754,27 @@ def test_compressed_syntaxes(tmp_path, compressor, signed, photometric):
     assert 'loss' not in notes(scan)
 
 
+@pytest.mark.parametrize('tag', ['BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation'])
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, RLELossless], ids=lambda syntax: syntax.name)
+@pytest.mark.parametrize('empty', [False, True])
+def test_a_header_that_does_not_say_how_its_pixels_are_stored(tmp_path, tag, syntax, empty):
+    "HighBit is what the others say; without another of them the pixels mean nothing."
+    for index, place in enumerate(stack_positions(3)):
+        one = made(place)
+        save(one, tmp_path / f'IM{index}')
+        if syntax == RLELossless:
+            one.compress(RLELossless)
+        if empty:
+            one[tag].value = None
+        else:
+            delattr(one, tag)
+        one.save_as(tmp_path / f'IM{index}')
+    if tag == 'HighBit':
+        assert_right(read_scan(tmp_path))
+    else:
+        assert_refused(tmp_path, 'IM0', '0.0 mm', f'no {tag}', 'export it again')
+
+
 def frame_of(name):
     "The stored numbers of a compressed file that pydicom ships, decoded here, and its header."
     header = dicom_header(get_testdata_file(name), pixels=True)
