@@ -331,7 +331,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
     count = int(header.get('NumberOfFrames') or 1)
     if 'FloatPixelData' in header or 'DoubleFloatPixelData' in header:
         raise ValueError('its pixels are floating-point numbers (a parametric map), which are not read')
-    if 'PixelData' not in header:
+    if not header.get('PixelData'):
         raise ValueError('it breaks off before its pixels; copy the file again')
     if lost := [name for name in ('BitsAllocated', 'BitsStored', 'PixelRepresentation') if header.get(name) is None]:
         raise ValueError(f'its header has no {lost[0]}, by which its pixels are read; export it again')
@@ -360,7 +360,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def _pixels_sha256(path, changed):
     header = dicom_header(path, pixels=True)
-    pixels, empty = header.get('PixelData', b''), False
+    pixels, empty = header.get('PixelData') or b'', False
     if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file is not unpacked
         try:
             values = stored_frames(header)

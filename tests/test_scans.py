@@ -916,6 +916,13 @@ def test_a_file_cut_off_in_its_pixels_is_named(tmp_path, syntax):
     assert_refused(tmp_path, 'head', 'IM3', '9.0 mm', 'copy')
 
 
+def test_files_whose_pixels_were_taken_out_are_named(tmp_path):
+    "As an archive hands out headers alone: the tag is there and holds nothing."
+    slices = [made(place, PixelData=b'') for place in stack_positions(3)]
+    assert_refused(write(tmp_path / 'once', slices), '0.0 mm', 'breaks off before its pixels')
+    assert_refused(write(tmp_path / 'twice', slices * 2), '0.0 mm', 'breaks off before its pixels')
+
+
 def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     folder = write(tmp_path, [made(place) for place in stack_positions()])
     *_, middle, _, last = sorted(folder.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
