@@ -273,7 +273,7 @@ def parallel(slices: list) -> list[list]:
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'ComplexImageComponent', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
-            'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'TriggerTime', 'AcquisitionNumber', 'StackID')
+            'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID')
 
 # %% ../nbs/30_scans.ipynb #aedb6eb9
 def places(slices: list) -> np.ndarray:

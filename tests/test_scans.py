@@ -331,6 +331,14 @@ def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
     np.testing.assert_allclose(np.abs(found[0] - found[1]), 1)
 
 
+@pytest.mark.parametrize('tag, one, other', [('SeriesNumber', 4, 5), ('SeriesDescription', 'plain', 'contrast')])
+def test_two_series_of_one_uid_are_told_apart(tmp_path, tag, one, other):
+    "As a program leaves them that makes headers anonymous: no tag told them apart, the sentence said."
+    slices = [made(place, **{tag: value}, slope=slope) for value, slope in ((one, .25), (other, .5)) for place in stack_positions()]
+    assert_refused(write(tmp_path, slices), '2 volumes', f'{tag} {one}', f'{tag} {other}')
+    assert_right(read_scan(tmp_path, series=2))
+
+
 def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
     for number in range(7):
         write(tmp_path / str(number), [made(place, values=np.full(SHAPE, 9. * number), EchoTime=10 + number) for place in stack_positions(3)])
