@@ -22,6 +22,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, MutableSequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -362,11 +363,9 @@ def _pixels_sha256(path, changed):
     header = dicom_header(path, pixels=True)
     pixels, empty = header.get('PixelData') or b'', False
     if int(header.get('NumberOfFrames') or 1) == 1:   # a larger file is not unpacked
-        try:
+        with suppress(ValueError):                    # what is broken is said when it is read
             values = stored_frames(header)
             pixels, empty = values.astype(np.int64).tobytes(), bool((values == values.flat[0]).all())
-        except ValueError:                            # what is broken is said when it is read
-            pass
     return sha256(pixels).hexdigest(), empty
 
 
