@@ -545,20 +545,18 @@ def displaced_in(ct: torch.Tensor, mri: torch.Tensor, name: str) -> dict[str, Di
 def fuse(ct, mri, model='wavelet', device='auto', tile=1024, value_range=None, lesions=None):
     """The fused image, of the kind and depth of `ct`.
 
-    ct, mri: arrays (H, W) of uint8, uint16 or floats in [0, 1]; PIL images; tensors (H, W), (1, H, W) or (B, 1, H, W);
-    or file names, for which an array in the depth of the CT file comes back (floats, if its values were mapped). At least 16 pixels a side. An RGB `mri`
-    (arrays (H, W, 3), tensors (3, H, W) or (B, 3, H, W)) is fused in luminance and keeps its hue: the result is RGB.
-    An RGB `ct` is read as luminance, but one with colours beside a grey `mri` is refused: they would be lost.
-    model: whatever `load_model` knows by name or path, or a network or function `model(ct, mri)` (`device` is then
-    that of the network). tile: images with a longer side are fused in tiles of this side, a multiple of 64.
-    value_range: (low, high), for slices whose values do not fill the range of their type (see `in_unit_range`). lesions: where
-    the dial of a network is to stand, from 0 (as the usual metrics like it) to 1 (every lesion); its own default else.
+    ct, mri: arrays (H, W) of uint8, uint16 or floats in [0, 1]; PIL images; tensors (H, W), (1, H, W) or (B, 1, H, W); or file names, for which an array
+    in the depth of the CT file comes back (floats, if its values were mapped). At least 16 pixels a side. An RGB `mri` (arrays (H, W, 3), tensors
+    (3, H, W) or (B, 3, H, W)) is fused in luminance and keeps its hue: the result is RGB. An RGB `ct` is read as luminance, but one with colours beside
+    a grey `mri` is refused: they would be lost.
+    model: whatever `load_model` knows by name or path, or a network or function `model(ct, mri)` (`device` is then that of the network). tile: images with
+    a longer side are fused in tiles of this side, a multiple of 64. value_range: (low, high), for slices whose values do not fill the range of their type
+    (see `in_unit_range`). lesions: where the dial of a network is to stand, from 0 (as the usual metrics like it) to 1 (every lesion); its own default else.
     Warns of a grey pair that is out of register. Raises ValueError or FileNotFoundError with a sentence.
     """
     if not isinstance(tile, Integral) or tile < 64 or tile % 64:
         raise ValueError(f'tile is {tile!r}; it must be a multiple of 64, for tiles begin on the grid of the network.')
-    if isinstance(ct, (str, Path)) and isinstance(mri, (str, Path)):
-        check_order(ct, mri)
+    check_order(ct, mri)
     first, second = (read_slice(image, value_range) if isinstance(image, (str, Path)) else image for image in (ct, mri))
     x, y = (as_batch(image, None if image is not given else value_range) for image, given in ((first, ct), (second, mri)))
     name = Path(mri).name if isinstance(mri, (str, Path)) else ''
