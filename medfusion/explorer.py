@@ -36,8 +36,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .figures import (Box, as_array, as_picture, blend, checkerboard, coloured, difference,
                                largest_disagreement, map_overlay, marked, overlay, window_level)
-from .files import luminance, not_made, write_atomically
-from .inference import at_lesions, fuse_batch, has_dial, place_of, with_luminance
+from .files import luminance, not_made, to_float, write_atomically
+from .inference import as_batch, at_lesions, check_pair, fuse_batch, has_dial, place_of, with_luminance
 from .metrics import grey_levels, invented_edges, lower_is_better, measure
 
 # %% ../nbs/40_explorer.ipynb #b7fb7e19
@@ -362,6 +362,9 @@ class PairList:
 
     def __init__(self, pairs):
         self.pairs, self.cases = list(pairs), ['all']
+        for number, pair in enumerate(self.pairs, start=1):
+            if isinstance(pair, (str, Path)) or not hasattr(pair, '__len__') or len(pair) != 2:
+                raise ValueError(f'Pair {number} is of the type {type(pair).__name__}, no (ct, mri); give a list [(ct, mri), ...], of one pair too.')
         files = [Path(ct).name if isinstance(ct, (str, Path)) else '' for ct, _ in self.pairs]
         self.names = [name if name and files.count(name) == 1 else f'pair {number}{", " * bool(name)}{name}' for number, name in enumerate(files, start=1)]
 
@@ -373,13 +376,13 @@ class PairList:
         return len(self.pairs)
 
     def __getitem__(self, index):
-        ct, mri = as_array(self.pairs[index][0]), as_picture(self.pairs[index][1])
-        if ct.shape != mri.shape[:2]:
-            raise ValueError(f'{self.names[index]}: the CT has {ct.shape[0]}×{ct.shape[1]} pixels and the MRI '
-                             f'{mri.shape[0]}×{mri.shape[1]}; register both to one grid.')
-        mri = np.moveaxis(mri, 2, 0) if mri.ndim == 3 else mri[None]
-        return {'ct': torch.from_numpy(ct)[None], 'mri': torch.from_numpy(np.ascontiguousarray(mri)),
-                'name': self.names[index], 'case': 'all'}
+        pictures = [as_picture(image) for image in self.pairs[index]]
+        try:
+            ct, mri = (as_batch(to_float(picture)) for picture in pictures)
+        except ValueError as error:
+            raise ValueError(f'{self.names[index]}: {error}') from error
+        check_pair(ct, mri, self.names[index])
+        return {'ct': luminance(ct)[0], 'mri': mri[0], 'name': self.names[index], 'case': 'all'}
 
 # %% ../nbs/40_explorer.ipynb #8a3b4d44
 class Changes:
@@ -758,6 +761,8 @@ def explore(datasets, methods, maps=None):
     if not (isinstance(datasets, dict) and isinstance(methods, dict)):
         raise ValueError("The explorer needs data sets by name and methods by name, as in explore({'mine': pairs}, {'wavelet': load_model('wavelet')}).")
     datasets = {name: PairList(data) if isinstance(data, (list, tuple)) else data for name, data in datasets.items()}
+    if wrong := [name for name, data in datasets.items() if not hasattr(data, 'names')]:
+        raise ValueError(f'The data set {wrong[0]!r} is of the type {type(datasets[wrong[0]]).__name__}, whose slices have no names; give a CTMRIDataset, or a list [(ct, mri), ...].')
     empty = [name for name, data in datasets.items() if not len(data)]
     if empty or not datasets:
         raise ValueError(f'The explorer needs data sets with slices; {", ".join(empty) or "none was given"} has none.')

@@ -16,6 +16,7 @@ from medfusion.data import CTMRIDataset
 from medfusion.explorer import (Explorer, PairList, SliceStore, View, asked_of, caption, contact_sheet, explore, legend, look_at,
                                 png_bytes, save_view, show_view, view_call, view_modes, view_tiles)
 from medfusion.figures import largest_disagreement
+from medfusion.files import Pair
 from medfusion.inference import at_lesions
 from medfusion.phantom import write_phantom
 from medfusion.wavelet_fusion import WaveletFusion
@@ -359,8 +360,27 @@ def test_pairs_of_files_arrays_and_colours_are_explored(tmp_path):
 
 
 def test_pairs_of_two_sizes_are_named():
-    with pytest.raises(ValueError, match='pair 2: the CT has 16×16 pixels and the MRI 16×17'):
+    with pytest.raises(ValueError, match='pair 2: The CT has 16×16 pixels and the MRI 16×17'):
         PairList([(np.zeros((16, 16)), np.zeros((16, 16))), (np.zeros((16, 16)), np.zeros((16, 17)))])[1]
+
+
+def test_a_pair_that_fuse_refuses_is_named():
+    grey, colour = np.zeros((64, 64)), np.zeros((64, 64, 3))
+    colour[4:9, :, 0] = 1
+    for pair, said in (((colour, grey), 'pair 1: The first image is in colour'), ((grey[:9], grey[:9]), 'pair 1: A slice of 9×64 pixels is too small'),
+                       ((grey * np.nan, grey), 'pair 1: Pixels .* from nan'), ((grey, grey + 9), 'pair 1: Pixels .* from 9')):
+        with pytest.raises(ValueError, match=said):
+            explore({'mine': [pair]}, {'larger': torch.maximum})
+    explorer = explore({'mine': [(colour, colour)]}, {'larger': torch.maximum, 'average': average})
+    assert np.ptp(tile(explorer, 1), axis=-1).max() > 40 and not np.ptp(tile(explorer, 0), axis=-1).any()
+
+
+@pytest.mark.parametrize('data, said', [(('a.png', 'b.png'), 'Pair 1 is of the type str'), ((np.zeros((32, 32)), np.zeros((32, 32))), 'Pair 1 is of the type ndarray'),
+                                        ([(np.zeros((32, 32)), np.zeros((32, 32))), Pair('1.png', 'a', 'b')], 'Pair 2 is of the type Pair'),
+                                        ('Dataset/test', "'mine' is of the type str"), (np.zeros((2, 32, 32)), "'mine' is of the type ndarray"), (Path('a'), "'mine' is of")])
+def test_what_is_no_list_of_pairs_is_told(data, said):
+    with pytest.raises(ValueError, match=said + r'.* a list \[\(ct, mri\), \.\.\.\]'):
+        explore({'mine': data}, {'larger': torch.maximum})
 
 
 def test_without_a_method_the_reason_is_said_and_the_explorer_recovers(explorer):
