@@ -8,8 +8,8 @@ __all__ = ['View', 'look_at', 'view_modes', 'invented_scale', 'map_modes', 'mode
            'shown_metrics', 'fused_picture', 'measured', 'where_invented', 'maps_of', 'SliceWork', 'SliceStore',
            'PairList', 'Changes', 'slider', 'slices_of_cases', 'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel',
            'set_view', 'hide_idle', 'method_boxes', 'dialled', 'dial_slider', 'metric_table', 'control_rows',
-           'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown', 'Explorer', 'find_disagreement', 'show_view',
-           'view_call', 'save_view', 'levels_at', 'Mouse', 'add_buttons', 'explore']
+           'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown', 'levels_at', 'Explorer', 'find_disagreement',
+           'show_view', 'view_call', 'save_view', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
@@ -506,11 +506,12 @@ def set_view(view_panel, view):
 
 # %% ../nbs/40_explorer.ipynb #656a2790
 def hide_idle(view_panel):
-    "Shows those controls of a ViewPanel that its view heeds."
+    "Shows those controls of a ViewPanel that its view heeds; `across` and `down` keep their place, for the wheel must not move the picture."
     view = view_panel.view
-    for name, useful in (('alpha', view.mode == 'blend'), ('tile', view.mode == 'checkerboard'),
-                         ('across', view.zoom > 1), ('down', view.zoom > 1)):
+    for name, useful in (('alpha', view.mode == 'blend'), ('tile', view.mode == 'checkerboard')):
         view_panel.controls[name].layout.display = None if useful else 'none'
+    for name in ('across', 'down'):
+        view_panel.controls[name].layout.visibility = None if view.zoom > 1 else 'hidden'
 
 # %% ../nbs/40_explorer.ipynb #c1e836b7
 def method_boxes(names, first, changes):
@@ -554,7 +555,7 @@ def control_rows(controls, boxes, buttons):
     "Rows of controls, in the order in which one uses them: the slice, the methods, the view."
     def row(*children):
         return widgets.HBox(children, layout=widgets.Layout(flex_flow='row wrap', align_items='center'))
-    views = ('mode',), ('window', 'level', 'zoom'), ('across', 'down', 'alpha', 'tile')
+    views = ('mode',), ('window', 'level', 'zoom'), ('alpha', 'tile', 'across', 'down')
     return [row(controls['dataset'], controls['case'], controls['slice']), row(*boxes.values(), *(controls[name] for name in ('lesions',) if name in controls), buttons),
             *(row(*(controls[name] for name in names)) for names in views)]
 
@@ -578,7 +579,7 @@ class ExplorerFrame(PictureBox):
         self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice, **self.panel.controls, **dial_slider(self.dials, self.changes)}
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
-        self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.status, self.levels, self.numbers, self.pixel = widgets.HTML(), widgets.HTML(), widgets.HTML(), None
         super().__init__([*control_rows(self.controls, self.methods, self.buttons), self.picture, self.levels, self.status, self.numbers])
         self.add_class('medfusion-explorer')
 
@@ -588,7 +589,7 @@ class ExplorerFrame(PictureBox):
 
     def say_alone(self, sentence):
         "Shows a sentence, and no longer the picture and the numbers, which are of something else."
-        self.picture.value, self.numbers.value = b'', ''
+        self.picture.value, self.picture.layout.display, self.numbers.value, self.levels.value = b'', 'none', '', ''
         self.say(sentence)
 
     @property
@@ -606,6 +607,13 @@ def slices_shown(store, dataset, index, methods):
     "The pictures that are looked at, by name: 'CT', 'MRI', and the slice that each of {name: method of the store} fused."
     ct, mri = (as_picture(image) for image in store.pair(dataset, index))
     return {'CT': ct, 'MRI': mri, **{name: store.fused(dataset, index, method) for name, method in methods.items()}}
+
+# %% ../nbs/40_explorer.ipynb #46454f06
+def levels_at(slices, row, column):
+    "A line about one pixel: its place, and its grey value in [0, 1] in every slice of {name: picture}; '' beyond the slices."
+    height, width = next(iter(slices.values())).shape[:2]
+    values = ', '.join(f'{name} {as_array(image)[row, column]:.3f}' for name, image in slices.items() if row < height and column < width)
+    return f'row {row}, column {column}: {values}' if values else ''
 
 # %% ../nbs/40_explorer.ipynb #f9cd1dd0
 class Explorer(ExplorerFrame):
@@ -628,10 +636,10 @@ class Explorer(ExplorerFrame):
         self.slices = slices_shown(self.store, *where, asked)
         maps = [self.store.maps(*where, method, view.mode) for method in asked.values() if view.mode in map_modes()]
         ct, mri, *_ = self.slices.values()
-        fused = {name: self.slices[name] for name in self.shown}
-        tiles = view_tiles(ct, mri, fused, {name: part for some in maps for name, part in some.items()}, view)
+        tiles = view_tiles(ct, mri, {name: self.slices[name] for name in self.shown}, {name: part for some in maps for name, part in some.items()}, view)
         self.sheet = sheet_layout(len(tiles))
-        self.picture.value = png_bytes(contact_sheet(tiles, strip=legend(view, self.sheet.width)))
+        self.picture.value, self.picture.layout.display = png_bytes(contact_sheet(tiles, strip=legend(view, self.sheet.width))), None
+        self.levels.value = escape(levels_at(self.slices, *self.pixel)) if self.pixel else ''
         hide_idle(self.panel)
         name, (height, width) = self.store.datasets[where[0]].names[where[1]], ct.shape[:2]
         self.status.value = escape(f'{name}, {height} × {width} pixels; numbers of the whole slice:')
@@ -697,12 +705,6 @@ def save_view(explorer, folder='explorer_views'):
     Image.open(BytesIO(explorer.picture.value)).save(file, 'png', pnginfo=text)
     return write_atomically(path, file.getvalue())
 
-# %% ../nbs/40_explorer.ipynb #46454f06
-def levels_at(slices, row, column):
-    "A line about one pixel: its place, and its grey value in [0, 1] in every slice of {name: picture}."
-    values = ', '.join(f'{name} {as_array(image)[row, column]:.3f}' for name, image in slices.items())
-    return f'row {row}, column {column}: {values}'
-
 # %% ../nbs/40_explorer.ipynb #d2c07848
 class Mouse:
     "Follows the mouse on the picture of an Explorer; `act` takes the events of ipyevents."
@@ -722,6 +724,7 @@ class Mouse:
         if place is None:
             return
         pixel = box.top + place[0] * box.height, box.left + place[1] * box.width
+        explorer.pixel = int(pixel[0]), int(pixel[1])
         if event['type'] == 'wheel':
             zoom = min(max(view.zoom * (0.8 if event['deltaY'] > 0 else 1.25), 1.0), 16.0)
             set_view(explorer.panel, look_at(view, shape, pixel, place, zoom))
@@ -729,7 +732,7 @@ class Mouse:
             self._grip = pixel
         elif event['type'] == 'mousemove' and event['buttons'] & 1 and self._grip:
             set_view(explorer.panel, look_at(view, shape, self._grip, place, view.zoom))
-        explorer.levels.value = escape(levels_at(explorer.slices, int(pixel[0]), int(pixel[1])))
+        explorer.levels.value = escape(levels_at(explorer.slices, *explorer.pixel))
 
 # %% ../nbs/40_explorer.ipynb #58e2c7bc
 def add_buttons(explorer):

@@ -178,9 +178,10 @@ def test_every_control_changes_the_picture(explorer, name, value):
 @pytest.mark.parametrize('mode, name, value', [('blend', 'alpha', 0.9), ('checkerboard', 'tile', 8),
                                                ('slices', 'across', 0.1), ('slices', 'down', 0.1)])
 def test_controls_of_one_view_are_seen_only_there(explorer, mode, name, value):
-    assert explorer.controls[name].layout.display == 'none'
+    layout, seen = explorer.controls[name].layout, ('visibility', 'hidden') if mode == 'slices' else ('display', 'none')     # the wheel must not move the picture
+    assert getattr(layout, seen[0]) == seen[1]
     explorer.controls['mode'].value, explorer.controls['zoom'].value = mode, 2
-    assert explorer.controls[name].layout.display is None
+    assert getattr(layout, seen[0]) is None
     before = explorer.picture.value
     explorer.controls[name].value = value
     assert explorer.picture.value != before
@@ -276,6 +277,22 @@ def test_the_levels_under_the_mouse_are_those_of_the_slices(explorer):
     line = explorer.levels.value
     row, column = (int(word) for word in line.replace(',', '').replace(':', '').split()[1:4:2])
     assert f'CT {ct[row, column]:.3f}, MRI {mri[row, column]:.3f}, mean {(ct + mri)[row, column] / 2:.3f}' in line
+
+
+def test_the_levels_told_are_of_the_slice_that_is_shown():
+    first, second = random_slices((48, 48), 2), random_slices((42, 64), 2, seed=1)
+    explorer = explore({'mine': [first, second, (first[0], second[1])]}, {'larger': torch.maximum})
+    for row in (10, 45):
+        explorer.controls['slice'].value = 1
+        explorer.mouse.act(dict(type='mousemove', buttons=0, **point(explorer, 0, (row + .5) / 48, .5)))
+        assert f'row {row}, column 24: CT {first[0][row, 24]:.3f}' in explorer.levels.value
+        explorer.controls['slice'].value = 2
+        assert explorer.levels.value == (f'row 10, column 24: CT {second[0][10, 24]:.3f}, MRI {second[1][10, 24]:.3f}, larger '
+                                         f'{max(one[10, 24] for one in second):.3f}' if row == 10 else '')
+    explorer.controls['slice'].value = 1
+    assert explorer.levels.value and explorer.picture.layout.display is None
+    explorer.controls['slice'].value = 3
+    assert explorer.levels.value == '' and explorer.picture.layout.display == 'none'
 
 
 @pytest.mark.parametrize('where', [dict(dataX=5, dataY=5), dict(dataX=-3, dataY=50), dict(dataX=5000, dataY=50)])
