@@ -8,15 +8,15 @@ __all__ = ['View', 'look_at', 'view_modes', 'invented_scale', 'map_modes', 'mode
            'shown_metrics', 'fused_picture', 'measured', 'where_invented', 'maps_of', 'SliceWork', 'SliceStore',
            'PairList', 'Changes', 'slider', 'slices_of_cases', 'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel',
            'set_view', 'hide_idle', 'method_boxes', 'dialled', 'dial_slider', 'metric_table', 'control_rows',
-           'PictureBox', 'ExplorerFrame', 'asked_of', 'slices_shown', 'levels_at', 'Explorer', 'find_disagreement',
-           'show_view', 'view_call', 'save_view', 'Mouse', 'add_buttons', 'explore']
+           'PictureBox', 'say_alone', 'ExplorerFrame', 'asked_of', 'slices_shown', 'levels_at', 'Explorer',
+           'find_disagreement', 'show_view', 'view_call', 'save_view', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from inspect import signature
 from io import BytesIO
@@ -566,12 +566,20 @@ class PictureBox(widgets.VBox):
     def _repr_mimebundle_(self, **how):
         return super()._repr_mimebundle_(**how) | {'image/png': b64encode(self.picture.value).decode()}
 
+# %% ../nbs/40_explorer.ipynb #a4cc7c09
+def say_alone(box, sentence):
+    "A box of widgets says a sentence, and shows no longer its `picture` and its `lines`, which are of something else."
+    box.picture.value, box.picture.layout.display = b'', 'none'
+    for line in box.lines:
+        line.value = ''
+    box.say(sentence)
+
 # %% ../nbs/40_explorer.ipynb #67a0a95a
 class ExplorerFrame(PictureBox):
     "The controls and outputs of an explorer, laid out; nothing is drawn yet."
 
     def __init__(self, store, first=2):
-        self.store, self.changes = store, Changes(self.say_alone)
+        self.store, self.changes = store, Changes(partial(say_alone, self))
         self.picker = SlicePicker(store.datasets, self.changes)
         self.panel = ViewPanel(self.changes, [mode for mode in view_modes() if mode != 'maps' or store.map_functions])
         self.methods = method_boxes(store.methods, first, self.changes)
@@ -579,18 +587,14 @@ class ExplorerFrame(PictureBox):
         self.controls = {'dataset': self.picker.dataset, 'case': self.picker.case, 'slice': self.picker.slice, **self.panel.controls, **dial_slider(self.dials, self.changes)}
         fits = widgets.Layout(max_width='100%', max_height='80vh', align_self='flex-start')
         self.picture, self.buttons = widgets.Image(format='png', layout=fits), widgets.HBox()
-        self.status, self.levels, self.numbers, self.pixel = widgets.HTML(), widgets.HTML(), widgets.HTML(), None
+        self.lines = self.status, self.levels, self.numbers = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.pixel = None       # (row, column) where the mouse was last
         super().__init__([*control_rows(self.controls, self.methods, self.buttons), self.picture, self.levels, self.status, self.numbers])
         self.add_class('medfusion-explorer')
 
     def say(self, sentence):
         "Shows a sentence in the line about the slice."
         self.status.value = f'<b>{escape(sentence)}</b>'
-
-    def say_alone(self, sentence):
-        "Shows a sentence, and no longer the picture and the numbers, which are of something else."
-        self.picture.value, self.picture.layout.display, self.numbers.value, self.levels.value = b'', 'none', '', ''
-        self.say(sentence)
 
     @property
     def shown(self):

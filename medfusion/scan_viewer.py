@@ -17,6 +17,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Mapping
+from functools import partial
 from html import escape
 from importlib.util import find_spec
 from itertools import count
@@ -29,22 +30,25 @@ import ipywidgets as widgets
 import numpy as np
 from ipyevents import Event
 
-from .explorer import Changes, caption, contact_sheet, fitted_box, place_under, png_bytes, sheet_layout, slider
+from .explorer import Changes, caption, contact_sheet, fitted_box, place_under, png_bytes, say_alone, sheet_layout, slider
 from .figures import checkerboard, coloured
-from .files import absolute_path
+from .files import absolute_path, sha256_of
 from .registration import Registration, read_transform, register, resampled, rigid, write_transform
 from .scans import shape_text, sitk
 from .studies import FusedSeries, Study, Window, empty_volume, frame_of, fused_files, opened, record_in, slices_along, windows
 
 # %% ../nbs/41_scan_viewer.ipynb #4cf9f2bd
 class FusedFiles(Mapping):
-    "The fused volumes {window: (z, y, x) in [0, 1]} of a study's files {window: path}, each read when it is first asked for."
+    "The fused volumes {window: (z, y, x) in [0, 1]} of a study's files {window: path}, each read when it is first asked for, if it is still that of the SHA-256 `known` by name."
 
-    def __init__(self, files):
-        self.files, self._read = dict(files), {}
+    def __init__(self, files, known):
+        self.files, self.known, self._read = dict(files), known, {}
 
     def __getitem__(self, window):
         if window not in self._read:
+            path = self.files[window]
+            if not path.is_file() or path.name in self.known and sha256_of(path) != self.known[path.name]:
+                raise ValueError(f'{path} is not that of the study that was opened, which was made anew or moved; view the study again.')
             self._read[window] = sitk.GetArrayFromImage(sitk.ReadImage(str(self.files[window]))) / np.float32(4095)
         return self._read[window]
 
@@ -65,7 +69,7 @@ def shown_study(folder) -> Study:
         mask = sitk.GetArrayFromImage(read(f'mask{end}.nii.gz'))
         found = Registration(rigid(read_transform(folder / f'mri_to_ct{end}.tfm')), told['verdict'], told['reasons'], told['signs'])
         series.append(FusedSeries(label, told['description'], sitk.GetArrayFromImage(read(f'mri_on_ct{end}.nii.gz')), tuple(told['limits']), mask & 2, found,
-                                  FusedFiles(fused_files(folder, label, record))))
+                                  FusedFiles(fused_files(folder, label, record), record.get('files_sha256', {}))))
     return Study(empty_volume(frame_of(ct)), sitk.GetArrayFromImage(ct), mask & 1, series, record['plane'], {}, record)
 
 # %% ../nbs/41_scan_viewer.ipynb #ee50bc39
@@ -310,7 +314,7 @@ class ViewerFrame(widgets.VBox):
     "The controls and outputs of a scan viewer, laid out."
 
     def __init__(self, study: Study):
-        self.scans, self.changes, self.sheet = ScanSlices(study), Changes(self.say), sheet_layout(3, 1240)
+        self.scans, self.changes, self.sheet = ScanSlices(study), Changes(partial(say_alone, self)), sheet_layout(3, 1240)
         counts, row = self.scans.counts, lambda *children: widgets.HBox(children, layout=widgets.Layout(flex_flow='row wrap', align_items='center'))
         self.planes = {plane: slider(widgets.IntSlider, plane, f'slice, counted from {start}', min=1, max=getattr(counts, plane), value=getattr(counts, plane) // 2 + 1)
                        for plane, start in (('axial', 'the feet'), ('coronal', 'the front'), ('sagittal', 'the right'))}
@@ -320,7 +324,7 @@ class ViewerFrame(widgets.VBox):
             control.observe(self.changes, 'value')
         self.layers, self.nudge = layer_panels(study, self.changes), NudgePanel(self.changes)
         self.picture = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', align_self='flex-start'))
-        self.values, self.status = widgets.HTML(), widgets.HTML()
+        self.lines = self.values, self.status = widgets.HTML(), widgets.HTML()
         buttons = widgets.HBox([self.nudge.reset, self.nudge.refine, self.nudge.save])
         moving = widgets.Accordion([widgets.VBox([row(*self.nudge.mm), row(*self.nudge.degrees), buttons])], titles=['move the MRI'])
         super().__init__([self.picture, self.values, self.status, row(*self.planes.values()), row(self.mode, self.squares),
@@ -381,7 +385,7 @@ def draw_planes(frame) -> None:
         tiles[f'{plane}, slice {number + 1} of {getattr(scans.counts, plane)}'] = plane_tile(frame, plane, slices)
     registration = scans.mri.registration
     strip = verdict_strip(registration, moved, frame.sheet.width)
-    frame.picture.value = png_bytes(contact_sheet(tiles, frame.sheet.width, strip))
+    frame.picture.value, frame.picture.layout.display = png_bytes(contact_sheet(tiles, frame.sheet.width, strip)), None
     frame.values.value = escape(values_text(scans, plane, at, slices))          # in the last of the planes, as in any
     stale = '' if 'fused' in slices else ' The fused volume is not shown: none was made of this pose.'
     frame.status.value = escape((moved or registration.sentence) + stale)
@@ -494,9 +498,14 @@ def view_scan(study, ct=None, mri=None, keep_picture: bool = False) -> ScanViewe
 
     `study`: a folder that `medfusion scan` wrote, or what `scan_fusion` returned; `ct`, `mri`: the scans from which it was made, as `scan_fusion` takes them, to refine its
     registration. Transforms are saved into the study's folder, or the current one. The notebook keeps the picture only with `keep_picture`. A saved widget state (JupyterLab's menu Settings, off by default) would keep it too.
-    Raises FileNotFoundError or ValueError for what is no study."""
+    Raises FileNotFoundError or ValueError for what is no study, and where several series have no scans of their names."""
+    if not isinstance(study, (str, Path, Study)):
+        raise ValueError(f'What is to be shown is of the type {type(study).__name__}, no study; give the folder that medfusion scan wrote, or what scan_fusion returned.')
     folder = Path() if isinstance(study, Study) else absolute_path(study)
     viewer = ScanViewer(study if isinstance(study, Study) else shown_study(folder), keep_picture)
+    labels = [one.label for one in viewer.study.series]
+    if mri is not None and (set(labels) - set(mri) if isinstance(mri, dict) else len(labels) > 1):
+        raise ValueError(f'The study holds the series {", ".join(map(repr, labels))}; give their scans by these names, mri={{{labels[0]!r}: scan}}.')
     add_mending(viewer, folder, ct, mri)
     viewer.mouse = ViewerMouse(viewer)
     return viewer

@@ -264,6 +264,32 @@ def test_several_series_are_chosen_by_name(tmp_path):
     assert (tmp_path / 'mri_to_ct_T2_nudged.tfm').is_file()
 
 
+def test_scans_to_refine_have_the_names_of_the_series():
+    study, scan = a_study(labels=('T1', 'T2')), a_study().grid
+    for mri in (scan, {'T1': scan}, {'t1': scan, 't2': scan}):
+        with pytest.raises(ValueError, match="holds the series 'T1', 'T2'; give their scans by these names"):
+            view_scan(study, scan, mri)
+    assert not view_scan(study, scan, {'T1': scan, 'T2': scan}).nudge.refine.disabled
+    assert not view_scan(a_study(labels=('T1',)), scan, scan).nudge.refine.disabled
+
+
+def test_a_study_that_is_made_anew_is_not_mixed_with_the_one_that_is_shown(tmp_path):
+    study = a_study()
+    study.series[0].fused['bone'] = study.series[0].fused['brain'] / 2
+    study.record['windows'].append({'name': 'bone', 'level': 480, 'width': 2500})
+    viewer = view_scan(fill_study(tmp_path, study))
+    (tmp_path / 'fused_bone.nii.gz').write_bytes((tmp_path / 'fused_brain.nii.gz').read_bytes())
+    viewer.layers['fused'].source.value = 'bone'
+    assert 'fused_bone.nii.gz is not that of the study' in viewer.status.value and 'view the study again' in viewer.status.value
+    assert viewer.picture.value == b'' and viewer.picture.layout.display == 'none' and viewer.values.value == ''
+    (tmp_path / 'fused_bone.nii.gz').unlink()
+    viewer.planes['axial'].value = 1
+    assert 'fused_bone.nii.gz is not that of the study' in viewer.status.value
+    viewer.planes['axial'].value = MARK.axial
+    viewer.layers['fused'].source.value = 'brain'
+    assert viewer.picture.value and viewer.picture.layout.display is None
+
+
 def test_the_notebook_keeps_no_picture_unless_asked():
     study = a_study()
     assert set(view_scan(study)._repr_mimebundle_()) == {'text/plain', 'application/vnd.jupyter.widget-view+json'}
@@ -281,6 +307,9 @@ def test_what_is_no_study_is_told_in_a_sentence(tmp_path):
         view_scan(tmp_path)
     with pytest.raises(FileNotFoundError, match='There is no folder .*/nowhere.* medfusion scan CT MRI -o STUDY'):
         view_scan(tmp_path / 'nowhere')
+    for wrong in (a_study().grid, np.zeros((2, 3, 4)), None):
+        with pytest.raises(ValueError, match='is of the type .* no study; give the folder that medfusion scan wrote, or what scan_fusion returned'):
+            view_scan(wrong)
 
 
 def test_the_command_opens_a_notebook_that_vanishes(tmp_path, monkeypatch):
