@@ -6,10 +6,10 @@
 __all__ = ['View', 'look_at', 'view_modes', 'invented_scale', 'map_modes', 'mode_tiles', 'view_tiles', 'caption', 'Layout',
            'sheet_layout', 'fitted_box', 'fitted', 'legend', 'contact_sheet', 'png_bytes', 'place_under', 'Answers',
            'shown_metrics', 'fused_picture', 'measured', 'where_invented', 'maps_of', 'SliceWork', 'SliceStore',
-           'PairList', 'Changes', 'slider', 'slices_of_cases', 'SlicePicker', 'choose_slice', 'neighbours', 'ViewPanel',
-           'set_view', 'hide_idle', 'method_boxes', 'dialled', 'dial_slider', 'metric_table', 'control_rows',
-           'PictureBox', 'say_alone', 'ExplorerFrame', 'asked_of', 'slices_shown', 'levels_at', 'Explorer',
-           'find_disagreement', 'show_view', 'view_call', 'save_view', 'Mouse', 'add_buttons', 'explore']
+           'PairList', 'Changes', 'slider', 'on_scale', 'slices_of_cases', 'SlicePicker', 'choose_slice', 'neighbours',
+           'ViewPanel', 'set_view', 'hide_idle', 'method_boxes', 'dialled', 'dial_slider', 'metric_table',
+           'control_rows', 'PictureBox', 'say_alone', 'ExplorerFrame', 'asked_of', 'slices_shown', 'levels_at',
+           'Explorer', 'find_disagreement', 'show_view', 'view_call', 'save_view', 'Mouse', 'add_buttons', 'explore']
 
 # %% ../nbs/40_explorer.ipynb #5db84864
 from base64 import b64encode
@@ -414,6 +414,12 @@ def slider(kind, description, tooltip, **values):
     "A slider of the explorer, of an ipywidgets `kind`."
     return kind(description=description, tooltip=tooltip, layout=widgets.Layout(width='300px'), **values)
 
+# %% ../nbs/40_explorer.ipynb #895a1e01
+def on_scale(control, value):
+    "The value nearest to `value` at which a slider can stand."
+    step = round((value - control.min) / control.step)
+    return min(max(round(control.min + step * control.step, 6), control.min), control.max)
+
 # %% ../nbs/40_explorer.ipynb #28a2e169
 def slices_of_cases(data):
     "The indices of the slices of each case of a data set, {case: [index, ...]}."
@@ -473,7 +479,7 @@ class ViewPanel:
     "The controls of a View, by name in `controls`; `view` is what they say, and can be set."
 
     def __init__(self, changes, modes):
-        self.changes, fraction = changes, dict(min=0.0, max=1.0, step=0.01, value=0.5)
+        self.changes, fraction = changes, dict(min=0.0, max=1.0, step=0.005, value=0.5, readout_format='.3f')
         whole, part = widgets.IntSlider, widgets.FloatSlider
         self.controls = {
             'mode': widgets.ToggleButtons(options=modes, style={'button_width': 'auto'},
@@ -497,12 +503,13 @@ class ViewPanel:
 
 # %% ../nbs/40_explorer.ipynb #38022c1f
 def set_view(view_panel, view):
-    "Sets the controls of a ViewPanel to a View, as one change."
+    "Sets the controls of a ViewPanel to a View, as near as sliders can stand to it, as one change."
     values = view._asdict()
     values['down'], values['across'] = values.pop('centre')
     with view_panel.changes.together():
         for name, value in values.items():
-            view_panel.controls[name].value = value
+            control = view_panel.controls[name]
+            control.value = value if name == 'mode' else on_scale(control, value)
 
 # %% ../nbs/40_explorer.ipynb #656a2790
 def hide_idle(view_panel):
@@ -536,8 +543,8 @@ def dial_slider(dials, changes):
 
     def turn(change):
         dials.update(dict.fromkeys(dials, change['new']))
-    control = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as the usual metrics like it, 1 every lesion', min=0.0, max=1.0,
-                     step=0.05, value=next(iter(dials.values())))
+    control = slider(widgets.FloatSlider, 'lesions', 'the dial of a network: 0 as the usual metrics like it, 1 every lesion', min=0.0, max=1.0, step=0.05)
+    control.value = on_scale(control, next(iter(dials.values())))
     for told in (turn, changes):
         control.observe(told, 'value')
     return {'lesions': control}
@@ -677,7 +684,7 @@ def show_view(explorer, dataset, name, methods, view, lesions=None):
         set_view(explorer.panel, view)
         if dials:
             stood = dict(explorer.dials)        # moving the slider turns them all
-            explorer.controls['lesions'].value = next(iter(dials.values()))
+            explorer.controls['lesions'].value = on_scale(explorer.controls['lesions'], next(iter(dials.values())))
             explorer.dials.update(stood | dials)
         for method, box in explorer.methods.items():
             box.value = method in methods
@@ -730,7 +737,7 @@ class Mouse:
         pixel = box.top + place[0] * box.height, box.left + place[1] * box.width
         explorer.pixel = int(pixel[0]), int(pixel[1])
         if event['type'] == 'wheel':
-            zoom = min(max(view.zoom * (0.8 if event['deltaY'] > 0 else 1.25), 1.0), 16.0)
+            zoom = on_scale(explorer.controls['zoom'], view.zoom * (0.8 if event['deltaY'] > 0 else 1.25))
             set_view(explorer.panel, look_at(view, shape, pixel, place, zoom))
         elif event['type'] == 'mousedown':
             self._grip = pixel
