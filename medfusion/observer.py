@@ -52,7 +52,7 @@ def gabor(size: int, periods: tuple = (4, 8, 16), angles: int = 4) -> np.ndarray
     y, x = axis[:, None], axis[None]
     waves = []
     for period in periods:
-        bell = np.exp(-4 * np.log(2) * (x ** 2 + y ** 2) / (0.88 * period) ** 2)      # an octave: half as high at .88 periods
+        bell = np.exp(-4 * np.log(2) * (x ** 2 + y ** 2) / (1.324 * period) ** 2)     # an octave: half as high at 2/3 and 4/3 of the frequency
         for angle in np.pi * np.arange(angles) / angles:
             phase = 2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period
             waves += [bell * np.cos(phase), bell * np.sin(phase)]

@@ -83,6 +83,14 @@ def test_every_kind_of_channel_sees_a_round_lesion(channels):
     assert observe(outputs[:2], outputs[2:]).detectability > .7 * ideal
 
 
+@pytest.mark.parametrize('period', [4, 8, 16])
+def test_a_gabor_channel_is_one_octave_wide(period):
+    "Along its stripes' frequency the band is half as high at two frequencies, one of them twice the other."
+    heights = abs(np.fft.rfft(gabor(129, periods=(period,), angles=1)[0].sum(0), 8192))
+    band = np.flatnonzero(heights > heights.max() / 2) / 8192
+    assert band[-1] / band[0] == pytest.approx(2, rel=.02) and band.mean() == pytest.approx(1 / period, rel=.01)
+
+
 def test_bad_input_is_a_sentence():
     with pytest.raises(ValueError, match='do not fit channels'):
         channel_outputs(np.zeros((2, 5, 5)), laguerre_gauss(7, 3))
