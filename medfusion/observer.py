@@ -73,15 +73,22 @@ def channel_outputs(patches, channels: np.ndarray) -> np.ndarray:
 def hotelling_template(absent: np.ndarray, present: np.ndarray, internal_noise: float = 0.0) -> np.ndarray:
     """The weights w (channels,) of equation (3), learnt from channel outputs (N, channels) without and with the lesion.
 
-    `internal_noise` is the variance added to each channel, as a share of its own. Raises ValueError where there are
-    fewer patches than channels, or none of a kind, since the covariance has then no inverse.
+    `internal_noise` is the variance added to each channel, as a share of its own. Zeros where the means are equal. Raises
+    ValueError where there are no more patches than channels of a kind, or the patches hardly vary, since the covariance has
+    then no inverse.
     Source: Hotelling's statistic in Barrett, Myers, Foundations of Image Science, 2004, section 13.2.
     """
     if min(len(absent), len(present)) <= absent.shape[1]:
         raise ValueError(f'{len(absent)} and {len(present)} patches are too few for {absent.shape[1]} channels; show more of each.')
-    covariance = (np.cov(absent.T) + np.cov(present.T)) / 2
+    difference = present.mean(0) - absent.mean(0)
+    if not difference.any():                        # nothing to be learnt, as from slices that are all black
+        return difference
+    covariance = np.atleast_2d(np.cov(absent.T) + np.cov(present.T)) / 2
     covariance = covariance + internal_noise * np.diag(np.diag(covariance))
-    return np.linalg.solve(covariance, present.mean(0) - absent.mean(0))
+    try:
+        return np.linalg.solve(covariance, difference)
+    except np.linalg.LinAlgError:
+        raise ValueError(f'The covariance of the {len(difference)} channels has no inverse; show patches that vary more, or take fewer channels.') from None
 
 # %% ../nbs/06_observer.ipynb #c1961d6a
 def detectability(absent: np.ndarray, present: np.ndarray) -> float:

@@ -171,6 +171,13 @@ def test_the_command_writes_and_scores(heads, task, tmp_path):
     assert CliRunner().invoke(app, ['evaluate', str(task[1])]).exit_code == 2
 
 
+def test_a_program_that_makes_black_slices_keeps_nothing(task, tmp_path):
+    for path in list_images(task[1]):
+        write_image(tmp_path / path.name, 0 * read_image(path))
+    result = CliRunner().invoke(app, ['evaluate', str(tmp_path), '--task', str(task[0])])
+    assert result.exit_code == 0 and re.search(r'^fused +0.00 +0.00 +0.00 +0.00$', result.stdout, re.M)
+
+
 def test_scores_replace_no_other_file(task, tmp_path):
     scores, letter = tmp_path / 'scores.csv', tmp_path / 'letter.csv'
     letter.write_text('Dear all,')

@@ -91,6 +91,23 @@ def test_a_gabor_channel_is_one_octave_wide(period):
     assert band[-1] / band[0] == pytest.approx(2, rel=.02) and band.mean() == pytest.approx(1 / period, rel=.01)
 
 
+def test_one_channel_is_enough():
+    "Its template is the difference of means over the variance."
+    absent, present = np.random.default_rng(0).standard_normal((2, 50, 1)) + [[[0.]], [[1.]]]
+    expected = (present.mean() - absent.mean()) / ((absent.var(ddof=1) + present.var(ddof=1)) / 2)
+    assert hotelling_template(absent, present) == pytest.approx([expected])
+    assert hotelling_template(absent, present, internal_noise=1) == pytest.approx([expected / 2])
+
+
+def test_what_never_varies_tells_nothing():
+    "Slices that are all black are alike with and without a lesion: chance, and no lack of an inverse."
+    black = np.zeros((20, 6))
+    found = observe((black, black), (black, black))
+    assert (found.detectability, found.area) == (0, .5) and not found.weights.any()
+    with pytest.raises(ValueError, match='has no inverse; show patches that vary more, or take fewer channels'):
+        hotelling_template(black, black + 1)
+
+
 def test_bad_input_is_a_sentence():
     with pytest.raises(ValueError, match='do not fit channels'):
         channel_outputs(np.zeros((2, 5, 5)), laguerre_gauss(7, 3))
