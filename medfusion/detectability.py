@@ -27,13 +27,15 @@ def brain_region(ct, bone=0.9, gap=6, margin=6):
     """The mask (H, W) of the largest region that bone encloses in a CT slice (H, W) in [0, 1], `margin` pixels within it.
 
     `bone` is the brightness from which on the CT counts as bone, `gap` the half width of a gap in it that is closed."""
-    ct = np.pad(np.asarray(ct, dtype=np.float32), 2 * gap)
-    skull = ndimage.binary_closing(ct >= bone, iterations=gap)
+    def repeated(operation, mask, times):
+        return operation(mask, iterations=times) if times else mask        # SciPy takes 0 for: until nothing changes
+    ct = np.pad(np.asarray(ct, dtype=np.float32), 2 * gap + 1)
+    skull = repeated(ndimage.binary_closing, ct >= bone, gap)
     inside = ndimage.binary_opening(ndimage.binary_fill_holes(skull) & ~skull & (ct > 8 / 255), iterations=2)
     regions, count = ndimage.label(inside)
     if count:
         inside = regions == 1 + np.argmax(ndimage.sum_labels(inside, regions, range(1, count + 1)))
-    return ndimage.binary_erosion(ndimage.binary_fill_holes(inside), iterations=margin)[2 * gap:-2 * gap, 2 * gap:-2 * gap]
+    return repeated(ndimage.binary_erosion, ndimage.binary_fill_holes(inside), margin)[2 * gap + 1:-2 * gap - 1, 2 * gap + 1:-2 * gap - 1]
 
 # %% ../nbs/13_detectability.ipynb #b9db53cf
 def training_slices(data_set):

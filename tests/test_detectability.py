@@ -128,6 +128,17 @@ def test_the_brain_is_what_bone_encloses():
     assert not brain_region(np.zeros((64, 64))).any()
 
 
+def test_no_gap_and_no_margin_are_none(data_set):
+    "A margin of 0 leaves the whole region, a gap of 0 closes nothing."
+    ct = data_set[4]['ct'][0]
+    whole, within = brain_region(ct, margin=0), brain_region(ct, margin=1)
+    assert whole.sum() > within.sum() > .9 * whole.sum() and (whole & within).sum() == within.sum()
+    disc = np.hypot(*(np.mgrid[:96, :96] - 47.5))
+    ring = np.select([disc < 30, disc < 36], [.4, 1.])
+    region = brain_region(ring, gap=0, margin=0)
+    assert region.shape == (96, 96) and not region[disc >= 30].any() and region.sum() > .98 * (disc < 30).sum()
+
+
 def test_size_goes_with_modality():
     drawn = [draw_spot(torch.Generator().manual_seed(seed), by_size=1.0) for seed in range(300)]
     for index, (ct, mri) in drawn:
