@@ -232,9 +232,9 @@ class Plane:
 # %% ../nbs/03_anatomy.ipynb #df0592ab
 def cut_plane(head, level, shape) -> Plane:
     "The empty plane of `shape` (height, width) pixels at the height `level` of a head."
-    (height, width), n = shape, head.n
+    level, (height, width), n = float(level), map(int, shape), head.n  # NumPy's numbers would make doubles of it all
     sway, stretch = .012, .016  # how far the slow field bends the head: 1.4 mm sideways, 1.8 mm lengthwise
-    pixel = 2 / min(shape)
+    pixel = 2 / min(height, width)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x, y = (x - (width - 1) / 2) * pixel, (y - (height - 1) / 2) * pixel
     c, s = cos(n['turn']), sin(n['turn'])

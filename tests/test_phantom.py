@@ -64,6 +64,13 @@ def test_pixels_stay_what_they_were(case, index, size, ct, mri, counts):
         assert abs((cut.labels == list(label_names().values()).index(name)).sum() - count) <= 3 + .002 * count
 
 
+def test_numbers_of_numpy_are_numbers():
+    "As of an array of indices, or of sizes."
+    plain, other = phantom_slice(2, 4, size=(70, 200)), phantom_slice(*np.array([2, 4]), size=np.array([70, 200]), slices=np.int64(8), seed=np.int64(0))
+    assert np.array_equal(plain.ct, other.ct) and np.array_equal(plain.mri, other.mri) and plain.name == other.name
+    assert np.array_equal(phantom_slice(2, np.int64(4), size=np.int64(160)).mri, phantom_slice(2, 4, size=160).mri)
+
+
 def test_seed_case_and_index_matter():
     cuts = [phantom_slice(1, 4, size=96), phantom_slice(2, 4, size=96), phantom_slice(1, 4, size=96, seed=1),
             phantom_slice(1, 5, size=96)]
