@@ -263,12 +263,14 @@ def leave_one_head_out(outputs: dict) -> pd.DataFrame:
     """For each method and tested head: what `judge` finds, learnt on the other heads, and the efficiencies η.
 
     `outputs` are of `outputs_of`. `efficiency` is of the location known, `efficiency_search` of the location uncertain.
-    Raises ValueError where the other heads have too few lesions.
+    A head with one lesion, which has no spread, is learnt from and not tested. Raises ValueError where lesions are too few.
     """
     outputs = outputs if len(outputs['joint']) > 1 else in_two_halves(outputs)
-    rows = []
+    rows, tested = [], [head for head, (absent, _) in outputs['joint'].items() if len(absent) > 1]
+    if not tested:
+        raise ValueError('These slices are too few: no head shows two painted lesions; give more slices of each patient.')
     for method, cases in outputs.items():
-        for head in cases:
+        for head in tested:
             learnt = tuple(np.concatenate([cases[other][part] for other in cases if other != head]) for part in (0, 1))
             if (count := len(learnt[0])) <= learnt[0].shape[-1]:
                 raise ValueError(f'These slices are too few: to be tested on head {head}, the observer has {count} painted '
@@ -317,25 +319,28 @@ def detection_table(data_set, methods: dict, kinds=None, area: float = 0.9, pain
 
 # %% ../nbs/23_detection.ipynb #69085aee
 def heads_note(table: pd.DataFrame) -> str:
-    "A sentence that says how many heads a table of `detection_table` stands on, and what that is good for."
-    heads = list(dict.fromkeys(case.split(',')[0] for case in table['case']))
+    "Sentences that say how many heads a table of `detection_table` stands on, what that is good for, and for which kinds fewer have room."
+    cases = table['case'].str.replace(', (first|second) half$', '', regex=True)
+    heads, counts = list(cases.unique()), cases.groupby(table['lesion'], sort=False).nunique()
     if len(heads) == 1:
         return f'A quick look: one head ({heads[0]}), in two halves that know each other; no interval, and no statement about others.'
+    fewer = ', '.join(f'{kind} ({count})' for kind, count in counts.items() if count < len(heads))
+    more = f' Fewer have room for {fewer}.' if fewer else ''
     if len(heads) == 2:
-        return f'A quick look: two heads ({" and ".join(heads)}), learnt on one and tested on the other; no interval.'
-    return f'{len(heads)} heads, each tested by an observer that learnt from the others.'
+        return f'A quick look: two heads ({" and ".join(heads)}), learnt on one and tested on the other; no interval.{more}'
+    return f'{len(heads)} heads, each tested by an observer that learnt from the others.{more}'
 
 # %% ../nbs/23_detection.ipynb #740f77bd
 def summarise_detection(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each kind and method: mean area, and η = (mean d' / mean d' of the joint observer)², with 95 % bootstrap intervals.
 
-    `table` is of `detection_table`; fewer than three heads have no interval (NaN). `contrast` is how many times stronger the
-    lesion would have to be for an area of .85, were d' proportional to contrast (it is, for a linear fusion).
+    `table` is of `detection_table`; a kind on fewer than three heads has no interval (NaN). `contrast` is how many times stronger
+    the lesion would have to be for an area of .85, were d' proportional to contrast (it is, for a linear fusion).
     """
-    rows, enough = [], table['case'].nunique() > 2
+    rows = []
     for (lesion, method), heads in table.groupby(['lesion', 'method'], sort=False):
         joint = table[(table.lesion == lesion) & (table.method == 'joint')].set_index('case').loc[heads['case']]
-        row = {'lesion': lesion, 'method': method}
+        row, enough = {'lesion': lesion, 'method': method}, len(heads) > 2
         for end in ('', '_search'):
             both = np.stack([heads[f'd{end}'], joint[f'd{end}']], axis=1)
             for name, values, statistic in ((f'area{end}', heads[f'area{end}'], np.mean), (f'efficiency{end}', both, _eta)):

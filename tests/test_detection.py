@@ -260,7 +260,31 @@ def test_few_heads_are_a_quick_look():
     table = detection_table(Heads(3, 1), {}, ['oedema'], paintings=2, amplitudes={'oedema': 60})
     assert table['case'].nunique() == 2 and heads_note(table).startswith('A quick look: one head (1)')
     assert summarise_detection(table)['efficiency_low'].isna().all()
-    assert 'interval' not in heads_note(pd.DataFrame({'case': ['1', '2', '3']})), 'what is printed below it shows none'
+    assert 'interval' not in heads_note(pd.DataFrame({'lesion': 'oedema', 'case': ['1', '2', '3']})), 'what is printed below it shows none'
+
+
+def test_a_kind_that_fewer_heads_have_room_for_stands_on_those():
+    "Where two heads have room for a kind it has no interval, however many have room for another; and the note tells."
+    many, few = (pd.DataFrame([{'lesion': kind, 'method': method, 'case': case, 'd': d, 'd_search': d, 'area': .9, 'area_search': .8, 'amplitude': 9}
+                               for method in ('joint', 'mine') for d, case in enumerate(cases, 1)])
+                 for kind, cases in (('oedema', ('Doe, A 1', 'Doe, B 1', '3')), ('tumour', ('Doe, A 1', '3'))))
+    table = pd.concat([many, few], ignore_index=True)
+    missing = summarise_detection(table).efficiency_low.isna()
+    assert not missing['oedema'].any() and missing['tumour'].all()
+    assert heads_note(table) == '3 heads, each tested by an observer that learnt from the others. Fewer have room for tumour (2).'
+    halves = few.replace({'case': {'Doe, A 1': '3, first half', '3': '3, second half'}})
+    assert heads_note(halves).startswith('A quick look: one head (3)') and heads_note(many[many.case != '3']).startswith('A quick look: two heads (Doe, A 1 and Doe, B 1)')
+    assert heads_note(pd.concat([many, halves])).endswith('Fewer have room for tumour (1).')
+
+
+def test_a_head_with_one_lesion_is_learnt_from_and_not_tested(slices):
+    "Its d' would have no spread, and be no number, which took the numbers of all heads along."
+    outputs = outputs_of(slices[:4], {'average': average}, lesion_channels(painted_lesions()['tumour']))
+    lesions = {method: {'0': cases['0'], '1': tuple(part[:20] for part in cases['0']), '2': tuple(part[:1] for part in cases['0'])} for method, cases in outputs.items()}
+    table = leave_one_head_out(lesions)
+    assert set(table.case) == {'0', '1'} and table.notna().all(axis=None)
+    with pytest.raises(ValueError, match='no head shows two painted lesions; give more slices of each'):
+        leave_one_head_out({method: {str(i): cases['2'] for i in range(30)} for method, cases in lesions.items()})
 
 
 # The phantom's task
