@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_cells
 from typer.testing import CliRunner
 
 from medfusion import detection
@@ -285,6 +286,15 @@ def test_a_head_with_one_lesion_is_learnt_from_and_not_tested(slices):
     assert set(table.case) == {'0', '1'} and table.notna().all(axis=None)
     with pytest.raises(ValueError, match='no head shows two painted lesions; give more slices of each'):
         leave_one_head_out({method: {str(i): cases['2'] for i in range(30)} for method, cases in lesions.items()})
+
+
+@pytest.mark.parametrize('name, given, words', [('91_ablation', {'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion"),
+                                                ('94_dial', {'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion"),
+                                                ('96_lesions', {'painted': ['bleeding']}, "'bleeding' is not a kind of painted lesion"),
+                                                ('96_lesions', {'recipes': []}, 'recipes is empty; name one of the folds')])
+def test_notebooks_refuse_lesions_that_are_none_before_the_work(name, given, words):
+    with pytest.raises(ValueError, match=words):
+        run_cells(Path(__file__).resolve().parents[1] / 'nbs' / f'{name}.ipynb', given | {'make': 'all'}, until='p')
 
 
 # The phantom's task
