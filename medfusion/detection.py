@@ -458,9 +458,14 @@ def read_task(task) -> tuple[dict, list]:
 
 # %% ../nbs/23_detection.ipynb #950ee296
 def task_slices(task, trials: list) -> Iterator[PaintedSlice]:
-    "The painted slices of trials, read from the folder of the task."
+    "The painted slices of trials, read from the folder of the task. Raises ValueError for one that is not of the first one's size, in 8 bits."
     for trial in trials:
-        pairs = np.stack([[read_image(Path(task) / kind / f'{name}.png', quiet=True) for kind in ('CT', 'MRI')] for name in trial['names']])
+        files = [Path(task) / kind / f'{name}.png' for name in trial['names'] for kind in ('CT', 'MRI')]
+        images = [read_image(file, quiet=True) for file in files]
+        for file, image in zip(files, images):
+            if (image.shape, image.dtype) != (images[0].shape, np.uint8):
+                raise ValueError(f'{file} has another size or depth than it was written with; remove {task} and write it anew.')
+        pairs = np.stack(images).reshape(len(trial['names']), 2, *images[0].shape)
         yield PaintedSlice(trial['case'], trial['names'], pairs[0], pairs[1:], [np.array(places) for places in trial['places']])
 
 # %% ../nbs/23_detection.ipynb #d69becbe

@@ -229,6 +229,15 @@ def test_a_damaged_task_is_a_sentence(fault, damage, task, tmp_path):
         score_task(tmp_path, task[1])
 
 
+@pytest.mark.parametrize('change', [lambda image: image[:200], lambda image: image.astype(np.uint16) * 257])
+def test_a_slice_of_a_task_that_was_changed_is_named(change, task, tmp_path):
+    shutil.copytree(task[0], tmp_path / 'task')
+    file = tmp_path / 'task/MRI/1001_haemorrhage_0.png'
+    write_image(file, change(read_image(file)))
+    with pytest.raises(ValueError, match=f'{file} has another size or depth than it was written with; remove {tmp_path / "task"} and write it anew'):
+        score_task(tmp_path / 'task', task[1])
+
+
 @pytest.mark.fault('evaluate --task', 'disk full, or failing')
 def test_a_task_is_whole_or_absent(heads, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, 'write_json', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
