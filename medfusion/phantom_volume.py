@@ -387,8 +387,9 @@ def phantom_study(seed: int, ct_spacing=(.5, .5, 2.5), mri_spacing=(.9, .9, 4.),
     """One head on two scanners, the same for the same arguments.
 
     `pose` is the transform from CT points to MRI points, or (degrees, mm): up to how much it is drawn, in any direction. `noise` and `bias`
-    are the MRI's (shares of full signal), `ct_noise` is in HU. The MRI shows the upper `fraction` of its field of view, or a part (from, to)
-    from below (0) to above (1), in slices of a `plane`. Spacings are in the slice, twice, and between slices, in mm.
+    are the MRI's (shares of full signal), `ct_noise` is in HU. Of its slices in a `plane` the MRI has the upper `fraction`, or a part (from, to)
+    from below (0) to above (1); of coronal ones from front to back, of sagittal ones from left to right. Spacings are in the slice, twice, and
+    between slices, in mm.
     """
     if contrast not in ('T1', 'T2', 'FLAIR'):                                            # a wrong word is refused before the work begins
         raise ValueError(f'An MRI has no contrast {contrast!r}; choose one of T1, T2, FLAIR.')
