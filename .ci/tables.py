@@ -123,8 +123,12 @@ def folds_commands(folds):
                      + (f' -y "cases: {[*cases]}"' if any(',' in one for one in cases) else '') for cases, names in recipes.items())
 
 
-def folds_told(folds):
-    "What cross-validation says: how it was done, the table, and each network against the maximum, patient by patient."
+CHOSEN = ('Case 34 chose the recipes, 34 and 41 the fourth and fifth of the wavelet network\'s six and the last of ResNet\'s three, 33 and 37 how much invented edges weigh in the '
+          'last four; they are among the 8. All 8 chose how much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may.')
+
+
+def folds_told(folds, chosen=CHOSEN):
+    "What cross-validation says: how it was done, by whom the recipes were `chosen`, the table, and each network against the maximum, patient by patient."
     table = folds_table(folds)
     patients, told = table.case.unique(), []
     for title in folds:
@@ -141,9 +145,8 @@ def folds_told(folds):
     remarks = sorted({record['remark'] for records in folds.values() for record in records if record.get('remark')})
     remarks += [f'No folds of {" and ".join(lacking)} are recorded yet.'] if lacking else []
     return (f'Means over {len(patients)} patients, each judged by a network that never saw it, trained on {" or ".join(map(str, trained))} others by one recipe, '
-            f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). Case 34 chose the recipes, '
-            f'34 and 41 the fourth and fifth of the wavelet network\'s six and the last of ResNet\'s three, 33 and 37 how much invented edges weigh in the last four; they are among the 8. All 8 chose how '
-            f'much lesions weigh in wavelet-lite, where its teacher\'s dial stands, and how high that of the wavelet network may. In brackets: in how many patients the network is better; they are told apart where the 95 % interval of the mean difference leaves out 0.\n\n```sh\n{commands}\n```\n\n'
+            f'number of epochs included, ± half of the 95 % interval (Student\'s t over patients). {chosen} '
+            f'In brackets: in how many patients the network is better; they are told apart where the 95 % interval of the mean difference leaves out 0.\n\n```sh\n{commands}\n```\n\n'
             f'{render(shown, bold=list(folds))}\n\nAgainst the maximum, within each patient:\n\n{chr(10).join(told)}' + ''.join(f'\n\n{remark}' for remark in remarks))
 
 
@@ -168,10 +171,10 @@ def case_41():
     return 'Means over the slices of case 41; recipes were chosen on case 34, the fourth and fifth of the wavelet network\'s and the last of ResNet\'s on 34 and 41 (of the documented defaults the best epoch on 34, too).\n\n' + with_command('case_41', means('case_41'))
 
 
-def headline():
-    "The first table of the pages: over all patients where every fold is recorded, else that of case 41."
+def headline(**words):
+    "The first table of the pages: over all patients where every fold is recorded (for `words` see `folds_told`), else that of case 41."
     if folds := complete_folds():
-        return folds_told(folds)
+        return folds_told(folds, **words)
     return ('Means over the slices of case 41, a patient that training never saw; recipes were chosen on case 34.\n\n'
             + with_command('case_41', means('case_41')))
 
@@ -312,7 +315,8 @@ def blocks():
     total = len(recorded('cases_34_41'))
     pooled = f'{with_command("cases_34_41", ranked("cases_34_41", 6))}\n\nThe first 6 of {total} by mean rank. Against the best of the others, our networks and the copies left out, column by column:'
     kept = with_command('phantom', lesions())
-    return {'README.md': {'patients': headline(), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
+    briefly = 'Among them are the patients who chose the recipes: case 34, and for some of the weights others, too ([which](MODEL_CARD.md)).'
+    return {'README.md': {'patients': headline(chosen=briefly), 'cases 34 and 41': f'{pooled}\n\n{comparison("cases_34_41")}'},
             'docs/notebooks.md': {'notebooks': notebooks()},
             'MODEL_CARD.md': {'networks': networks(), 'patients': headline(), 'price': price(), 'case 41': case_41(), 'lesions': kept,
                               'painted lesions by patient': painted_by_patient(), 'painted lesions, location uncertain': painted_by_patient('_search', ('maximum', 'average')),
