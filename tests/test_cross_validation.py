@@ -15,7 +15,7 @@ import yaml
 
 from medfusion.baselines import baselines
 from medfusion.cross_validation import (detection_record, fold_name, fold_networks, fold_numbers, fold_record, folds_table, missing_folds, pool_slices,
-                                        read_folds, run_values, seen_before, stands_on, untrained_folds, values_sha256)
+                                        read_folds, recipe_method, run_values, seen_before, stands_on, untrained_folds, values_sha256)
 from medfusion.data import CTMRIDataset
 from medfusion.detection import summarise_detection
 from medfusion.evaluation import cases_trained_on, evaluate, reported_columns
@@ -34,6 +34,15 @@ import tables  # noqa: E402
 
 WAVELET = methods()['wavelet']
 MEANS = {'VIF': 0.54321987, 'invented': 0.00012345678}
+
+
+# What a recipe is
+
+def test_the_method_of_a_recipe_may_have_any_name(monkeypatch):
+    "One with an underline was no method, and was listed among those that are."
+    two = {name: WAVELET._replace(name=name) for name in ('unet', 'unet_small')}
+    monkeypatch.setattr('medfusion.cross_validation.methods', lambda: two)
+    assert [getattr(recipe_method(name), 'name', None) for name in ('unet_small_table', 'unet_small', 'unet_table', 'unets_table')] == ['unet_small', 'unet_small', 'unet', None]
 
 
 # The command that ships a network
