@@ -69,6 +69,22 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(tmp_path):
     assert list(grown.left_out) == ['3 5', '3 5', '1 5'] and {*grown} - {*made} == {'η tumour'} and (grown['η haemorrhage'][:2].astype(float) == made['η haemorrhage']).all()
 
 
+@pytest.mark.parametrize('given, words', [({'change': 'wdth: 4'}, 'wavelet_one, narrow: wdth is not a parameter of trainable-wavelet-fusion.ipynb; did you mean width?'),
+                                          ({'change': 'width: 4', 'seeds': [0, -1]}, 'seed must be a whole number from 0 up, not -1'),
+                                          ({'change': '- width'}, 'narrow.yaml must hold lines'), ({'change': 'start:'}, 'narrow.yaml gives start no value'),
+                                          ({'change': 'width: 4', 'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion"),
+                                          ({'change': 'width: 4', 'left_out': []}, 'left_out are [] and'),
+                                          ({'change': 'width: 4', 'record': NBS / '91_ablation.ipynb'}, '91_ablation.ipynb is no record of an ablation'),
+                                          ({'change': 'width: 4', 'record': NBS}, 'nbs is no record of an ablation'),
+                                          ({'change': 'width: 4', 'recipes': ['../params/wavelet_table.yaml', '../params/ablation/wavelet_table.yaml']}, 'are recipes of one name')])
+def test_what_no_row_can_be_made_of_is_said_before_the_first(tmp_path, given, words):
+    (tmp_path / 'ablation/wavelet_one').mkdir(parents=True)
+    (tmp_path / 'ablation/wavelet_one/narrow.yaml').write_text(f'{given.pop("change")}\n')
+    done = papermill('91_ablation.ipynb', tmp_path, **{'recipes': [recipe(tmp_path, 'wavelet_one')], 'record': tmp_path / 'ablation.csv', 'save_dir': tmp_path / 'runs', 'epochs': 1,
+                                                       'make': 'missing', 'left_out': ['1'], 'data': tmp_path / 'nowhere'} | given)
+    assert done.returncode and words in done.stderr and not (tmp_path / 'runs').exists(), done.stderr[-2000:]
+
+
 def test_two_splits_of_the_same_slices(dataset, tmp_path):
     "By case nothing of the cases that judge is in training; by slice some of their slices are, and as many slices in all."
     given = {'data': dataset, 'recipe': recipe(tmp_path, 'wavelet_tiny'), 'epochs': 1, 'judged': ['1', '3'], 'draws': [1, 2], 'make': 'all',
