@@ -102,9 +102,21 @@ def test_two_splits_of_the_same_slices(dataset, tmp_path):
         assert set(own.name[own.seen == 'itself']) == {name for name in trained_on[f'by_slice-{draw}'] if name[0] in '13'}
 
 
+@pytest.mark.parametrize('given, words', [({'method': 'wavelett'}, "'wavelett' is no method; the methods are wavelet,"), ({'recipe': '../nbs'}, 'There is no file'),
+                                          ({'method': 'wavelet-lite', 'teacher': 'wavelet'}, 'stands on was trained on case 34, which judges')])
+def test_no_split_is_tried_with_what_saw_the_cases_that_judge(tmp_path, given, words):
+    "The networks by case had imitated one that ships, which has seen every patient."
+    if teacher := given.pop('teacher', ''):
+        given['recipe'] = recipe(tmp_path, 'taught', teacher=teacher)
+    done = papermill('95_leaking_split.ipynb', tmp_path, **{'make': 'all', 'data': tmp_path / 'nowhere', 'record': tmp_path / 'split.csv', 'save_dir': tmp_path / 'runs'} | given)
+    assert done.returncode and words in done.stderr and not (tmp_path / 'runs').exists(), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize('given, words', [({'recipes': ['wavelett']}, 'wavelett is no recipe: its name begins with that of a method (wavelet,'),
                                           ({'recipes': ['wavelet_none']}, 'wavelet_none.yaml; name a file of ../params'),
-                                          ({'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion")])
+                                          ({'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion"),
+                                          ({'cases': ['']}, "cases hold '', which names no case"),
+                                          ({'recipes': ['wavelet_table', '../params/ablation/wavelet_table.yaml']}, 'are recipes of one name')])
 def test_what_no_fold_can_be_made_of_is_said_before_the_first(tmp_path, given, words):
     done = papermill('92_cross_validation.ipynb', tmp_path, **{'recipes': ['wavelet_table'], 'records': tmp_path / 'records', 'save_dir': tmp_path, 'make': 'missing',
                                                                'data': tmp_path / 'nowhere'} | given)
