@@ -11,6 +11,7 @@ __all__ = ['as_picture', 'as_array', 'window_level', 'new_figure', 'palette', 'l
            'training_curves', 'schematic', 'in_vectors']
 
 # %% ../nbs/01_figures.ipynb #a39974cb
+import textwrap
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
@@ -196,9 +197,11 @@ def colour_bar(figure, label, low=0., high=1., name='cividis'):
     It stands at the right side; where every axis has its place already (see `comparison`), on paper that is added below."""
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), name)
     if figure.get_layout_engine() is None:
-        height = _room_below(figure, 0.5)
-        place = figure.add_axes((0.2, 0.36 / height, 0.6, 0.07 / height))
-        bar, label = figure.colorbar(scale, cax=place, orientation='horizontal'), label.replace('\n', '; ')
+        lines = textwrap.wrap(label.replace('\n', '; '), round(17 * figure.get_figwidth()))
+        more = 0.18 * (len(lines) - 1)
+        height = _room_below(figure, 0.5 + more)
+        place = figure.add_axes((0.2, (0.36 + more) / height, 0.6, 0.07 / height))
+        bar, label = figure.colorbar(scale, cax=place, orientation='horizontal'), '\n'.join(lines)
     else:
         bar = figure.colorbar(scale, ax=figure.axes, fraction=0.05, aspect=14, pad=0.02)
     bar.ax.tick_params(labelsize=8)
@@ -440,7 +443,8 @@ def difference_figure(rows, span=0.5, boxes=0, size=48, **layout):
             places[name] = chosen_boxes(row, boxes[label] if isinstance(boxes, Mapping) else boxes, size)
             beneath[name] = [as_picture(image) for image in row.values()]       # both rows of a pair have one layout
     figure = comparison(differences, places, beneath=beneath, **layout)
-    return colour_bar(figure, 'blue: darker than the source; red: brighter; nearly white: equal', -span, span, 'RdBu_r')
+    colour_bar(figure, f'blue: darker than the source; red: brighter; nearly white: equal; ends: ±{span:g} or more', -span, span, 'RdBu_r').axes[-1].set_xticks(np.linspace(-span, span, 5))
+    return figure
 
 # %% ../nbs/01_figures.ipynb #fdf7c30b
 def figure_formats():

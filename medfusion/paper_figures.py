@@ -134,7 +134,8 @@ def sample_told(table):
     patients, slices = table.case.nunique(), table.index.nunique()
     if not patients:
         return 'means as recorded'
-    return f'{slices} slices of {patients} patient{"s" * (patients > 1)}' if slices > patients else f'{patients} patient{"s" * (patients > 1)}'
+    told = f'{slices} slices of {patients} patient{"s" * (patients > 1)}' if slices > patients else f'{patients} patient{"s" * (patients > 1)}'
+    return told + ', not the same for every method' * (len({frozenset(cases) for _, cases in table.groupby('method').case}) > 1)
 
 # %% ../nbs/27_paper_figures.ipynb #b54fe3d4
 def column_panels(columns, methods, draw, note, width=7.0):
@@ -214,7 +215,8 @@ def radar_figure(source, columns=(), methods=(), width=5.0):
     axis.tick_params(axis='x', pad=8)    # a long name begins beside the rim, not on it
     axis.grid(color='0.85')
     figure.legend(loc='outside right center', fontsize=7, frameon=False)
-    figure.supxlabel(f'Rank among the {len(table)} methods shown ({sample_told(rows)}); the rim is rank 1, the best.', fontsize=7)
+    best = f', the best of {rows.method.nunique()}' * (rows.method.nunique() > len(names))
+    figure.supxlabel(f'Rank among the {len(table)} methods shown{best} ({sample_told(rows)}); the rim is rank 1, the best.', fontsize=7)
     return figure
 
 # %% ../nbs/27_paper_figures.ipynb #4a88deea

@@ -4,6 +4,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -126,6 +127,16 @@ def test_figures_are_drawn_for_any_shape(shape):
 def test_the_colour_bar_of_maps_says_what_its_ends_mean(names, words):
     ct, mri, weights = random_slices((16, 16))
     assert words in maps_figure(ct, mri, dict.fromkeys(names, weights)).axes[-1].get_ylabel()
+
+
+def test_the_colour_bar_of_a_difference_has_ends():
+    ct, mri, fused = random_slices((64, 64))
+    figure = difference_figure({'CT': ct, 'MRI': mri, 'net': fused}, span=0.3, boxes=0, width=3)
+    axis = figure.axes[-1]
+    assert np.allclose(axis.get_xticks()[[0, -1]], (-.3, .3)) and 'ends: ±0.3 or more' in ' '.join(axis.get_xlabel().split())
+    FigureCanvasAgg(figure).draw()
+    told, paper = axis.xaxis.label.get_window_extent(), figure.bbox
+    assert paper.x0 <= told.x0 and told.x1 <= paper.x1 and paper.y0 <= told.y0, 'the sentence along it is on the paper'
 
 
 def test_frames_are_seen_on_white_and_on_black():

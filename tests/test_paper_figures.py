@@ -174,6 +174,9 @@ def test_bars_are_means_over_patients_with_their_intervals():
 
 def test_what_has_one_patient_or_means_alone_has_no_interval():
     assert 'no interval without several patients' in words(bars_figure(record(patients=1)))
+    less = record(patients=3)
+    less = less[(less.method != 'method_1') | (less.case != less.case.iloc[0])]
+    assert '3 patients, not the same for every method;' in words(bars_figure(less)), 'means over other patients do not tell which method is better'
     means = record(patients=1, slices=1).assign(case=None)
     assert 'means as recorded' in words(bars_figure(means)) and 'means as recorded' in words(radar_figure(means, ['EN', 'VIF', 'Qabf']))
     with pytest.raises(ValueError, match='holds means alone'):
@@ -184,7 +187,7 @@ def test_a_radar_needs_spokes_and_room():
     with pytest.raises(ValueError, match='on three columns or more'):
         radar_figure(record(1), ['EN', 'VIF'])
     many = record(1, methods=10)
-    assert 'Rank among the 8 methods' in words(radar_figure(many, ['EN', 'VIF', 'Qabf']))
+    assert 'Rank among the 8 methods shown, the best of 10 (' in words(radar_figure(many, ['EN', 'VIF', 'Qabf'])), 'who is left out is said'
     with pytest.raises(ValueError, match='up to eight methods'):
         radar_figure(many, ['EN', 'VIF', 'Qabf'], list(many.method.unique()))
 
