@@ -67,6 +67,15 @@ def test_the_ablation_trains_the_rows_that_its_record_lacks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     grown = pd.read_csv(given['record'], keep_default_na=False)     # other cases left out are a row of their own, and no column is lost
     assert list(grown.left_out) == ['3 5', '3 5', '1 5'] and {*grown} - {*made} == {'η tumour'} and (grown['η haemorrhage'][:2].astype(float) == made['η haemorrhage']).all()
+    # a slice that the rows are trained on was drawn anew
+    changed, other = sorted(given['data'].glob('*/CT/2*'))
+    changed.write_bytes(other.read_bytes())
+    before = given['record'].read_text().splitlines()
+    done = papermill('91_ablation.ipynb', tmp_path, **given | {'changes': [''], 'left_out': ['1', '5']})
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = pd.read_csv(given['record'], keep_default_na=False)
+    assert given['record'].read_text().splitlines()[:3] == before[:3] and again.VIF[2] != grown.VIF[2] and again.slices[2] != grown.slices[2], 'the row was taken as it was'
+    assert not again['η tumour'][2] and again['η haemorrhage'][2] != '', 'what was measured of another network stands beside it'
 
 
 @pytest.mark.parametrize('given, words', [({'change': 'wdth: 4'}, 'wavelet_one, narrow: wdth is not a parameter of trainable-wavelet-fusion.ipynb; did you mean width?'),
@@ -100,6 +109,14 @@ def test_two_splits_of_the_same_slices(dataset, tmp_path):
     for draw in (1, 2):
         own = made.loc[('by slice', draw)]
         assert set(own.name[own.seen == 'itself']) == {name for name in trained_on[f'by_slice-{draw}'] if name[0] in '13'}
+    # a slice of a case that does not judge was drawn anew: all networks by case are trained anew
+    slices, told = tmp_path / 'slices', {path.parent.name: read_json(path)['started'] for path in (tmp_path / 'runs').glob('by_case*/run.json')}
+    shutil.copytree(dataset, slices)
+    shutil.rmtree(tmp_path / 'runs/slices')
+    changed, other = sorted(slices.glob('*/CT/5*'))
+    changed.write_bytes(other.read_bytes())
+    assert papermill('95_leaking_split.ipynb', tmp_path, **given | {'data': slices}).returncode == 0
+    assert all(read_json(tmp_path / 'runs' / name / 'run.json')['started'] != began for name, began in told.items())
 
 
 @pytest.mark.parametrize('given, words', [({'method': 'wavelett'}, "'wavelett' is no method; the methods are wavelet,"), ({'recipe': '../nbs'}, 'There is no file'),
