@@ -384,7 +384,8 @@ def write_epoch(state: TrainingState, files: CheckpointFiles, best: bool, save: 
         save_checkpoint(files.best(), **facts)
         if run is not None:
             run.checkpoints[files.best_name] = sha256_of(files.best())
-        write_metadata(files.best(), shipped=False, cases=run and run.split, seen_before=run and run.stands_on.get('seen_before'))
+        stands_on = {name: run and run.stands_on.get(name) for name in ('seen_before', 'networks')}
+        write_metadata(files.best(), shipped=False, cases=run and run.split, **stands_on)
     if save:
         save_state(files.epoch(len(state.history)), state)
     if run is not None:

@@ -17,11 +17,13 @@ from test_cli import assert_sentence, medfusion
 
 from medfusion import sweeps as S
 from medfusion.cli import read_value
+from medfusion.files import sha256_of
 from medfusion.inference import find_model, methods, named_model
 from medfusion.paper_figures import named_method
 from medfusion.phantom import write_phantom
-from medfusion.runs import check_parameters, nbs_dir, read_run, slices_sha256, write_history, write_run
+from medfusion.runs import check_parameters, make_folder, nbs_dir, read_run, save_checkpoint, slices_sha256, write_history, write_metadata, write_run
 from medfusion.tables import split_values
+from medfusion.wavelet_fusion import WaveletFusion
 
 GRID = {'w_gradient': [0.5, 1.0], 'seed': [0, 1]}
 # Takes the place of `medfusion train`: epochs until told to stop, a record of how it ended; `w_sd` is how it misbehaves.
@@ -292,6 +294,22 @@ def test_the_names_work_wherever_a_run_is_named():
     specs = read_value(f'[run:{name}, ours=run:{name}]', list[str])
     assert [named_model(spec) for spec in specs] == [(name, f'run:{name}'), ('ours', f'run:{name}')]
     assert [named_method(spec)[1] for spec in specs] == [f'run:{name}'] * 2
+
+
+def test_a_run_that_began_from_another_network_is_refused(base, tmp_path):
+    "The path is the same, and what lies there is not: the table told of a network that no longer is."
+    network = WaveletFusion(width=4)
+    kept = {'method': 'trainable_wavelet_fusion', 'config': network.config, 'state_dict': network.state_dict(), 'metrics': {}}
+    start = save_checkpoint(make_folder(tmp_path / 'start') / 'wavelet_fusion_spatial_best.pt', epoch=1, **kept)
+    given = base | {'save_dir': str(tmp_path), 'start': str(start)}
+    [run] = S.plan('wavelet', {'seed': [0]}, given)
+    best = save_checkpoint(make_folder(run.folder / 'checkpoints/final/trainable_wavelet_fusion') / 'wavelet_fusion_spatial_best.pt', epoch=3, **kept)
+    write_metadata(best, networks={'start': sha256_of(start)})
+    write_run(run.folder, method='trainable_wavelet_fusion', parameters=run.parameters, state='finished', started=0, checkpoints=[best])
+    assert [one.todo for one in S.plan('wavelet', {'seed': [0]}, given)] == ['finished']
+    save_checkpoint(start, epoch=2, **kept)
+    with pytest.raises(ValueError, match='whose start, .*_best.pt, was another network then; give the sweep a name'):
+        S.plan('wavelet', {'seed': [0]}, given)
 
 
 def test_a_run_on_slices_that_were_changed_is_refused(started, tmp_path):

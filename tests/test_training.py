@@ -826,9 +826,10 @@ def test_a_run_goes_on_that_took_the_place_of_the_network_on_which_it_stands(tmp
 def test_what_a_network_saw_on_which_a_run_stands_it_saw_too(tmp_path):
     path, seen = '', []
     for name, role in (('first', 'start'), ('second', 'teacher'), ('third', 'masks')):
-        given = {role: path, 'run': name}
+        given, before = {role: path, 'run': name}, path
         run(tmp_path, epochs=1, given=given)
         path = str(toy_files(tmp_path, **given).best())
+        assert read_json(Path(path).with_name('metadata.json'))['networks'] == ({role: sha256_of(before)} if before else {}), 'and which network that was'
         if name == 'first':      # one that saw others, of before anything told on what it stood
             beside = Path(path).with_name('metadata.json')
             told = read_json(beside)
