@@ -140,6 +140,15 @@ def test_what_no_fold_can_be_made_of_is_said_before_the_first(tmp_path, given, w
     assert done.returncode and words in done.stderr and not (tmp_path / 'cross_validation').exists(), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize('notebook, given, words', [('93_conditions.ipynb', {'models': ['average', 'maximum'], 'names': ['mine', 'mine']}, 'each by a name of its own'),
+                                                    ('93_conditions.ipynb', {'models': ['average'], 'names': ['average']}, 'take two models at least'),
+                                                    ('94_dial.ipynb', {'kinds': ['bleeding']}, "'bleeding' is not a kind of painted lesion")])
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, notebook, given, words):
+    "Of two models of one name the second alone was measured, and a kind that is none was told after twenty minutes."
+    done = papermill(notebook, tmp_path, **{'make': 'all', 'data': tmp_path / 'nowhere', 'record': tmp_path / 'record.csv'} | given)
+    assert done.returncode and words in done.stderr, done.stderr[-2000:]
+
+
 def test_folds_in_two_stages(dataset, tmp_path):
     "The second stage goes on from the fold of the first that left out the same cases; where that is done, it is not made again."
     first, second = recipe(tmp_path, 'wavelet_one'), recipe(tmp_path, 'wavelet_two', start='run:wavelet_one', w_vif=0.1)
