@@ -774,7 +774,7 @@ def report_html(notebook: dict, title: str) -> str:
     body, _ = HTMLExporter(template_name='basic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
         nbformat.reads(json.dumps(notebook), as_version=4))
     style = ('body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}img{max-width:100%}table{border-collapse:collapse;font-size:13px}'
-             'td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}a.anchor-link{display:none}')
+             'pre{white-space:pre-wrap;overflow-wrap:anywhere}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}a.anchor-link{display:none}')
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><body>{body}</body></html>'
 
 # %% ../nbs/33_studies.ipynb #9b794532

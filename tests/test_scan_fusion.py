@@ -1,5 +1,6 @@
 """From two scans to a study: the command, what it writes and never writes, and what it refuses."""
 import gzip
+import html
 import json
 import os
 import resource
@@ -33,6 +34,7 @@ from medfusion.studies import (
 
 PLANTED = ['ZQWPATIENT', 'XKID8151', '17.04.1933',       # a date that DICOM writes in another way, which pydicom warns of
             '20190228', 'VVCLINIC', 'JJDOCTOR', '1.2.826.0.99.', 'zzfamilyname']
+LONG = 'T1 gradient echo, 3D, sagittal, 1 mm, reformatted, with <Gd> & f'       # as long as a description may be
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +63,7 @@ def patient(drawn, tmp_path_factory):
               'PhotometricInterpretation': 'MONOCHROME2', 'BitsStored': 16, 'HighBit': 15, 'PixelRepresentation': 0, 'RescaleSlope': 1}
     for number, (name, image, modality, intercept) in enumerate((('ct', drawn.ct, 'CT', -1024), ('mri', drawn.mri, 'MR', 0)), start=2):
         header = pydicom.Dataset()
-        header.update(shared | {'Modality': modality, 'SeriesDescription': f'{name} axial', 'SeriesInstanceUID': uid(number), 'FrameOfReferenceUID': uid(number + 10),
+        header.update(shared | {'Modality': modality, 'SeriesDescription': f'{name} axial' if name == 'ct' else LONG, 'SeriesInstanceUID': uid(number), 'FrameOfReferenceUID': uid(number + 10),
                                 'RescaleIntercept': intercept, 'SOPClassUID': {'CT': pydicom.uid.CTImageStorage, 'MR': pydicom.uid.MRImageStorage}[modality]})
         write_series(folder / name, image, header)
     write_transform(folder / 'truth.tfm', drawn.truth)
@@ -103,6 +105,12 @@ def test_the_command_writes_a_whole_study(written):
     page = (written / 'report.html').read_text()
     assert 'data:image/png' in page and 'src="http' not in page and 'href="http' not in page
     assert [path for path in written.parent.iterdir()] == [written]
+
+
+def test_no_word_of_a_report_is_cut_off(written):
+    "Not by pandas, after 50 letters, and not at the edge of the window or of the paper, which no line of text without breaks may pass."
+    page = (written / 'report.html').read_text()
+    assert f'<td>{html.escape(LONG, quote=False)}</td>' in page and 'pre{white-space:pre-wrap' in page
 
 
 def test_nothing_but_the_dicom_series_knows_the_patient(written, patient):
