@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['between', 'Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume',
            'check_asked', 'common_grid', 'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume',
-           'slice_table', 'flicker', 'FusedSeries', 'Study', 'middle_slices', 'marked', 'checkerboards',
+           'slice_table', 'flicker', 'FusedSeries', 'Study', 'sides_of', 'middle_slices', 'marked', 'checkerboards',
            'bone_contours', 'fused_planes', 'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given',
            'believed_frame', 'brought_together', 'onto_grid', 'fuse_series', 'study_record', 'fuse_study',
            'scan_fusion', 'target_errors', 'check_replaceable', 'clear_beside', 'new_folder_at', 'write_volume',
@@ -282,6 +282,11 @@ class Study:
         told = [f'  {one.label or "mri"} ({one.description}): {one.registration.sentence} Fused: {", ".join(one.fused) or "nothing"}.' for one in self.series]
         return '\n'.join([f'Study on {shape_text(self.grid)}', *told])
 
+# %% ../nbs/33_studies.ipynb #e9387749
+def sides_of(plane) -> tuple:
+    "The planes that are met by going down and across in a slice of a plane, and the letters of the body at its left, right, upper and lower side."
+    return {'axial': ('coronal', 'sagittal', 'RLAP'), 'coronal': ('axial', 'sagittal', 'RLSI'), 'sagittal': ('axial', 'coronal', 'APSI')}[plane]
+
 # %% ../nbs/33_studies.ipynb #80b32f35
 def middle_slices(study: Study, values) -> dict[str, np.ndarray]:
     "The slice of values (z, y, x) through the middle of what both scans see, {plane: (H, W)}, with square pixels (by the nearest voxel)."
@@ -302,7 +307,12 @@ def _pixel(grid, plane):
 
 # %% ../nbs/33_studies.ipynb #d1d724fb
 def marked(figure, study: Study):
-    "The figure, with the verdict across its top where the registration is not to be trusted: on every picture, so that none travels without it."
+    """The figure, with the letters of the body at the sides of each picture whose title names a plane, and the verdict across its top where the registration
+    is not to be trusted: on every picture, so that none travels without them."""
+    for axis in figure.axes:
+        for plane in [plane for plane in ('axial', 'coronal', 'sagittal') if plane in axis.get_title()]:
+            for letter, place in zip(sides_of(plane)[2], ((.03, .5), (.97, .5), (.5, .96), (.5, .04))):
+                axis.text(*place, letter, fontsize=7, color='w', ha='center', va='center', transform=axis.transAxes, bbox={'facecolor': 'k', 'edgecolor': 'none', 'pad': .8})
     if study.verdict in ('doubtful', 'failed'):
         figure.suptitle(f'REGISTRATION {study.verdict.upper()}', color='#b00020', fontsize=13, fontweight='bold')
     return figure

@@ -3,6 +3,7 @@ import gzip
 import html
 import json
 import os
+import re
 import resource
 import shutil
 from contextlib import nullcontext
@@ -111,6 +112,28 @@ def test_no_word_of_a_report_is_cut_off(written):
     "Not by pandas, after 50 letters, and not at the edge of the window or of the paper, which no line of text without breaks may pass."
     page = (written / 'report.html').read_text()
     assert f'<td>{html.escape(LONG, quote=False)}</td>' in page and 'pre{white-space:pre-wrap' in page
+
+
+def test_every_picture_of_a_report_says_what_it_shows(written):
+    pictures = re.findall(r'<img[^>]*alt="([^"]*)"', (written / 'report.html').read_text())
+    assert len(pictures) == 4 and not [alt for alt in pictures if 'No description' in alt] and 'brain' in pictures[2]
+
+
+@pytest.mark.parametrize('stored', ['LPS', 'RAI', 'ASL', 'SRP'])
+def test_a_picture_of_a_study_says_where_the_right_is(study, drawn, stored):
+    "Whatever way the volumes are stored: what is bright on the patient's right is at the R."
+    grid = sitk.DICOMOrient(study.grid, stored)
+    everywhere = np.ones(grid.GetSize()[::-1], np.float32)
+    oriented = replace(study, grid=grid, ct_weight=everywhere, series=[replace(study.series[0], weight=everywhere)])
+    places = np.einsum('ij,jzyx->izyx', np.reshape(grid.GetDirection(), (3, 3)) * grid.GetSpacing(), np.indices(everywhere.shape)[::-1])       # LPS, mm
+    ramps = {letter: sign * places[axis] for axis, letters in enumerate(('LR', 'PA', 'SI')) for letter, sign in zip(letters, (1, -1))}
+    slices = {letter: studies.middle_slices(oriented, ramp) for letter, ramp in ramps.items()}
+    for axis in studies.marked(studies.mosaic(slices['L']), oriented).axes:
+        seen = {text.get_text(): text.get_position() for text in axis.texts}
+        assert len(seen) == (4 if axis.get_title() else 0)
+        for letter, (across, up) in seen.items():
+            picture = slices[letter][axis.get_title()]
+            assert picture[round((1 - up) * (len(picture) - 1)), round(across * (picture.shape[1] - 1))] > picture.mean() + 10
 
 
 def test_nothing_but_the_dicom_series_knows_the_patient(written, patient):
