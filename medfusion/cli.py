@@ -1212,6 +1212,7 @@ def run_scan_notebook(given: dict, out: Path, replace: bool) -> dict:
         execute(notebook, executed, given | {'out_dir': str(folder), 'replace': False})
         texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         texts = [text for text in texts if os.sep in text or re.fullmatch(r'\d+(\.\d+){3,}', text)]         # paths, and a UID, which is one patient's
+        texts += [text for text in (asked['ct_series'], *asked['mri_series']) if asked['anonymous'] and text and not text.isdigit()]       # a part of a description
         ours = [Path(package.__file__).parents[1], sys.prefix, Path.home()]         # a warning may name the place of a module
         typed = [*texts, *map(str, (out, out.absolute(), folder, *ours))]
         write_report(folder, json.loads(executed.text), typed)

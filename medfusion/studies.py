@@ -6,11 +6,12 @@
 __all__ = ['between', 'Window', 'windows', 'windows_of', 'mri_limits', 'bias_corrected', 'frame_of', 'empty_volume',
            'check_asked', 'common_grid', 'field_weight', 'continued', 'joined', 'slices_along', 'fuse_volume',
            'slice_table', 'flicker', 'FusedSeries', 'Study', 'sides_of', 'middle_slices', 'marked', 'checkerboards',
-           'bone_contours', 'fused_planes', 'opened', 'voxels_sha256', 'notes_on_scans', 'seen_by_given',
-           'believed_frame', 'brought_together', 'onto_grid', 'fuse_series', 'study_record', 'fuse_study',
-           'scan_fusion', 'target_errors', 'check_replaceable', 'clear_beside', 'new_folder_at', 'write_volume',
-           'fill_study', 'record_in', 'fused_files', 'read_study', 'derived_header', 'source_item', 'nearest_header',
-           'other_uid', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html', 'write_report']
+           'bone_contours', 'fused_planes', 'opened', 'without_words', 'voxels_sha256', 'notes_on_scans',
+           'seen_by_given', 'believed_frame', 'brought_together', 'onto_grid', 'fuse_series', 'study_record',
+           'fuse_study', 'scan_fusion', 'target_errors', 'check_replaceable', 'clear_beside', 'new_folder_at',
+           'write_volume', 'fill_study', 'record_in', 'fused_files', 'read_study', 'derived_header', 'source_item',
+           'nearest_header', 'other_uid', 'without_patient', 'write_derived', 'write_dicom', 'scrubbed', 'report_html',
+           'write_report']
 
 # %% ../nbs/33_studies.ipynb #8fc93fd8
 import hashlib
@@ -279,7 +280,7 @@ class Study:
         return min((one.registration.verdict for one in self.series), key=order.index)
 
     def __repr__(self):
-        told = [f'  {one.label or "mri"} ({one.description}): {one.registration.sentence} Fused: {", ".join(one.fused) or "nothing"}.' for one in self.series]
+        told = [f'  {one.label or "mri"}{f" ({one.description})" if one.description else ""}: {one.registration.sentence} Fused: {", ".join(one.fused) or "nothing"}.' for one in self.series]
         return '\n'.join([f'Study on {shape_text(self.grid)}', *told])
 
 # %% ../nbs/33_studies.ipynb #e9387749
@@ -368,6 +369,12 @@ def opened(scan, series=None, fill_gaps: bool = False) -> Scan:
     if not isinstance(scan, (str, os.PathLike)):
         raise ValueError(f'A scan is a path, a Scan or a SimpleITK image, not a {type(scan).__name__}; several MRIs of one head are a dict {{label: MRI}}.')
     return read_scan(absolute_path(scan), series or None, fill_gaps)
+
+# %% ../nbs/33_studies.ipynb #5f1f4ae6
+def without_words(scan: Scan) -> Scan:
+    "The scan without what its header says in free words, in which names are found: its description, and that of another volume in its notes."
+    notes = [re.sub(r'\(another volume, .*\)', '(another volume)', note, flags=re.DOTALL) for note in scan.notes]
+    return replace(scan, description='', notes=notes)
 
 # %% ../nbs/33_studies.ipynb #33026a2d
 def voxels_sha256(image: sitk.Image) -> str:

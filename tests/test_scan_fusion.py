@@ -145,6 +145,18 @@ def test_nothing_but_the_dicom_series_knows_the_patient(written, patient):
                 assert secret.encode() not in data and secret.encode('utf-16-le') not in data, f'{secret} stands in {path.name}'
 
 
+def test_an_anonymous_study_says_nothing_in_words_of_its_sources(patient, tmp_path):
+    "A description is free text, in which names are found; the basic profile of PS3.15 takes it away."
+    out = tmp_path / 'study'
+    words = ['scan', patient / 'ct', patient / 'mri', '-o', out, '-m', 'maximum', '--transform', patient / 'truth.tfm', '--anonymous', '-p', 'mri_series=[gradient echo]']
+    result = CliRunner().invoke(app, list(map(str, words)), prog_name='medfusion')
+    assert result.exit_code == 0, result.output
+    for path in (path for path in out.rglob('*') if path.is_file()):
+        data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+        assert not [word for word in (*PLANTED, 'ct axial', 'gradient echo', '&lt;Gd', '<Gd') if word.encode() in data], path.name
+    assert '()' not in (out / 'report.html').read_text()
+
+
 def test_the_derived_series_belongs_to_its_study(written, drawn):
     files = sorted((written / 'dicom_brain').iterdir())
     headers = [pydicom.dcmread(path) for path in files]
