@@ -105,6 +105,7 @@ def test_the_command_writes_a_whole_study(written):
     assert record['verdict'] == 'given' and record['ct']['description'] == 'ct axial' and len(record['files_sha256']) == 8 and record['dicom'] == 'with its patient'
     page = (written / 'report.html').read_text()
     assert 'data:image/png' in page and 'src="http' not in page and 'href="http' not in page
+    assert ' in axial slices; windows of the CT: brain (level 40, width 80 HU).' in page
     assert [path for path in written.parent.iterdir()] == [written]
 
 
