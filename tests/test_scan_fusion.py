@@ -634,8 +634,10 @@ def test_the_notebook_refuses_a_folder_with_a_study_before_it_works(written):
 
 @pytest.mark.parametrize('given, words', [({'ct': 'cd', 'mri': ['cd'], 'ct_series': '1', 'mri_series': ['2', '3']}, r'names 2 series \(2, 3\) and mri 1 .* once for each'),
                                           ({'study': 'done', 'ct_series': '2'}, 'leave out ct_series'),
+                                          ({'study': 'done', 'dicom': True}, 'leave dicom out, or'), ({'study': 'done', 'dicom': True, 'anonymous': True}, 'leave anonymous and dicom out, or'),
+                                          ({'spacing': 2., 'dicom': True, 'anonymous': True}, 'leave anonymous and dicom out, or'),
                                           ({'study': 'done', 'different_patients': True, 'signed_mri': True}, 'leave out different_patients, signed_mri')])
 def test_nothing_that_is_asked_of_scans_is_left_out_without_a_word(given, words):
     notebook = Path(__file__).parents[1] / 'nbs' / 'scan_fusion.ipynb'
     with pytest.raises(ValueError, match=words):
-        run_cells(notebook, given | {'model': 'maximum'}, until='scans')
+        run_cells(notebook, given | {'model': 'maximum', 'out_dir': ''}, until='scans')
