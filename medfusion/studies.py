@@ -660,8 +660,8 @@ def read_study(folder) -> Study:
     return Study(empty_volume(frame_of(ct)), sitk.GetArrayFromImage(ct).astype(np.float32), seen, series, record['plane'], {}, record)
 
 # %% ../nbs/33_studies.ipynb #ddffdc5e
-def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
-    "The header that all slices of a derived series share, of a header of the `reference` series: its patient and study, and what was done, `told` in a sentence."
+def derived_header(reference, told: str, description: str, number: int = 9000) -> pydicom.Dataset:
+    "The header that all slices of a derived series share, of this number, of a header of the `reference` series: its patient and study, and what was done, `told` in a sentence."
     header = pydicom.Dataset()
     kept = ('SpecificCharacterSet', 'StudyDate', 'StudyTime', 'AccessionNumber', 'ReferringPhysicianName', 'StudyDescription', 'PatientName', 'PatientID',
             'PatientBirthDate', 'PatientSex', 'PatientAge', 'PatientPosition', 'StudyInstanceUID', 'StudyID', 'FrameOfReferenceUID', 'PositionReferenceIndicator')
@@ -669,9 +669,12 @@ def derived_header(reference, told: str, description: str) -> pydicom.Dataset:
         setattr(header, keyword, reference[keyword].value if keyword in reference else '')
     header.update({'SOPClassUID': pydicom.uid.MRImageStorage, 'Modality': 'MR', 'Manufacturer': 'medfusion', 'ImageType': ['DERIVED', 'SECONDARY', 'OTHER'],
                    'ScanningSequence': 'RM', 'SequenceVariant': 'NONE', 'ScanOptions': '', 'MRAcquisitionType': '', 'RepetitionTime': None, 'EchoTime': None,
-                   'EchoTrainLength': None, 'SeriesInstanceUID': pydicom.uid.generate_uid(), 'SeriesNumber': 9000, 'SeriesDescription': description[:64],
+                   'EchoTrainLength': None, 'SeriesInstanceUID': pydicom.uid.generate_uid(), 'SeriesNumber': number, 'SeriesDescription': description[:64],
                    'DerivationDescription': told[:1024], 'BurnedInAnnotation': 'NO', 'Laterality': '', 'SamplesPerPixel': 1, 'PhotometricInterpretation': 'MONOCHROME2',
                    'BitsAllocated': 16, 'BitsStored': 12, 'HighBit': 11, 'PixelRepresentation': 0, 'WindowCenter': 2048, 'WindowWidth': 4096})
+    for keyword in ('LossyImageCompression', 'LossyImageCompressionRatio', 'LossyImageCompressionMethod'):      # what was once compressed with loss says so for good
+        if keyword in reference:
+            setattr(header, keyword, reference[keyword].value)
     known = str(reference.get('SeriesInstanceUID') or '')
     for keyword in ('StudyInstanceUID', 'FrameOfReferenceUID'):
         if not header[keyword].value:               # no archive takes a series without; all that are derived of one series share them
@@ -718,22 +721,22 @@ def without_patient(header) -> None:
     header.PatientIdentityRemoved, header.DeidentificationMethod = 'YES', 'PS3.15 Annex E basic profile, by dicom-anonymizer'
 
 # %% ../nbs/33_studies.ipynb #69428906
-def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, description: str, anonymous: bool = False) -> list[Path]:
+def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, description: str, anonymous: bool = False, number: int = 9000) -> list[Path]:
     "The files of a derived series, one a slice, of fused values (z, y, x) in [0, 1] on a grid; `reference`: the headers of the series beside which it lies."
     folder, direction, step = Path(folder), np.reshape(grid.GetDirection(), (3, 3)), grid.GetSpacing()
     folder.mkdir(parents=True, exist_ok=True)
     stored, files = np.rint(4095 * values).astype('<u2'), []
-    shared = derived_header(reference[0], told, description)
+    shared = derived_header(reference[0], told, description, number)
     if anonymous:
         without_patient(shared)           # once: slices of one series have to stay so
-    number = lambda x: f'{x:.10g}'[:16]
+    text = lambda x: f'{x:.10g}'[:16]
     for index, pixels in enumerate(stored):
         one = pydicom.Dataset()
         one.update(shared)
         place = grid.TransformIndexToPhysicalPoint((0, 0, index))
         one.update({'SOPInstanceUID': pydicom.uid.generate_uid(), 'InstanceNumber': index + 1, 'Rows': pixels.shape[0], 'Columns': pixels.shape[1],
-                    'ImagePositionPatient': [number(x) for x in place], 'ImageOrientationPatient': [number(x) for x in (*direction[:, 0], *direction[:, 1])],
-                    'PixelSpacing': [number(step[1]), number(step[0])], 'SliceThickness': number(step[2]), 'SpacingBetweenSlices': number(step[2])})
+                    'ImagePositionPatient': [text(x) for x in place], 'ImageOrientationPatient': [text(x) for x in (*direction[:, 0], *direction[:, 1])],
+                    'PixelSpacing': [text(step[1]), text(step[0])], 'SliceThickness': text(step[2]), 'SpacingBetweenSlices': text(step[2])})
         source = nearest_header(reference, place, direction[:, 2])
         if not anonymous and source.get('SOPClassUID') and source.get('SOPInstanceUID'):      # what has no name cannot be named
             one.SourceImageSequence = [source_item(source)]
@@ -746,20 +749,19 @@ def write_derived(folder, values, grid: sitk.Image, reference: list, told: str, 
 
 # %% ../nbs/33_studies.ipynb #559d8f70
 def write_dicom(folder, study: Study, reference: list, anonymous: bool = False) -> None:
-    "Writes a derived series for each fused volume into a study's folder: dicom_<window>/. `reference`: headers of the series whose grid the study has."
-    for one in study.series:
-        for name, values in one.fused.items():
-            on_mri = study.record['grid'] == 'mri'
-            grid = empty_volume(study.series[0].frame) if on_mri else study.grid     # that of the series which the headers are of
-            if grid.GetSize() != values.shape[::-1]:
-                raise ValueError('A DICOM series has the voxels of its source, and another spacing was asked for; leave dicom out, or the spacing.')
-            window = next(item for item in study.record['windows'] if item['name'] == name)
-            of = '' if anonymous or not one.description else f' ({one.description})'
-            told = (f'CT and MRI{of} fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
-                    f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
-            verdict = replace(study, series=[one, *study.series[:on_mri]]).verdict          # where voxels of the first MRI lie, its registration says
-            word = f'{verdict.upper()} ' if verdict in ('doubtful', 'failed') else ''
-            write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', values, grid, reference, told, f'{word}fused {name} {one.label}'.strip(), anonymous)
+    "Writes a derived series for each fused volume, numbered from 9001, into a study's folder: dicom_<window>/. `reference`: headers of the series whose grid the study has."
+    on_mri = study.record['grid'] == 'mri'
+    grid = empty_volume(study.series[0].frame) if on_mri else study.grid     # that of the series which the headers are of
+    for number, (one, name) in enumerate(((one, name) for one in study.series for name in one.fused), 9001):
+        if grid.GetSize() != one.fused[name].shape[::-1]:
+            raise ValueError('A DICOM series has the voxels of its source, and another spacing was asked for; leave dicom out, or the spacing.')
+        window = next(item for item in study.record['windows'] if item['name'] == name)
+        of = '' if anonymous or not one.description else f' ({one.description})'
+        told = (f'CT and MRI{of} fused by medfusion, model {study.record["model"]} sha256 {study.record["model_sha256"]}, CT window level '
+                f'{window["level"]:g} width {window["width"]:g} HU, registration {one.registration.verdict}')
+        verdict = replace(study, series=[one, *study.series[:on_mri]]).verdict          # where voxels of the first MRI lie, its registration says
+        description = f'{verdict.upper() if verdict in ("doubtful", "failed") else ""} fused {name} {one.label}'.strip()
+        write_derived(Path(folder) / f'dicom_{one.label}{"_" if one.label else ""}{name}', one.fused[name], grid, reference, told, description, anonymous, number)
 
 # %% ../nbs/33_studies.ipynb #c090e508
 def scrubbed(notebook: dict, secrets: list) -> dict:

@@ -457,6 +457,17 @@ def test_derived_series_of_a_source_without_numbers_lie_in_a_study_that_has_one(
     assert not number or number not in {found[0].StudyInstanceUID, found[0].FrameOfReferenceUID}
 
 
+def test_derived_series_have_a_number_each_and_say_what_was_once_compressed_with_loss(study, patient, tmp_path):
+    reference = [pydicom.Dataset(header) for header in read_scan(patient / 'ct').reference]
+    studies.write_dicom(tmp_path / 'plain', study, reference)
+    reference[0].LossyImageCompression, reference[0].LossyImageCompressionRatio = '01', '12.5'
+    studies.write_dicom(tmp_path / 'lossy', study, reference)
+    for folder, lossy in (('plain', None), ('lossy', '01')):
+        found = [pydicom.dcmread(path) for path in (tmp_path / folder).rglob('*.dcm')]
+        assert {one.get('LossyImageCompression') for one in found} == {lossy}
+        assert {one.SeriesNumber for one in found} == {9001, 9002} and len({(one.SeriesNumber, one.SeriesInstanceUID) for one in found}) == 2
+
+
 def test_an_anonymous_series_names_nobody(study, patient, tmp_path):
     reference = read_scan(patient / 'ct').reference
     for path in studies.write_derived(tmp_path, study.series[0].fused['brain'][:2], study.grid, reference, 'Fused', 'fused', anonymous=True):
