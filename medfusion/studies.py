@@ -555,7 +555,7 @@ def check_replaceable(path: Path, replace: bool = False) -> bool:
         raise FileExistsError(f'{path} holds a study already; name another folder, or replace it (replace=True).')
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
     own = {'run.json', 'scan_fusion.ipynb', 'report.html', *record['files_sha256']}
-    if foreign := [name for name in names if name not in own and not re.fullmatch(r'dicom_[^/]*/[^/]*\.dcm', name)]:
+    if foreign := [name for name in names if name not in own and not re.fullmatch(r'dicom_[^/]*/[^/]*\.dcm|\.ipynb_checkpoints/.*', name)]:
         raise FileExistsError(f'{path} holds {foreign[0]}, which is no part of its study, and would be lost; move it away, or name another folder.')
     return True
 
@@ -622,7 +622,7 @@ def fill_study(folder, study: Study, progress=quietly) -> Path:
 
 # %% ../nbs/33_studies.ipynb #298b7366
 def record_in(folder) -> dict:
-    "What run.json says of the study in a folder. Raises FileNotFoundError or ValueError where it is none or not whole."
+    "What run.json says of the study in a folder. Raises FileNotFoundError or ValueError where it is none, or its volumes and transforms are not as written."
     folder = Path(itk_path(absolute_path(folder)))
     if not folder.is_dir():
         raise FileNotFoundError(f'{missing_sentence(folder, "folder")} A study is made by medfusion scan CT MRI -o STUDY.')
@@ -630,6 +630,8 @@ def record_in(folder) -> dict:
     if record.get('format') != 'medfusion study 1':
         raise ValueError(f'{folder} is no study that medfusion scan wrote; make one: medfusion scan CT MRI -o STUDY.')
     for name, known in record.get('files_sha256', {}).items():
+        if not name.endswith(('.nii.gz', '.tfm')):           # what is read; JupyterLab saves a notebook that is looked at
+            continue
         if not (folder / name).is_file():
             raise ValueError(f'{folder} has lost {name}; make the study again.')
         if sha256_of(folder / name) != known:

@@ -508,6 +508,8 @@ def test_only_a_study_and_nothing_else_is_replaced(tmp_path):
         with pytest.raises(FileExistsError, match=words), new_folder_at(tmp_path / name, replace=True):
             raise AssertionError('never begun')
     (tmp_path / 'study/raw/1.dcm').unlink()
+    (tmp_path / 'study/.ipynb_checkpoints').mkdir()                    # JupyterLab's copies
+    (tmp_path / 'study/.ipynb_checkpoints/report-checkpoint.html').write_text('')
     with pytest.raises(FileExistsError, match='the study in .* stays as it was'), new_folder_at(tmp_path / 'study', replace=True) as folder:
         study(folder, 'failed')
     assert json.loads((tmp_path / 'study/run.json').read_text())['verdict'] == 'good'

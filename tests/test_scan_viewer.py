@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from medfusion import scan_viewer
 from medfusion.cli import app
 from medfusion.explorer import fitted_box
+from medfusion.files import read_json, sha256_of, write_json
 from medfusion.registration import Registration, moved, read_transform
 from medfusion.scan_viewer import Crosshair, extent_of, motion_of, view_scan, voxel_at
 from medfusion.scans import sitk
-from medfusion.studies import FusedSeries, Study, fill_study, frame_of
+from medfusion.studies import FusedSeries, Study, fill_study, frame_of, record_in
 
 COUNTS = Crosshair(sagittal=20, coronal=24, axial=16)
 MARK = Crosshair(sagittal=14, coronal=6, axial=11)            # on the left, in front, above the middle
@@ -302,6 +303,12 @@ def test_what_is_no_study_is_told_in_a_sentence(tmp_path):
     (tmp_path / 'run.json').write_text('{"format": "something else"}')
     assert run().exit_code == 1 and 'no study' in run().output
     fill_study(tmp_path, a_study())
+    for name in ('report.html', 'scan_fusion.ipynb'):         # which nobody reads: the one may go, and JupyterLab saves the other
+        (tmp_path / name).write_text('as it was')
+    write_json(tmp_path / 'run.json', (record := read_json(tmp_path / 'run.json')) | {'files_sha256': record['files_sha256'] | {
+        name: sha256_of(tmp_path / name) for name in ('report.html', 'scan_fusion.ipynb')}})
+    (tmp_path / 'report.html').unlink(), (tmp_path / 'scan_fusion.ipynb').write_text('saved again')
+    assert set(record_in(tmp_path)['files_sha256']) > {'ct.nii.gz', 'report.html'}
     (tmp_path / 'ct.nii.gz').unlink()
     with pytest.raises(ValueError, match='has lost ct.nii.gz'):
         view_scan(tmp_path)
