@@ -942,6 +942,19 @@ def test_a_file_cut_off_in_its_header_is_named(tmp_path):
     assert_refused(folder, 'from 6.0 to 12.0 mm', middle.name, last.name)
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/mem'), reason='no file here that opens and gives an error')
+@pytest.mark.parametrize('name', ['IM9', 'a.nii', 'a.nii.gz', 'a.nrrd', 'a.mha'])
+def test_a_file_that_cannot_be_read_is_named_and_hides_no_other(tmp_path, name):
+    "As on a scratched CD, or where a right is missing: the table of the whole folder was one sentence that named no file."
+    write(tmp_path, [made(place) for place in stack_positions()])
+    (tmp_path / name).symlink_to('/proc/self/mem')
+    assert f'{name} cannot be read (Input/output error)' in scan_table(tmp_path)[0]['notes']
+    scan = read_scan(tmp_path)
+    assert_right(scan)
+    assert notes(scan) == '1 file(s) beside it could not be read and were left out.'
+    assert_refused(tmp_path / name, name, 'cannot be read')
+
+
 def test_notes_of_a_scan_name_no_file_beside_it(tmp_path):
     folder = write(tmp_path, [made(place) for place in stack_positions()])
     save(made(stack_positions()[0], values=np.zeros((5, 7)), ImagePositionPatient=None), folder / 'doe-jane')
