@@ -192,7 +192,7 @@ class Folder(NamedTuple):
 def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
     "The slices of one file. Raises ValueError where what its header holds cannot be understood."
     single = ('Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PhotometricInterpretation',
-              'SeriesInstanceUID', 'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt')
+              'SeriesInstanceUID', 'StudyInstanceUID', 'FrameOfReferenceUID', 'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt')
 
     def is_number(value):
         try:

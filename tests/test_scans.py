@@ -576,7 +576,8 @@ def test_a_slice_without_a_slope_of_one_is_as_the_others(tmp_path):
 
 @pytest.mark.parametrize('tag, value', [('RescaleSlope', [1, 1]), ('RescaleIntercept', [0, 1]), ('GantryDetectorTilt', [1, 2]), ('SamplesPerPixel', [1, 1]),
                                         ('NumberOfFrames', [1, 1]), ('Rows', [12, 12]), ('Columns', [16, 16]), ('BitsStored', [16, 16]),
-                                        ('PhotometricInterpretation', ['MONOCHROME2', 'RGB']), ('SeriesInstanceUID', ['1.2.3', '1.2.4'])])
+                                        ('PhotometricInterpretation', ['MONOCHROME2', 'RGB']), ('SeriesInstanceUID', ['1.2.3', '1.2.4']),
+                                        ('StudyInstanceUID', ['1.2.3', '1.2.4']), ('FrameOfReferenceUID', ['1.2.3', '1.2.4'])])
 def test_two_values_where_one_belongs(tmp_path, tag, value):
     slices = [made(place) for place in stack_positions()]
     setattr(slices[5], tag, value)
