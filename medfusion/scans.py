@@ -501,9 +501,14 @@ class Series:
         return self.slices[0].header
 
     @property
+    def description(self):
+        "As it is written; where there is a backslash in it, pydicom makes a list of it."
+        return _words(self.header.get('SeriesDescription') or '')
+
+    @property
     def name(self):
         "Modality and description, and what tells it from others of its series."
-        words = [str(self.header.get('Modality') or 'no modality'), str(self.header.get('SeriesDescription') or 'no description')]
+        words = [str(self.header.get('Modality') or 'no modality'), self.description or 'no description']
         return ' '.join(words) + (f' ({self.told})' if self.told else '')
 
     @property
@@ -742,7 +747,7 @@ def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     doubt = [] if is_hu or header.get('Modality') != 'CT' else ['It is a CT, but not in HU: there is no air near −1000 in it, or its header says so.']
     broken = [f'{len(series.broken)} file(s) beside it could not be read and were left out.'] if series.broken else []     # their names may be a patient's
     notes = [*series.notes, *broken, *notes_on_header(header), *notes_on_stack(stack, uneven), *notes, *filled, *doubt]
-    return Scan(image, str(header.get('Modality') or ''), str(header.get('SeriesDescription') or ''), is_hu, str(header.get('FrameOfReferenceUID') or ''),
+    return Scan(image, str(header.get('Modality') or ''), series.description, is_hu, str(header.get('FrameOfReferenceUID') or ''),
                 notes, headers, protocol_facts(header), patient_key(header.get('PatientID', '')))
 
 # %% ../nbs/30_scans.ipynb #f5c0f61b

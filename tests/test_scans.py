@@ -466,6 +466,12 @@ def test_nothing_that_is_shown_names_the_patient(tmp_path):
     assert scan.reference[0].PatientName == 'Doe^Jane' and 'PixelData' not in scan.reference[0]
 
 
+def test_a_description_with_a_backslash_is_shown_as_it_is_written(tmp_path):
+    "DICOM parts values there, and the table showed a list of Python's."
+    scan = read_scan(write(tmp_path, [made(place, SeriesDescription=['head', 'neck']) for place in stack_positions()]))
+    assert scan.description == 'head\\neck' and scan_table(tmp_path)[0]['what'] == 'CT head\\neck'
+
+
 # No volume
 
 @pytest.mark.parametrize('tags, words', [
