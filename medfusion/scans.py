@@ -207,6 +207,8 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
                 raise ValueError(f'its {several[0]} has several values')
             if texts := [tag for tag in ('NumberOfFrames', 'RescaleSlope', 'RescaleIntercept', 'GantryDetectorTilt') if not is_number(one.header.get(tag))]:
                 raise ValueError(f'its {texts[0]} is no number')
+            if texts := [tag for tag in (*single[:2], *single[3:8]) if not isinstance(one.header.get(tag) or 0, int)]:
+                raise ValueError(f'its {texts[0]} is no whole number')
     except Exception as error:                       # whatever a broken file makes the parser raise
         raise ValueError(f'{file.name} cannot be read as DICOM ({" ".join(str(error).split())[:80]}); copy or export it again') from None
     return found
@@ -345,10 +347,11 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
         raise ValueError('it breaks off before its pixels; copy the file again')
     if lost := [name for name in ('BitsAllocated', 'BitsStored', 'PixelRepresentation') if header.get(name) is None]:
         raise ValueError(f'its header has no {lost[0]}, by which its pixels are read; export it again')
+    if not 1 <= header.BitsStored <= header.BitsAllocated <= 64:
+        raise ValueError(f'by its header {header.BitsStored} of {header.BitsAllocated} bits are stored, which cannot be; export it again')
     try:
         if header.file_meta.TransferSyntaxUID.is_compressed:
-            frames = list(pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count))
-            values = np.stack([decoded(header, frame) for frame in frames])
+            values = np.stack([decoded(header, frame) for frame in pydicom.encaps.generate_frames(header.PixelData, number_of_frames=count)])
         else:
             values = pydicom.pixels.pixel_array(header, correct_unused_bits=False).reshape(count, header.Rows, header.Columns)
     except (ValueError, EOFError, AttributeError, NotImplementedError) as error:
@@ -362,8 +365,7 @@ def stored_frames(header: pydicom.Dataset) -> np.ndarray:
         return values
     found = values << above >> unused
     if isinstance(padding := header.get('PixelPaddingValue'), int) and above == unused:
-        padding = np.array([padding]).astype(values.dtype)           # which may need more bits than are stored
-        found[values == padding] = padding
+        np.copyto(found, values, where=values == np.array(padding).astype(values.dtype))     # which may need more bits than are stored
     return found
 
 # %% ../nbs/30_scans.ipynb #66e6e376
@@ -448,7 +450,7 @@ def fault_of_geometry(slices: list) -> str:
         return 'its pixels are in colour: a secondary capture or a report, no scan'
     if slice_group(slices[0])[6]:
         return 'it is a localiser'
-    if 'MOSAIC' in (header.get('ImageType') or []):
+    if 'MOSAIC' in str(header.get('ImageType')):
         return 'its pictures are mosaics, each of all slices of a volume; convert it to NIfTI (dcm2niix does)'
     if int(header.get('NumberOfFrames') or 1) > 1:
         return 'its frames have no positions of their own'
@@ -502,14 +504,12 @@ class Series:
 
     @property
     def description(self):
-        "As it is written; where there is a backslash in it, pydicom makes a list of it."
         return _words(self.header.get('SeriesDescription') or '')
 
     @property
     def name(self):
         "Modality and description, and what tells it from others of its series."
-        words = [str(self.header.get('Modality') or 'no modality'), self.description or 'no description']
-        return ' '.join(words) + (f' ({self.told})' if self.told else '')
+        return f'{self.header.get("Modality") or "no modality"} {self.description or "no description"}' + (f' ({self.told})' if self.told else '')
 
     @property
     def is_volume(self):

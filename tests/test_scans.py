@@ -608,6 +608,39 @@ def test_text_where_a_number_belongs(tmp_path, tag, right, wrong):
     assert_refused(tmp_path / 'text', path.name, tag, 'no number', 'export it again')
 
 
+@pytest.mark.parametrize('tag, kind, value', [('Rows', 'LO', 'abc'), ('Columns', 'LO', '16'), ('SamplesPerPixel', 'LO', 'abc'), ('BitsStored', 'LO', 'abc'), ('HighBit', 'LO', 'abc'),
+                                               ('ImageType', 'FD', 1.5), ('ImageType', 'OB', b'ORIGINAL')])
+def test_a_tag_of_another_kind_than_it_has(tmp_path, tag, kind, value):
+    "As a damaged header has it: the table of the whole folder was lost for it."
+    write(tmp_path / 'other', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
+    slices = [made(place) for place in stack_positions()]
+    for one in slices:
+        del one[tag]
+        one.add_new(pydicom.datadict.tag_for_keyword(tag), kind, value)
+    write(tmp_path / 'kind', slices)
+    assert {row['where'] for row in scan_table(tmp_path)} >= {'other'}
+    assert_right(read_scan(tmp_path, series='1.2.9'))
+    if tag == 'ImageType':
+        assert_right(read_scan(tmp_path / 'kind'))
+    else:
+        assert_refused(tmp_path / 'kind', tag, 'no whole number', 'export it again')
+
+
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, RLELossless], ids=lambda syntax: syntax.name)
+@pytest.mark.parametrize('tag, value', [('BitsAllocated', 65535), ('BitsStored', 0), ('BitsStored', 17)])
+@pytest.mark.parametrize('padding', [{}, {'PixelPaddingValue': 0}], ids=['', 'padding'])
+def test_bits_that_cannot_be_are_refused(tmp_path, syntax, tag, value, padding):
+    "Of compressed pixels the bits were pushed out without a word, so that every voxel had one value."
+    for index, place in enumerate(stack_positions(3)):
+        one = made(place, **padding)
+        save(one, tmp_path / f'IM{index}')
+        if syntax == RLELossless:
+            one.compress(RLELossless)
+        one[tag].value = value
+        one.save_as(tmp_path / f'IM{index}')
+    assert_refused(tmp_path, 'IM0', '0.0 mm', 'bits', str(value), 'export it again')
+
+
 @pytest.mark.parametrize('kind', ['<u2', '<i2'])
 def test_twelve_bits_in_the_upper_part_of_sixteen(tmp_path, kind):
     "With four bits of something else below them."
