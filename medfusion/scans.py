@@ -448,6 +448,8 @@ def fault_of_geometry(slices: list) -> str:
         return f'it is a video ({syntax.name})'
     if int(header.get('SamplesPerPixel') or 1) > 1 or header.get('PhotometricInterpretation') == 'PALETTE COLOR':
         return 'its pixels are in colour: a secondary capture or a report, no scan'
+    if header.get('ModalityLUTSequence'):
+        return 'what its numbers mean is told by a table (ModalityLUTSequence), which is not read; export it with RescaleSlope and RescaleIntercept'
     if slice_group(slices[0])[6]:
         return 'it is a localiser'
     if 'MOSAIC' in str(header.get('ImageType')):

@@ -480,6 +480,7 @@ def test_a_description_with_a_backslash_is_shown_as_it_is_written(tmp_path):
     ({'PixelSpacing': None}, ['no PixelSpacing', 'export']),
     ({'SamplesPerPixel': 3, 'PhotometricInterpretation': 'RGB', 'PlanarConfiguration': 0}, ['in colour']),
     ({'PhotometricInterpretation': 'PALETTE COLOR'}, ['in colour']),
+    ({'ModalityLUTSequence': [pydicom.Dataset({pydicom.tag.Tag('LUTData'): pydicom.DataElement('LUTData', 'US', [7, 9])})]}, ['a table (ModalityLUTSequence)', 'RescaleSlope']),
 ])
 def test_what_is_no_volume_is_refused(tmp_path, tags, words):
     assert_refused(write(tmp_path, [made(place, **tags) for place in stack_positions()]), 'CT head', *words)
