@@ -176,7 +176,7 @@ class Slice:
     def axes(self):
         "The direction matrix (3, 3): along a row, along a column, and the normal; None where it is not there or no rotation."
         found = self.numbers('ImageOrientationPatient', 6)
-        if found is None or np.abs(np.reshape(found, (2, 3)) @ np.reshape(found, (2, 3)).T - np.eye(2)).max() > 1e-3:
+        if found is None or np.abs(np.reshape(found, (2, 3)) @ np.reshape(found, (2, 3)).T - np.eye(2)).max() > 2e-3:     # as three decimals may have it
             return None
         across, down = np.reshape(found, (2, 3)) / np.linalg.norm(np.reshape(found, (2, 3)), axis=1, keepdims=True)
         return np.stack([across, down, np.cross(across, down)], 1)

@@ -135,6 +135,13 @@ def test_slices_are_sorted_by_their_place(tmp_path, orientation, feet_first):
             zip(scan.reference, sorted(places, key=lambda place: place @ axes(orientation)[:, 2]))] == [True] * 6
 
 
+def test_an_orientation_of_three_decimals_is_one(tmp_path):
+    "As some scanners write it; of those of heads one in fourteen was called no valid orientation."
+    orientation = [.893, -.41, .185, .449, .805, -.386]
+    assert_right(read_scan(write(tmp_path / 'a', [made(place, orientation) for place in stack_positions(orientation=orientation)])))
+    assert_refused(write(tmp_path / 'b', [made(place, [1, 0, 0, .004, 1, 0]) for place in stack_positions()]), 'no valid ImageOrientationPatient')
+
+
 def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
     write(tmp_path / 'a' / 'deep', [made(place) for place in stack_positions()])
     (tmp_path / 'notes.txt').write_text('DICM is not at its place')
