@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first_bytes', 'dicom_header', 'flat_frames', 'Slice',
-           'Folder', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel', 'telling_tags',
-           'places', 'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack',
-           'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'laid_between',
-           'judged', 'notes_on_parts', 'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings',
-           'placed', 'read_slices', 'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack',
-           'read_series', 'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms',
-           'nifti_geometry', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies',
-           'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats', 'format_reader',
-           'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table',
-           'table_text']
+           'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
+           'telling_tags', 'places', 'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint',
+           'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
+           'Series', 'laid_between', 'judged', 'notes_on_parts', 'list_series', 'meant_values', 'in_hounsfield',
+           'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened', 'protocol_facts',
+           'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image', 'unpacked',
+           'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of',
+           'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats',
+           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
+           'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -188,6 +188,15 @@ class Folder(NamedTuple):
     others: list
     broken: list
 
+# %% ../nbs/30_scans.ipynb #97f864c2
+def ge_component(header) -> str:
+    "Which part of a complex image a slice of GE is, by a tag of GE's own (0043,102F), in the words of ComplexImageComponent; '' where it does not say."
+    try:
+        kind = header.private_block(0x43, 'GEMS_PARM_01')[0x2f].value
+    except KeyError:
+        return ''
+    return ('MAGNITUDE', 'PHASE', 'REAL', 'IMAGINARY')[kind] if kind in range(4) else ''
+
 # %% ../nbs/30_scans.ipynb #c87d9f7f
 def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
     "The slices of one file. Raises ValueError where what its header holds cannot be understood."
@@ -202,6 +211,8 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
     try:
         found = [Slice(file, index, flat) for index, flat in enumerate(flat_frames(header))]
         for one in found:
+            if part := ge_component(header):
+                one.header.ComplexImageComponent = part
             one.position, one.axes, [one.header.get(tag) for tag in ('PixelSpacing', 'PatientID', 'ImageType', 'SeriesDescription')]
             if several := [tag for tag in single if isinstance(one.header.get(tag), MutableSequence)]:
                 raise ValueError(f'its {several[0]} has several values')
@@ -285,7 +296,7 @@ def parallel(slices: list) -> list[list]:
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'ComplexImageComponent', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
-            'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID')
+            'SequenceName', 'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID')
 
 # %% ../nbs/30_scans.ipynb #aedb6eb9
 def places(slices: list) -> np.ndarray:

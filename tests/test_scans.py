@@ -326,7 +326,7 @@ def test_different_slices_at_one_place_are_refused(tmp_path):
 
 @pytest.mark.parametrize('tag, one, other', [
     ('EchoTime', 10, 80), ('ImageType', ['ORIGINAL', 'PRIMARY', 'M'], ['ORIGINAL', 'PRIMARY', 'P']), ('ConvolutionKernel', 'H30', 'H70'),
-    ('AcquisitionNumber', 1, 2), ('TemporalPositionIdentifier', 1, 2),
+    ('AcquisitionNumber', 1, 2), ('TemporalPositionIdentifier', 1, 2), ('SequenceName', '*ep_b0', '*ep_b1000t'),
 ])
 def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
     slices = [made(place, **{tag: value}) for value in (one, other) for place in stack_positions()]
@@ -344,6 +344,20 @@ def test_two_series_of_one_uid_are_told_apart(tmp_path, tag, one, other):
     slices = [made(place, **{tag: value}, slope=slope) for value, slope in ((one, .25), (other, .5)) for place in stack_positions()]
     assert_refused(write(tmp_path, slices), '2 volumes', f'{tag} {one}', f'{tag} {other}')
     assert_right(read_scan(tmp_path, series=2))
+
+
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, ImplicitVRLittleEndian], ids=lambda syntax: syntax.name)
+def test_magnitude_phase_and_both_parts_of_ge_are_told_apart(tmp_path, syntax):
+    "Which a slice is stands in a tag of GE's own; in those of the standard all four are the same."
+    slices = []
+    for kind in range(4):
+        for place in stack_positions():
+            slices.append(made(place, Modality='MR', slope=.25 + .05 * kind))
+            slices[-1].private_block(0x43, 'GEMS_PARM_01', create=True).add_new(0x2f, 'SS', kind)
+    assert_refused(write(tmp_path, slices, syntax), '4 volumes', *(f'ComplexImageComponent {kind}' for kind in ('MAGNITUDE', 'PHASE', 'REAL', 'IMAGINARY')))
+    scan = read_scan(tmp_path, series='MAGNITUDE')
+    assert_right(scan)
+    assert {float(one.RescaleSlope) for one in scan.reference} == {.25}
 
 
 def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
