@@ -252,6 +252,8 @@ def find_slices(path) -> Folder:
             if not file.exists():
                 raise ValueError(f'{file.name} is a link to a file that is not there')
             if (header := dicom_header(file)) is None:
+                if file.suffix.lower() in ('.dcm', '.ima') and file.name[0] != '.':
+                    raise ValueError(f'{file.name} is no DICOM file, though it is called one; where it is empty, copy it again')
                 continue
             storage = pydicom.uid.UID(str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', ''))).name
             if header.get('Modality') in ('SEG', 'RTDOSE', 'RTSTRUCT', 'RTPLAN', 'RTIMAGE', 'PR', 'SR', 'KO', 'REG', 'DOC'):

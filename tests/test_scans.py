@@ -1017,6 +1017,19 @@ def test_a_file_that_cannot_be_read_is_named_and_hides_no_other(tmp_path, name):
     assert_refused(tmp_path / name, name, 'cannot be read')
 
 
+@pytest.mark.parametrize('name', ['IM9.dcm', 'IM9.IMA'])
+@pytest.mark.parametrize('size', [0, 5000])
+def test_a_file_that_is_called_dicom_and_is_empty_is_told(tmp_path, name, size):
+    "As where copying stopped: the last slice was missing without a word. What macOS puts beside a file is none."
+    write(tmp_path, [made(place) for place in stack_positions()])
+    (tmp_path / f'._{name}').write_bytes(b'\0\5\x16\7')
+    assert scan_table(tmp_path)[0]['notes'] == 'whole'
+    (tmp_path / name).write_bytes(bytes(size))
+    assert f'{name} is no DICOM file' in scan_table(tmp_path)[0]['notes']
+    assert notes(read_scan(tmp_path)) == '1 file(s) beside it could not be read and were left out.'
+    assert_refused(tmp_path / name, f'{name} is no DICOM file', 'copy it again')
+
+
 def test_notes_of_a_scan_name_no_file_beside_it(tmp_path):
     folder = write(tmp_path, [made(place) for place in stack_positions()])
     save(made(stack_positions()[0], values=np.zeros((5, 7)), ImagePositionPatient=None), folder / 'doe-jane')
