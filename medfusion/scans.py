@@ -865,7 +865,10 @@ def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     is_hu = in_hounsfield(sitk.GetArrayViewFromImage(image), _a_ct())
     image, filled = (image, []) if is_hu else without_fillings(image)
     told = 'air near −1000 says that it is a CT in HU' if is_hu else 'there is no air near −1000, so it is taken for no CT'
-    return Scan(image, 'CT' if is_hu else '', '', is_hu, notes=[*notes, *more, *filled, f'Its file names no modality; {told}.'])
+    found = sitk.GetArrayViewFromImage(image).ravel()
+    count = len(np.unique(found[::max(found.size // 1_000_000, 1)]))
+    labels = [f'It has {count} values, as a mask or labels have that belong to a scan; give the scan itself.'] if 1 < count < 50 else []
+    return Scan(image, 'CT' if is_hu else '', '', is_hu, notes=[*notes, *more, *filled, *labels, f'Its file names no modality; {told}.'])
 
 
 def _a_ct():

@@ -1241,6 +1241,14 @@ def test_values_that_were_measured_are_no_filling(tmp_path, values):
     assert (sitk.GetArrayFromImage(scan.image).T == values).all() and 'stand apart' not in notes(scan)
 
 
+@pytest.mark.parametrize('count', [2, 40, 200])
+def test_a_file_of_labels_is_no_mri_without_a_word(tmp_path, count):
+    "A mask lies beside the scan that it was drawn on, and its name is much the same; it was registered well, and fused."
+    values = np.arange(16 * 12 * 6).reshape(16, 12, 6) % count
+    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), values, kind=np.int16))
+    assert (f'It has {count} values' in notes(scan) and 'a mask or labels' in notes(scan)) == (count < 50)
+
+
 def test_filling_in_dicom_that_no_header_tells(tmp_path):
     "Of signed pixels; where PixelPaddingValue tells it, it is known already."
     values = np.random.default_rng(0).integers(0, 900, (12, 16)).astype(float)
