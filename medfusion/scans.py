@@ -298,7 +298,8 @@ def parallel(slices: list) -> list[list]:
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'ComplexImageComponent', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
-            'SequenceName', 'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID')
+            'SequenceName', 'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID',
+            'SliceThickness')
 
 # %% ../nbs/30_scans.ipynb #aedb6eb9
 def places(slices: list) -> np.ndarray:

@@ -327,6 +327,7 @@ def test_different_slices_at_one_place_are_refused(tmp_path):
 @pytest.mark.parametrize('tag, one, other', [
     ('EchoTime', 10, 80), ('ImageType', ['ORIGINAL', 'PRIMARY', 'M'], ['ORIGINAL', 'PRIMARY', 'P']), ('ConvolutionKernel', 'H30', 'H70'),
     ('AcquisitionNumber', 1, 2), ('TemporalPositionIdentifier', 1, 2), ('SequenceName', '*ep_b0', '*ep_b1000t'),
+    ('SliceThickness', 1, 5),
 ])
 def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
     slices = [made(place, **{tag: value}) for value in (one, other) for place in stack_positions()]
@@ -358,6 +359,14 @@ def test_magnitude_phase_and_both_parts_of_ge_are_told_apart(tmp_path, syntax):
     scan = read_scan(tmp_path, series='MAGNITUDE')
     assert_right(scan)
     assert {float(one.RescaleSlope) for one in scan.reference} == {.25}
+
+
+def test_two_stacks_of_other_thickness_that_share_a_slice_are_told_apart(tmp_path):
+    "As a CT of the head: finer in the posterior fossa."
+    fossa = [made(np.array([-8., -6., 2.5 * index]), SliceThickness=2.5) for index in range(7)]
+    vertex = [made(np.array([-8., -6., 15 + 5. * index]), SliceThickness=5., slope=.5) for index in range(6)]
+    assert_refused(write(tmp_path, fossa + vertex), '2 volumes', 'SliceThickness 2.5', 'SliceThickness 5')
+    assert read_scan(tmp_path, series='SliceThickness 5').image.GetSpacing()[2] == 5
 
 
 def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
