@@ -855,14 +855,14 @@ def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
         corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*np.subtract(header['dim'][1:4], 1), 1)
         apart = np.linalg.norm((forms['sform'] - forms['qform']) @ corners.T, axis=0).max()
         notes = [f'Its sform and qform are up to {apart:.1f} mm apart; the sform was believed.'] if apart > .1 else []
-    if not .05 < np.linalg.norm(chosen[:3, :3], axis=0).max() < 50:
-        notes.append(f'Its voxels measure {", ".join(f"{x:.3g}" for x in np.linalg.norm(chosen[:3, :3], axis=0))} mm; its unit may be wrong.')
     return chosen, notes
 
 # %% ../nbs/30_scans.ipynb #6d3750da
 def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     "The scan of an image whose header says nothing but its geometry. Raises ValueError where it is no volume."
     image, more = upright_image(image, name)
+    if not .05 < max(image.GetSpacing()) < 50:
+        more.append(f'Its voxels measure {", ".join(f"{x:.3g}" for x in image.GetSpacing())} mm; its unit may be wrong.')
     is_hu = in_hounsfield(sitk.GetArrayViewFromImage(image), _a_ct())
     image, filled = (image, []) if is_hu else without_fillings(image)
     told = 'air near −1000 says that it is a CT in HU' if is_hu else 'there is no air near −1000, so it is taken for no CT'

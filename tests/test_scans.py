@@ -1193,6 +1193,15 @@ def test_nifti_with_millimetres_that_are_metres(tmp_path):
     assert 'unit may be wrong' in notes(read_scan(nifti(tmp_path / 'a.nii', np.diag([.001, .001, .001, 1]) @ turned())))
 
 
+@pytest.mark.parametrize('suffix', ['nrrd', 'mha'])
+def test_other_formats_with_millimetres_that_are_micrometres(tmp_path, suffix):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).uniform(0, 900, (6, 12, 16)).astype(np.float32))
+    for spacing in (.4, 400.):
+        image.SetSpacing((spacing, spacing, spacing))
+        sitk.WriteImage(image, str(tmp_path / f'a.{suffix}'))
+        assert ('unit may be wrong' in notes(read_scan(tmp_path / f'a.{suffix}'))) == (spacing == 400)
+
+
 def test_nifti_of_four_dimensions(tmp_path):
     values = np.zeros((8, 8, 8, 3))
     assert_refused(nifti(tmp_path / 'a.nii', RAS, values), 'a.nii', '3 volumes', 'save the one')
