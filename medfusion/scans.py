@@ -226,9 +226,9 @@ def file_slices(file: Path, header: pydicom.Dataset) -> list[Slice]:
 
 # %% ../nbs/30_scans.ipynb #5170cb55
 def files_in(folder) -> list[Path]:
-    "The files of a folder and of all folders in it, sorted, and links to nothing. Links are followed, but none to a folder around this one; what several ways lead to is there once."
+    "The files of a folder and of all folders in it, sorted, links to nothing, and folders that may not be looked into. Links are followed, but none to a folder around this one; what several ways lead to is there once."
     found, known, root = {}, set(), os.path.realpath(folder)
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: found.update({error.filename: Path(error.filename)})):
         real = os.path.realpath(place)
         if real in known or real != root and os.path.commonpath([real, root]) == real:
             folders.clear()                          # a way that was gone already, or leads back up without an end

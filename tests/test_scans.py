@@ -177,6 +177,23 @@ def test_links_to_folders_are_followed_and_each_file_is_read_once(tmp_path):
     assert [row['size'] for row in scan_table(study)] == ['16×12×6', '16×12×6'] and 'gone is a link to a file that is not there' in scan_table(study)[0]['notes']
 
 
+def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path, monkeypatch):
+    "On a server of many users; what is in it was missing without a word."
+    write(tmp_path / 'seen', [made(place) for place in stack_positions()])
+    write(tmp_path / 'closed', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
+
+    def scandir(place, look=os.scandir):
+        if str(place).endswith('closed'):
+            raise PermissionError(13, 'Permission denied', str(place))
+        return look(place)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    assert 'closed cannot be read' in scan_table(tmp_path)[0]['notes']
+    scan = read_scan(tmp_path)
+    assert_right(scan)
+    assert notes(scan) == '1 file(s) beside it could not be read and were left out.'
+    assert_refused(tmp_path / 'closed', 'holds no DICOM images', 'closed cannot be read')
+
+
 def test_links_that_lead_nowhere_are_told(tmp_path):
     "As in an annex of which nothing was fetched."
     (tmp_path / 'a.nii.gz').symlink_to(tmp_path / 'nowhere')
