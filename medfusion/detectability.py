@@ -101,7 +101,7 @@ def spot_sizes():
 @lru_cache
 def spot(sigma, size=49):
     "A Gaussian of height 1 in a square patch: float32 (size, size)."
-    axis = torch.arange(size) - size // 2
+    axis = torch.arange(size, dtype=torch.float32) - size // 2        # whatever the default is
     return torch.exp(-(axis[:, None] ** 2 + axis ** 2) / (2 * sigma ** 2))
 
 # %% ../nbs/13_detectability.ipynb #b0de2efa

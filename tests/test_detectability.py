@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from medfusion.data import CTMRIDataset
-from medfusion.detectability import DetectionTerm, brain_region, detection_term, draw_spot, fused_detectability, mean_covariance, random_places, spot_sizes
+from medfusion.detectability import DetectionTerm, brain_region, detection_term, draw_spot, fused_detectability, mean_covariance, random_places, spot, spot_channels, spot_sizes
 from medfusion.phantom import write_phantom
 from medfusion.runs import load_checkpoint
 from medfusion.training import Average, TrainingState, restore_state, save_state
@@ -51,6 +51,17 @@ def test_a_copy_pays_for_what_it_lost(data_set):
         term, model = DetectionTerm(data_set), Mixture(share)
         paid[share] = np.mean([term(model).item() for _ in range(40)])
     assert paid[0.5] < paid[0.0] and paid[0.5] < paid[1.0]
+
+
+def test_the_term_takes_another_default_of_numbers(data_set):
+    spot.cache_clear(), spot_channels.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert spot(2.0).dtype == spot_channels(2.0).dtype == torch.float32
+        assert DetectionTerm(data_set)(Mixture().float()).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+        spot.cache_clear(), spot_channels.cache_clear()
 
 
 def test_the_gradient_is_that_of_the_hotelling_observer():
