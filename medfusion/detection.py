@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PaintedLesion', 'painted_lesions', 'chosen_lesions', 'lesion_region', 'lesion_places', 'paint_lesions',
-           'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for', 'fuse_pairs_rounded',
-           'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge', 'leave_one_head_out',
-           'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note', 'summarise_detection',
-           'efficiency_table', 'efficiency_note', 'lesion_pictures', 'roc_curve', 'write_task', 'is_trial',
-           'task_fault', 'read_task', 'task_slices', 'check_fused', 'score_task', 'PhantomLesion', 'phantom_lesions',
-           'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask', 'phantom_outputs', 'phantom_verdicts',
-           'calibrate_contrast', 'bootstrap_heads', 'phantom_numbers', 'phantom_table']
+           'painted_names', 'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for',
+           'fuse_pairs_rounded', 'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge',
+           'leave_one_head_out', 'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note',
+           'summarise_detection', 'efficiency_table', 'efficiency_note', 'lesion_pictures', 'roc_curve', 'check_names',
+           'write_task', 'is_trial', 'task_fault', 'read_task', 'task_slices', 'check_fused', 'score_task',
+           'PhantomLesion', 'phantom_lesions', 'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask',
+           'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast', 'bootstrap_heads', 'phantom_numbers',
+           'phantom_table']
 
 # %% ../nbs/23_detection.ipynb #7c995d93
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,8 @@ import torch
 from .anatomy import case_sequence, draw_head
 from .baselines import baselines
 from .detectability import brain_region, channel_width
-from .files import check_vacant, missing_sentence, read_image, read_json, stem_of, to_depth, to_float, whole_folder, write_image, write_json
+from .files import (check_vacant, missing_sentence, read_image, read_json, stem_of, to_depth, to_float, unused_range, whole_folder, write_image,
+                             write_json)
 from .inference import as_batch, as_given, fuse_batch, model_of
 from .observer import (area_under_curve, channel_outputs, detectability, detectability_of_area, efficiency, hotelling_template,
                                 interval, laguerre_gauss, search_channels, search_statistic)
@@ -106,6 +109,12 @@ def paint_lesions(ct, mri, places, lesion: PaintedLesion, amplitude: float, rng:
             image[row - 24:row + 25, column - 24:column + 25] += strength * spot
     return np.rint(painted).clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/23_detection.ipynb #546401bb
+def painted_names(name: str, lesion: PaintedLesion, paintings: int) -> list[str]:
+    "The names, without an ending, of the pairs of a slice: that of the clean one, which has one of its own where there is noise, and of its paintings."
+    stem, kind = stem_of(name), lesion.name.replace(' ', '-')
+    return [f'{stem}_{kind}' if lesion.noise else stem, *(f'{stem}_{kind}_{number}' for number in range(paintings))]
+
 # %% ../nbs/23_detection.ipynb #58d06611
 class PaintedSlice(NamedTuple):
     """A slice of a case as a pair `clean` (2, H, W) and its paintings (P, 2, H, W), all uint8, CT first; `places` of each painting.
@@ -130,13 +139,12 @@ def painted_slices(data_set, lesion: PaintedLesion, amplitude: float, paintings:
         number = numbers[item['case']] = numbers.get(item['case'], -1) + 1
         rng, grain = np.random.default_rng((seed, number)), np.random.default_rng((seed, number, 1))
         clean = np.stack([to_depth(item[kind][0].numpy(), np.uint8) for kind in ('ct', 'mri')])
-        places, stem, kind = lesion_places(lesion_region(item['ct'][0], lesion), rng)[:paintings], stem_of(item['name']), lesion.name.replace(' ', '-')
+        places = lesion_places(lesion_region(item['ct'][0], lesion), rng)[:paintings]
         if lesion.noise:
             clean = np.rint(clean + lesion.noise * grain.standard_normal(clean.shape)).clip(0, 255).astype(np.uint8)
         if places:
             painted = [paint_lesions(*clean, group, lesion, amplitude, rng) for group in places]
-            names = [f'{stem}_{kind}' if lesion.noise else stem, *(f'{stem}_{kind}_{number}' for number in range(len(places)))]
-            yield PaintedSlice(item['case'], names, clean, np.stack(painted), places)
+            yield PaintedSlice(item['case'], painted_names(item['name'], lesion, len(places)), clean, np.stack(painted), places)
 
 # %% ../nbs/23_detection.ipynb #b1bbcf39
 def lesion_channels(lesion: PaintedLesion, size: int = 49) -> np.ndarray:
@@ -176,7 +184,7 @@ def fused_slice(slice_: PaintedSlice, name: str, method, kept: dict) -> tuple[np
     `method` may also be a folder of finished images, a PNG by the name of each pair.
     """
     if isinstance(method, Path):
-        images = [to_depth(to_float(read_image(method / f'{pair}.png')), np.uint8) for pair in slice_.names]
+        images = [to_depth(to_float(read_image(method / f'{pair}.png', quiet=True)), np.uint8) for pair in slice_.names]
         return images[0], np.stack(images[1:])
     pairs, key = slice_.painted, (name, slice_.names[0])
     if key not in kept:
@@ -285,17 +293,23 @@ def leave_one_head_out(outputs: dict) -> pd.DataFrame:
 # %% ../nbs/23_detection.ipynb #e94c0b10
 def calibrate_amplitude(data_set, lesion: PaintedLesion, area: float = 0.9, paintings: int = 3, seed: int = 0,
                         channels=lesion_channels, steps: int = 4) -> float:
-    "The amplitude in grey levels at which the joint observer has this mean area over the heads of a data set; at most 200."
+    "The amplitude in grey levels, 1 to 200, at which the joint observer has this mean area over the heads of a data set; warns where none was found."
     amplitude, wanted = 20.0, detectability_of_area(area)
     for _ in range(steps):
         slices = painted_slices(data_set, lesion, amplitude, paintings, seed)
         table = leave_one_head_out(outputs_of(slices, {}, channels(lesion), reach=0))
-        amplitude = float(np.clip(amplitude * wanted / max(table['d'].mean(), 0.1), 1, 200))
+        asked = amplitude * wanted / max(table['d'].mean(), 0.1)
+        amplitude = float(np.clip(asked, 1, 200))
+    if amplitude != asked:
+        warnings.warn(f'{lesion.name}: of 1 to 200 grey levels none was found at which the observer of both sources has an area of {area:.2f} in these '
+                      f'slices; it is painted with {amplitude:.0f}.', stacklevel=2)
     return amplitude
 
 # %% ../nbs/23_detection.ipynb #0fcfa909
 def with_controls(methods: dict) -> dict:
-    "The methods, and after them those of the five controls, by the names of their functions, that are not among them."
+    "The methods, and after them those of the five controls, by the names of their functions, that are not among them. ValueError for one called joint."
+    if 'joint' in methods:
+        raise ValueError("A method is called 'joint', as tables call the observer of both sources; give it a name of its own.")
     controls = [baselines()[name] for name in ('average', 'maximum', 'laplacian', 'copy_ct', 'copy_mri')]
     return methods | {rule.__name__: rule for rule in controls if rule.__name__ not in methods}
 
@@ -389,14 +403,24 @@ def roc_curve(absent, present) -> tuple[np.ndarray, np.ndarray]:
     above = [1 - np.searchsorted(np.sort(values), thresholds) / len(values) for values in (absent, present)]
     return tuple(np.concatenate([[0], share[::-1]]) for share in above)
 
+# %% ../nbs/23_detection.ipynb #7e775c1c
+def check_names(data_set, lesions: dict, paintings: int = 3) -> None:
+    "Raises ValueError for a slice of a data set that is named like a painted one of another: a task could hold one of them only."
+    names = [data_set[index]['name'] for index in range(len(data_set))]
+    painted = {made: name for name in names for lesion in lesions.values() for made in painted_names(name, lesion, paintings) if made != stem_of(name)}
+    for name in names:
+        if (stem := stem_of(name)) in painted:
+            raise ValueError(f'{name} is named like a painted slice of {painted[stem]}; rename it, or leave it out.')
+
 # %% ../nbs/23_detection.ipynb #2732e59d
 def write_task(data_set, folder, kinds=None, area: float = 0.9, paintings: int = 3, seed: int = 0) -> Path:
     """The folder, with CT/ and MRI/ that hold the painted pairs of a data set, and task.json, which `score_task` reads.
 
-    Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none.
+    Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none, and see `check_names`.
     """
     folder, lesions, trials = Path(folder), chosen_lesions(kinds), []
     check_vacant(folder)        # before minutes are spent
+    check_names(data_set, lesions, paintings)
     amplitudes = {name: calibrate_amplitude(data_set, lesion, area, paintings, seed) for name, lesion in lesions.items()}
     with whole_folder(folder) as made:
         for kind in ('CT', 'MRI'):
@@ -472,18 +496,23 @@ def task_slices(task, trials: list) -> Iterator[PaintedSlice]:
 def check_fused(task, fused, trials: list) -> Path:
     """The folder of fused images, once it holds one PNG of the right size for each pair of the trials.
 
-    Raises FileNotFoundError or ValueError that names the image that is missing or of another size.
+    Raises FileNotFoundError or ValueError that names the image that is missing or of another size. Warns of images all of which are nearly black.
     """
-    fused, names = Path(fused), sorted({name for trial in trials for name in trial['names']})
+    fused, names, largest = Path(fused), sorted({name for trial in trials for name in trial['names']}), {}
     missing = [name for name in names if not (fused / f'{name}.png').is_file()]
     if missing:
         more = f' ({len(missing)} of {len(names)} are missing)' if len(missing) > 1 else ''
         raise FileNotFoundError(f'{fused} has no image {missing[0]}.png{more}; fuse every pair of {task} into it, under its name.')
     for name in names:
-        shape, wanted = (read_image(place / f'{name}.png', quiet=True).shape for place in (fused, Path(task) / 'CT'))
+        image, source = (read_image(place / f'{name}.png', quiet=True) for place in (fused, Path(task) / 'CT'))
+        shape, wanted = image.shape, source.shape
+        largest[image.dtype] = max(largest.get(image.dtype, 0), image.max())
         if shape != wanted:
             raise ValueError(f'{fused / name}.png has {shape[0]} × {shape[1]} pixels, its sources {wanted[0]} × {wanted[1]}; '
                              'fuse it at the size of the sources.')
+    for dtype, value in largest.items():
+        if sentence := unused_range(fused, value, dtype):
+            warnings.warn(f'{sentence.rpartition("; ")[0]}; write them over the whole range of their type.', stacklevel=2)
     return fused
 
 # %% ../nbs/23_detection.ipynb #5395b19c

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medfusion import detection
 from medfusion.baselines import average, copy_ct
 from medfusion.cli import app
-from medfusion.detection import (PaintedLesion, PaintedSlice, brain_region, check_fused, detection_table, efficiency_table, heads_note, lesion_channels,
+from medfusion.detection import (PaintedLesion, PaintedSlice, brain_region, calibrate_amplitude, check_fused, detection_table, efficiency_table, heads_note, lesion_channels,
                                  leave_one_head_out, outputs_of, paint_lesions, painted_lesions, painted_slices, phantom_heads, read_task, score_task,
                                  summarise_detection, with_controls, write_task)
 from medfusion.files import list_images, read_image, write_image
@@ -360,3 +360,30 @@ def test_detection_imports_from_below():
     used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
     assert used and all(numbers[module] < numbers['detection'] for module in used), used
     assert not used & {'training', 'wavelet_fusion', 'resnet_fusion'}
+
+
+def test_the_name_of_the_observer_of_both_sources_is_taken():
+    with pytest.raises(ValueError, match="called 'joint'.* name of its own"):
+        with_controls({'joint': average})
+
+
+def test_an_amplitude_that_ends_at_its_limit_is_told(heads):
+    with pytest.warns(UserWarning, match=r"speck: .* 1 to 200 grey levels .* area of 0\.9"):
+        assert calibrate_amplitude(heads, PaintedLesion('speck', (.3, .3), .05, 0.), paintings=1, steps=2) == 200
+
+
+def test_a_slice_named_like_a_painted_one_is_refused(heads, tmp_path):
+    twins = Heads()
+    twins.items[1] = twins.items[1] | {'name': '1000_oedema_0.png'}
+    with pytest.raises(ValueError, match=r"1000_oedema_0\.png .* rename"):
+        write_task(twins, tmp_path / 'task', kinds=['oedema'], paintings=1)
+    assert not (tmp_path / 'task').exists()
+
+
+def test_fused_slices_that_are_nearly_black_are_told_once(task, tmp_path):
+    task, fused = task
+    for path in list_images(fused):
+        write_image(tmp_path / path.name, np.uint16(read_image(path)) * 16)
+    scored = CliRunner().invoke(app, ['evaluate', str(tmp_path), '--task', str(task)])
+    assert scored.exit_code == 0 and scored.stderr.count('nearly black') == 1
+    assert '--range' not in scored.stderr and 'write them over the whole range of their type' in scored.stderr
