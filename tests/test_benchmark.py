@@ -126,6 +126,7 @@ def test_without_labels_and_externals_and_with_one_column(dataset, tmp_path, cap
     ({'columns': 'EN'}, 'p', r'columns of 90_benchmark.ipynb must be'),
     ({'ct_dir': '/nowhere/CT'}, 'data_set', '/nowhere/CT'),
     ({'join': ['holdout']}, 'data_set', 'holdout'),
+    ({'detection': True, 'rules': []}, 'fused', 'slices are too few'),
 ])
 def test_what_is_refused(dataset, given, until, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -151,6 +152,12 @@ def test_names_must_differ(dataset, tmp_path):
         write_image(tmp_path / 'external' / 'average' / path.name, read_image(path))
     with pytest.raises(ValueError, match='Two methods are called average'):
         execute(arguments(dataset, external_dir=str(tmp_path / 'external'), rules=[]), until='kinds')
+
+
+def test_with_detection_no_method_has_the_name_of_the_observer(dataset, tmp_path):
+    given = arguments(dataset, checkpoints=[f'joint={dataset / "mine.pt"}'], rules=[], detection=True, save_dir=str(tmp_path / 'results'))
+    with pytest.raises(ValueError, match="called 'joint'"):
+        execute(given, until='fused')
 
 
 def test_networks_have_titles_and_files_from_outside_keep_their_names(dataset, tmp_path):
