@@ -167,9 +167,12 @@ def correlation(fused, source):
 
 
 def _pearson(x, y, undefined):
-    "Pearson correlation (B,) over the pixels; `undefined` where an image is constant."
+    "Pearson correlation (B,) over the pixels, on the scale 0..255; `undefined` where an image is constant."
     x, y = (image.flatten(1) - image.flatten(1).mean(1, keepdim=True) for image in (x, y))
-    spread = safe_power((x * x).sum(1), 0.5) * safe_power((y * y).sum(1), 0.5)
+    # A spread below the rounding error of levels is none: what is left of a constant would decide, and its gradient burst.
+    rounding = x.shape[1] * (1024 * torch.finfo(x.dtype).eps) ** 2
+    own, other = ((image * image).sum(1) for image in (x, y))
+    spread = safe_power(own * (own > rounding), 0.5) * safe_power(other * (other > rounding), 0.5)
     return safe_ratio((x * y).sum(1), spread, undefined)
 
 # %% ../nbs/05_metrics.ipynb #d4fbcd14

@@ -478,6 +478,19 @@ def test_constant_images(fused, ct, mri, expected):
     assert {str(warning.message).split()[0] for warning in heard} == {name for name in expected if '_' not in name}
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_constant_has_no_correlation_though_it_is_rounded(dtype):
+    "A constant, and a source made brighter by a constant: as losses take them, with a gradient of 0."
+    mri, ct = torch.rand(2, 1, 1, 61, 83, generator=torch.manual_seed(0)).to(dtype)
+    flat = torch.full_like(mri, 0.01)
+    assert M.correlation(flat, flat) == M.correlation(flat, mri) == M.correlation(mri, flat) == 0
+    brighter = (mri / 2 + 0.3).requires_grad_()
+    term = M.scd(brighter, mri / 2, mri / 2)
+    term.backward()
+    assert term == 0 and not brighter.grad.any()
+    assert abs(M.scd(brighter, ct, mri / 2)) < 1        # one term is left, as of a copy
+
+
 def test_one_pixel_is_not_nothing():
     _, ct, mri = triple(163, 166)
     fused = ct.clone()
