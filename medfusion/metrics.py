@@ -834,14 +834,14 @@ def wanted_columns(names):
 
 # %% ../nbs/05_metrics.ipynb #234528ef
 def grey_levels(**images):
-    "The images on whole grey levels 0..255, after the checks of `measure`."
+    "The images on whole grey levels 0..255, float32, after the checks of `measure`."
     check_images(*images.values(), least=7)
     for what, image in images.items():
         low, high = image.min().item(), image.max().item()
         if not (low > -0.001 and high < 1.001):
             raise ValueError(f'{what} reaches from {low:g} to {high:g}, outside of [0, 1] (or holds NaN); '
                              'scale or clamp it first.')
-    return [quantise(image.float()) for image in images.values()]
+    return [quantise(image).float() for image in images.values()]    # in single precision another half would be half way
 
 # %% ../nbs/05_metrics.ipynb #b2c65303
 def undefined_in(table):

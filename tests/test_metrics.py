@@ -624,3 +624,16 @@ def test_files_and_memory_round_alike():
     from medfusion.files import to_depth
     images = torch.rand(2, 1, 64, 64, generator=torch.manual_seed(0)).mul(510).round() / 510  # half of them half way
     assert np.array_equal(M.quantise(images).numpy(), to_depth(images.numpy(), np.uint8))
+
+
+def test_double_precision_is_rounded_as_it_is_not_as_single():
+    "The average of two slices of 8 bits lies half way between levels in a quarter of a slice and more: a file of it, and a table."
+    from medfusion.files import to_depth
+    ct, mri = (torch.randint(0, 256, (1, 1, 48, 48), generator=torch.manual_seed(seed)).double() / 255 for seed in (0, 1))
+    fused = (ct + mri) / 2
+    file = torch.from_numpy(to_depth(fused.numpy(), np.uint8) / 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                # too small for MS-SSIM
+        there, here = (M.measure(image, ct, mri) for image in (file, fused))
+    assert all(torch.equal(there[name].nan_to_num(), here[name].nan_to_num()) for name in there)
+    assert M.grey_levels(fused=fused)[0].dtype == torch.float32
