@@ -111,14 +111,14 @@ def loaders(train_set, val_set, batch_size: int, seed: int, workers: int = 0) ->
 
     Raises ValueError where slices of several `sizes` would have to share a batch.
     """
-    def several(data_set):
-        return len(set(getattr(data_set, 'sizes', []))) > 1
+    def several(data_set, crop=None):
+        return len({tuple(min(side, crop or side) for side in size) for size in getattr(data_set, 'sizes', [])}) > 1
     def loader(data_set, sampler, batch_size):
         return DataLoader(data_set, batch_sampler=SharedBatches(sampler, batch_size, this_process()), num_workers=workers,
                           worker_init_fn=seed_worker)
-    if batch_size > 1 and getattr(train_set, 'crop', None) is None and several(train_set):
+    if batch_size > 1 and several(train_set, getattr(train_set, 'crop', None)):
         raise ValueError('The training slices differ in size, so a batch cannot hold two of them; '
-                         'train on crops or with batch_size 1.')
+                         'train on crops no larger than any of them, or with batch_size 1.')
     train = loader(train_set, EpochSampler(len(train_set), seed), batch_size)
     return [train] if val_set is None else [train, loader(val_set, SequentialSampler(val_set), 1 if several(val_set) else batch_size)]
 

@@ -23,7 +23,7 @@ from medfusion.cross_validation import stands_on
 from medfusion.evaluation import cases_trained_on
 from medfusion.files import read_json, sha256_of, write_json
 from medfusion.runs import (build_model, checkpoint_files, claim_folder, load_checkpoint, nbs_dir, open_run, read_run, run_checkpoint, saved_epochs)
-from medfusion.training import fit
+from medfusion.training import fit, loaders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -511,6 +511,18 @@ def test_workers_change_nothing(tmp_path):
     _, alone = run(tmp_path / 'a', epochs=2, step=plain, ema=None)
     _, helped = run(tmp_path / 'b', epochs=2, step=plain, ema=None, workers=1)
     assert alone == helped
+
+
+def test_crops_that_some_slices_are_too_small_for_share_no_batch():
+    "ResNet fusion crops no smaller slice, so a batch of both would not stack; a crop that fits all, or none of one size, does."
+    def pairs(sizes, crop):
+        data_set = Numbers()
+        data_set.sizes, data_set.crop = sizes, crop
+        return data_set
+    with pytest.raises(ValueError, match='differ in size, .* crops no larger than any'):
+        loaders(pairs([(64, 64), (96, 96)], 80), None, 4, 0)
+    for sizes, crop, batch_size in (([(64, 64), (96, 96)], 64, 4), ([(64, 64), (96, 96)], 80, 1), ([(64, 64)], 80, 4)):
+        assert loaders(pairs(sizes, crop), None, batch_size, 0)
 
 
 def test_progress_by_lines(tmp_path, capsys, monkeypatch):
