@@ -194,7 +194,6 @@ def psnr(fused, source, peak=255):
 
     peak: 255, or 'fused' for the brightest grey level of each fused image; NaN where that is 0 and the source is not.
     """
-    _one_of('peak', peak, (255, 'fused'))
     fused, source = _levels(fused, source)
     return _decibels(_squared_error(fused, source), fused, peak)
 
@@ -206,6 +205,7 @@ def _squared_error(fused, source):
 
 def _decibels(error, fused, peak):
     "10 log10(peak ** 2 / error), (B,): inf for no error, NaN for an error under a peak of 0."
+    _one_of('The peak of PSNR', peak, (255, 'fused'))
     peak = fused.flatten(1).amax(1) if peak == 'fused' else torch.full_like(error, peak)
     decibels = 10 * torch.log10(peak ** 2 / error)
     return torch.where(error == 0, math.inf, torch.where(peak == 0, math.nan, decibels))
@@ -673,6 +673,7 @@ class Triple:
 # %% ../nbs/05_metrics.ipynb #01d24a9d
 def joined(parts, how):
     "(the 'sum' or 'mean' of both parts, the part for CT, for MRI), each (B,) float64."
+    _one_of('How both sources are put together', how, ('sum', 'mean'))
     ct, mri = (part.double() for part in parts)
     return (ct + mri) / (2 if how == 'mean' else 1), ct, mri
 
@@ -902,7 +903,7 @@ def rows_as_table(names, rows, columns, preset='cvpr'):
     table = pd.DataFrame(np.array(rows, float).reshape(len(rows), len(columns)), columns=columns, index=pd.Index(names, name='name', dtype='str'))
     table.attrs = {'preset': choices.name, 'convention': convention(choices)}
     for row in undefined_in(table):
-        absent = table.index[table[row.name].isna()]
+        absent = table.index[table[[name for name in row.columns if name in table]].isna().any(axis=1)]
         warnings.warn(f'{row.name} is undefined (NaN) for {", ".join(absent[:5])}{" ..." if len(absent) > 5 else ""} '
                       f'({len(absent)} of {len(table)}): {row.undefined}.', stacklevel=3)
     return table

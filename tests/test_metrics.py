@@ -565,9 +565,18 @@ def test_choices_that_are_refused():
         M.mutual_information(*images[:2], unit='bit')
     with pytest.raises(ValueError, match="not 'disc'"):
         M.ssim(*images[:2], window='disc')
+    for wrong, words in (({'combine': 'max'}, "'sum', 'mean', not 'max'"), ({'psnr_peak': 1}, "255, 'fused', not 1")):
+        with pytest.raises(ValueError, match=words):
+            M.measure(*images, preset=replace(M.presets()['cvpr'], **wrong))
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
+
+def test_a_part_alone_may_be_undefined_in_a_table():
+    with pytest.warns(UserWarning, match=r'VIF is undefined \(NaN\) for b.png \(1 of 2\)'):
+        table = M.evaluate_batches([(['a.png'], *triple(48, 52)), (['b.png'], *triple(20, 30))], names=['VIF_min'])
+    assert list(table.columns) == ['VIF_min'] and table['VIF_min'].isna().tolist() == [False, True]
+
 
 def test_table_round_trip(tmp_path):
     batches = [(['07001.png', '07002.png'], *triple(48, 52, pairs=2)), (['09001.png'], *triple(33, 70))]
