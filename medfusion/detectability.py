@@ -221,13 +221,11 @@ class RunningCovariance:
     def __init__(self, decay=0.95):
         self.decay, self.matrices = decay, {}
 
-    def follow(self, kind, absent, present, learn=True):
-        "The running covariance (6, 6) float64 for a kind of question after these answers (n, 6); unchanged unless `learn`."
+    def follow(self, kind, absent, present):
+        "The running covariance (6, 6) float64 for a kind of question after these answers (n, 6)."
         new = mean_covariance(absent.detach(), present.detach())
-        running = self.matrices.get(kind, new).to(new.device)
-        if learn:
-            running = self.matrices[kind] = torch.lerp(running, new, 1 - self.decay)
-        return running
+        self.matrices[kind] = torch.lerp(self.matrices.get(kind, new).to(new.device), new, 1 - self.decay)
+        return self.matrices[kind]
 
 # %% ../nbs/13_detectability.ipynb #2401b226
 class Ground:
@@ -253,8 +251,8 @@ def grounds_of(data_set, synthetic=0.0):
 class DetectionTerm:
     """The detectability term of a training loss: called with the model, it draws crops, paints, fuses and judges.
 
-    data_set, synthetic: as of `grounds_of`; count: crops of a call. In training a call paints one kind of spot, and the
-    running covariances, the term's state, move; in validation crops and spots are always the same few."""
+    data_set, synthetic: as of `grounds_of`; count: crops of a call. In training a call paints one kind of spot, and the running
+    covariances, the term's state, move; in validation crops, four times as many, and spots are the same, with covariances of their own."""
 
     def __init__(self, data_set, synthetic=0.0, count=2):
         self.synthetic, self.count = synthetic, count
@@ -269,16 +267,16 @@ class DetectionTerm:
     def __call__(self, model, setting=0):
         "The loss, a scalar, of a model (ct, mri) -> fused; one with a dial has running covariances for each setting, an integer."
         if model.training:
-            return self.of_one_spot(model, setting)
-        generator = torch.Generator().manual_seed(0)
-        return sum(self.of_one_spot(model, setting, generator) for _ in range(4)) / 4
+            return self.of_one_spot(model, setting, self.count)
+        same = torch.Generator().manual_seed(0)
+        return sum(self.of_one_spot(model, setting, 4 * self.count, same) for _ in range(4)) / 4
 
-    def of_one_spot(self, model, setting, generator=None):
+    def of_one_spot(self, model, setting, count, generator=None):
         ground = int(self.synthetic > 0 and float(torch.rand((), generator=generator)) < self.synthetic)
-        spot, ct, mri, places = self.grounds[ground].question(self.count, next(model.parameters()).device, generator)
-        absent, present = answers_of(model, ct, mri, places, spot)
-        running = self.running.follow((ground, setting, spot.index), absent, present, model.training)
-        return efficiency_loss(fused_detectability(absent, present, running) / spot.detectability ** 2).float()
+        spot, ct, mri, places = self.grounds[ground].question(count, next(model.parameters()).device, generator)
+        answers = answers_of(model, ct, mri, places, spot)
+        covariance = self.running.follow((ground, setting, spot.index), *answers) if model.training else mean_covariance(*answers).detach()
+        return efficiency_loss(fused_detectability(*answers, covariance) / spot.detectability ** 2).float()
 
 # %% ../nbs/13_detectability.ipynb #46200cd6
 def detection_term(data_set, weight, synthetic_spots=0.0):

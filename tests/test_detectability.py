@@ -43,6 +43,16 @@ def test_validation_draws_the_same_spots_and_learns_nothing(data_set):
     assert len(term.state_dict()) == 1
 
 
+def test_the_validation_of_a_network_that_stays_the_same_stays_the_same(data_set):
+    "Its covariances are of the validation itself: those of the training grow, so that the first epoch was the best of every run."
+    term, model = DetectionTerm(data_set), Mixture()
+    with torch.no_grad():
+        before = term(model.eval())
+        for _ in range(10):
+            term(model.train())
+        assert term.state_dict() and torch.equal(term(model.eval()), before) and before > 0
+
+
 def test_a_copy_pays_for_what_it_lost(data_set):
     "A copy of the MRI loses what is painted into the CT alone, a copy of the CT the other half."
     paid = {}
