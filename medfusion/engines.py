@@ -30,7 +30,7 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .files import Pair, absolute_path, check_range, is_abandoned, split_pattern, stem_of, temporary_name
+from .files import Pair, absolute_path, check_order, check_range, is_abandoned, split_pattern, stem_of, temporary_name
 from .inference import (FolderJob, FolderReport, FusedRecord, check_counts, check_output, close_job, find_device, model_of, open_job, pairs_to_fuse,
                                  run_job)
 
@@ -70,16 +70,19 @@ def store_of(folder, filesystem=None) -> Store:
         raise ValueError(f'{text} names no filesystem that pyarrow knows ({" ".join(str(error).split())}); give a folder, or a URI such as s3://bucket/ct.') from None
     if isinstance(filesystem, arrow.LocalFileSystem):
         return Store(place, place, pattern)
-    return Store(text.split('?')[0] if '://' in text else f'{filesystem.type_name}:{text}', place, pattern, filesystem)
+    title, place = (text.split('?')[0] if '://' in text else f'{filesystem.type_name}:{text}').rstrip('/'), place.rstrip('/') or place
+    return Store(title, place, pattern, filesystem)
 
 # %% ../nbs/29_engines.ipynb #db23be1a
 def names_in(store: Store) -> list[str]:
-    "The names of the files in a store on another filesystem. FileNotFoundError where there is no such folder."
+    "The names of the files in a store on another filesystem. FileNotFoundError where there is no such folder, OSError where it cannot be listed."
     arrow = pyarrow_fs()
     try:
         found = store.filesystem.get_file_info(arrow.FileSelector(store.place))
     except FileNotFoundError:
         raise FileNotFoundError(f'There is no folder {store.title}; check its name.') from None
+    except OSError as error:
+        raise OSError(f'{store.title} could not be listed ({" ".join(str(error).split())}); check its name, and whether it may be read.') from error
     return sorted(info.base_name for info in found if info.type == arrow.FileType.File)
 
 # %% ../nbs/29_engines.ipynb #44762303
@@ -155,6 +158,7 @@ def bring(mirror: Mirror, store: Store, name: str) -> str:
 # %% ../nbs/29_engines.ipynb #0ab7252d
 def pairs_in(ct: Store, mri: Store, shard=None) -> tuple[list[Pair], dict[str, str]]:
     "As `pairs_to_fuse`, of two stores; of the paths of the pairs only the names count."
+    check_order(*(store.at(store.pattern) for store in (ct, mri)))        # mirrors have other names
     with Mirror(ct, mri) as mirror:
         for store in (store for store in mirror.stores.values() if store.filesystem):
             for name in names_in(store):

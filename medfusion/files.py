@@ -647,10 +647,10 @@ def kind_pattern(names) -> dict[str, str]:
 # %% ../nbs/00_files.ipynb #19712415
 def check_order(ct, mri) -> None:
     "Raises ValueError where the names of two folders, patterns or files say that the first is an MRI and the second the CT; arrays have no names."
-    places = [place for place in (ct, mri) if isinstance(place, (str, os.PathLike))]
-    kinds = [set(re.split('[-_. ]+', stem_of(last_part(place)).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair'} for place in places]
+    names = [Path(place).name for place in (ct, mri) if isinstance(place, (str, os.PathLike))]
+    kinds = [set(re.split('[-_. ]+', stem_of(name).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair'} for name in names]
     if len(kinds) == 2 and kinds[1] == {'ct'} and kinds[0] and 'ct' not in kinds[0]:
-        raise ValueError(f'The order is CT, then MRI, and by their names {last_part(ct)} is an MRI and {last_part(mri)} a CT; swap them, or rename them.')
+        raise ValueError(f'The order is CT, then MRI, and by their names {names[0]} is an MRI and {names[1]} a CT; swap them, or rename them.')
 
 # %% ../nbs/00_files.ipynb #35c75ddf
 def source_folders(ct_dir, mri_dir) -> tuple:

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from medfusion import cli, inference
 from medfusion.cli import app
 from medfusion.evaluation import GrowingTable
-from medfusion.files import read_image, to_depth, write_image
+from medfusion.files import list_pairs, read_image, to_depth, write_image
 from medfusion.phantom import phantom_slice
 from medfusion.runs import make_folder, nbs_dir, open_parts, write_run
 
@@ -72,6 +72,9 @@ def test_an_order_that_names_contradict(three_pairs, tmp_path):
     out, patterns = tmp_path / 'out', [tmp_path / f'{{name}}_{kind}.png' for kind in ('T1', 'CT')]
     for first, second, target in ((mri, ct, out), (tmp_path / '1_T1.png', tmp_path / '1_CT.png', tmp_path / 'out.png'), (*patterns, out)):
         assert_sentence(medfusion('fuse', first, second, '-m', 'maximum', '-o', target), 'The order is CT, then MRI', 'swap them')
+    for slash in ('', '/'):         # as text in Python, where a slash stays
+        with pytest.raises(ValueError, match='by their names MRI is an MRI and CT a CT'):
+            list_pairs(f'{mri}{slash}', f'{ct}{slash}')
         assert not target.exists()
     shutil.copytree(mri, tmp_path / 'first')
     assert medfusion('fuse', tmp_path / 'first', ct, '-m', 'maximum', '-o', out).exit_code == 0

@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,8 @@ from conftest import memory_of, write_slices
 from typer.testing import CliRunner
 
 from medfusion.cli import app
-from medfusion.engines import block_size, fuse_on_ray, run_on_ray, worker_shares
+from medfusion import engines
+from medfusion.engines import block_size, fuse_on_ray, pairs_in, run_on_ray, store_of, worker_shares
 from medfusion.files import read_image, sha256_of
 from medfusion.inference import fuse_folder
 
@@ -240,3 +243,36 @@ def test_what_an_engine_cannot_do_is_told():
             fuse_on_ray('CT', 'MRI', out, 'maximum')
     with pytest.raises(ValueError, match="'cuda:1' is one GPU.*use cuda"):
         worker_shares({'CPU': 16, 'GPU': 4}, 'cuda:1')
+
+
+def elsewhere(root):
+    "A filesystem of pyarrow whose paths begin in this folder, as if an object store."
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+    return SubTreeFileSystem(str(root), LocalFileSystem())
+
+
+@engine
+@pytest.mark.parametrize('ct, out', [('CT', 'CT/'), ('CT/', 'CT'), ('CT', 'MRI//')])
+def test_slices_elsewhere_are_not_replaced_by_results(tmp_path, monkeypatch, ct, out):
+    "However many slashes end a name; before the work."
+    root = write_slices(tmp_path, 2)
+    before = {path: path.read_bytes() for path in root.rglob('*.png')}
+    monkeypatch.setattr(engines, 'ray_engine', lambda address: nullcontext(SimpleNamespace(cluster_resources=lambda: {'CPU': 1})))
+    with pytest.raises(ValueError, match='is what is read'):
+        fuse_on_ray(ct, 'MRI', out, 'maximum', progress=False, replace=True, filesystem=elsewhere(root))
+    assert {path: path.read_bytes() for path in root.rglob('*') if path.is_file()} == before
+
+
+@engine
+def test_an_mri_before_the_ct_is_refused_elsewhere_too(tmp_path):
+    far = elsewhere(write_slices(tmp_path, 2))
+    for places in (('MRI', 'CT'), ('CT/{name}_mri.png', 'MRI/{name}_ct.png')):
+        with pytest.raises(ValueError, match='The order is CT, then MRI'):
+            pairs_in(*(store_of(place, far) for place in places))
+
+
+@engine
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / 'CT').touch()
+    with pytest.raises(OSError, match='^subtree:CT could not be listed .*; check its name'):
+        pairs_in(*(store_of('CT', elsewhere(tmp_path)) for _ in range(2)))
