@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Store', 'pyarrow_fs', 'store_of', 'names_in', 'get', 'put', 'clear_mirrors', 'Mirror', 'bring', 'pairs_in',
            'take_lines', 'record_parts', 'gather_record', 'publish_record', 'Plan', 'send_results', 'mirrored', 'Fuser',
-           'add_done', 'worker_shares', 'block_size', 'ray_engine', 'run_on_ray', 'fuse_on_ray']
+           'add_done', 'worker_shares', 'block_size', 'check_answers', 'ray_engine', 'run_on_ray', 'fuse_on_ray']
 
 # %% ../nbs/29_engines.ipynb #8dde8b04
 import hashlib
@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -308,6 +309,18 @@ def block_size(pairs: int, batch_size: int, workers: int) -> int:
     "How many pairs a block has: whole batches, at most 16, and where there are enough, 4 blocks for each worker."
     return batch_size * max(1, min(16, round(pairs / (4 * workers * batch_size))))
 
+# %% ../nbs/29_engines.ipynb #e7e4288d
+def check_answers(address: str) -> None:
+    "Raises ConnectionError where nobody listens at HOST:PORT, for which Ray itself waits a quarter of an hour; what 'auto' and ray://… find is left to it."
+    found = re.fullmatch(r'\[?([^/[\]]+)\]?:(\d{1,9})', address)
+    if not found and '://' not in address and address not in ('auto', 'local'):
+        raise ConnectionError('it is not HOST:PORT')
+    try:
+        if found:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from None
+
 # %% ../nbs/29_engines.ipynb #943bd45b
 @contextmanager
 def ray_engine(address: str | None = None):
@@ -322,6 +335,8 @@ def ray_engine(address: str | None = None):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     try:
+        if own and address:
+            check_answers(address)
         if own:
             ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **here)
     except ConnectionError as error:

@@ -20,7 +20,7 @@ from collections import Counter
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,3 +276,15 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path):
     (tmp_path / 'CT').touch()
     with pytest.raises(OSError, match='^subtree:CT could not be listed .*; check its name'):
         pairs_in(*(store_of('CT', elsewhere(tmp_path)) for _ in range(2)))
+
+
+@pytest.mark.parametrize('address, why', [('127.0.0.2:1', 'refused'), ('127.0.0.2:99999', ''), ('[::1]:1', ''), ('10.0.0.1', 'it is not HOST:PORT'),
+                                          ('no.such.host.invalid:6379', '')])
+def test_where_no_cluster_is_ray_is_not_asked(monkeypatch, address, why):
+    "It would try for a quarter of an hour."
+    ray = ModuleType('ray')
+    ray.is_initialized = lambda: False
+    monkeypatch.setitem(sys.modules, 'ray', ray), monkeypatch.setitem(sys.modules, 'ray.data', ModuleType('ray.data'))
+    with pytest.raises(ConnectionError, match=re.escape(f'No Ray cluster answers at {address} (') + f'.*{why}.*begin one by: ray start --head'):
+        with engines.ray_engine(address):
+            pass
