@@ -829,11 +829,12 @@ def own_command(context: typer.Context) -> str:
 # %% ../nbs/50_cli.ipynb #1c90fbec
 def run_notebook(notebook: str, given: dict, run: str | None, context: typer.Context) -> Path:
     "The folder of the run in which a notebook of nbs/ was executed. Raises ValueError or OSError in a sentence."
+    from medfusion.runs import run_option
     command = own_command(context)
     folder, given = open_run_folder(notebook, given, run)
     executed = ExecutedNotebook(folder)
     typer.echo(f'{notebook} runs; its results go to {folder}')
-    way = f'To go on: {command} --run {shlex.quote(folder.name)} -p resume=true' if 'run' in given else f'To begin again: {command}'
+    way = f'To go on: {command} {run_option(folder.name)} -p resume=true' if 'run' in given else f'To begin again: {command}'
     context.meta['kept'] = f'what was finished is kept in {folder}. {way}'
     try:
         execute(notebook, executed, given)

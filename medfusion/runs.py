@@ -11,7 +11,7 @@ __all__ = ['nbs_dir', 'resolve_path', 'Parameter', 'notebook_cells', 'notebook_p
            'CheckpointFiles', 'saved_epochs', 'run_folder', 'checkpoint_root', 'checkpoint_files', 'part_folders',
            'check_folders', 'listed_cases', 'named_cases', 'sides', 'divide', 'open_parts', 'split_of', 'write_history',
            'write_metadata', 'data_sha256', 'slices_sha256', 'git_revision', 'device_name', 'write_run', 'is_claimed',
-           'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint',
+           'check_record', 'of_first_version', 'read_run', 'find_run', 'recorded_root', 'run_checkpoint', 'run_option',
            'command_again', 'ways_out', 'needs_room', 'keeper_of', 'make_room', 'resume_settings', 'warn_of_changes',
            'Run', 'SharedRun', 'claim_places', 'open_run']
 
@@ -936,6 +936,12 @@ def run_checkpoint(folder: str | Path) -> Path:
                          'it.')
     return right[0]
 
+# %% ../nbs/09_runs.ipynb #f6517ecc
+def run_option(run: str) -> str:
+    "How a command that is proposed names a run: `--run NAME`, and behind torchrun, which takes that for an option of its own, `-p run=NAME`."
+    launched = 'LOCAL_RANK' in os.environ and '--processes' not in os.environ.get('MEDFUSION_COMMAND', '')
+    return f'{"-p run=" if launched else "--run "}{shlex.quote(run)}'
+
 # %% ../nbs/09_runs.ipynb #f1ac5eb6
 def command_again(notebook: str, parameters, **changes) -> str:
     """What to type to run a notebook again with other values: for `medfusion train`, papermill, or in JupyterLab.
@@ -947,7 +953,7 @@ def command_again(notebook: str, parameters, **changes) -> str:
     values = vars(parameters) | changes
     if 'MEDFUSION_COMMAND' in os.environ:
         options = [f'-p {name}={shlex.quote(str(value).lower())}' for name, value in changes.items() if name != 'run']
-        return ' '.join([os.environ['MEDFUSION_COMMAND'], '--run', shlex.quote(values['run']), *options])
+        return ' '.join([os.environ['MEDFUSION_COMMAND'], run_option(values['run']), *options])
     words = ['papermill', os.path.relpath(resolve_path(notebook)), f'{values["run"]}.ipynb']
     for name, parameter in notebook_parameters(notebook).items():
         value = values.get(name, parameter.default)

@@ -809,5 +809,9 @@ def test_the_command_that_goes_on(tmp_path, monkeypatch):
     done = CliRunner().invoke(papermill.cli.papermill, words[1:])
     assert done.exit_code == 0, done.output
     assert given_to['parameters'] == {'run': 'my run', 'lr': 0.2, 'cases': ['2'], 'name': '34', 'resume': True}
+    for command, launched, option in (('medfusion train toy', '', '--run'), ('medfusion train toy --processes 2', '0', '--run'), ('medfusion train toy', '0', '-p run=')):
+        monkeypatch.setenv('MEDFUSION_COMMAND', command)
+        monkeypatch.setenv('LOCAL_RANK', launched) if launched else monkeypatch.delenv('LOCAL_RANK', raising=False)
+        assert runs.command_again(toy, p, resume=True) == f"{command} {option} 'my run' -p resume=true".replace('= ', '=')     # torchrun takes --run for its own
     monkeypatch.setenv('JPY_SESSION_NAME', 'x')
     assert runs.command_again(toy, p, resume=True) == 'resume = True'
