@@ -333,7 +333,7 @@ def ray_engine(address: str | None = None):
     address, own = address or os.environ.get('RAY_ADDRESS'), not ray.is_initialized()
     here = {} if address else {'include_dashboard': False, 'object_store_memory': 2 ** 28, '_node_ip_address': '127.0.0.2' if sys.platform == 'linux' else None}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    logging.getLogger('ray.data').setLevel(logging.ERROR)
+    logging.getLogger('ray.data').setLevel(logging.CRITICAL)      # what went wrong is raised, too
     try:
         if own and address:
             check_answers(address)
@@ -341,6 +341,8 @@ def ray_engine(address: str | None = None):
             ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **here)
     except ConnectionError as error:
         raise ConnectionError(f'No Ray cluster answers at {address} ({error}); begin one by: ray start --head. Where it asks for a token, set RAY_AUTH_MODE=token.') from None
+    except RuntimeError as error:       # other versions of Ray or Python, no room for an engine
+        raise ConnectionError(f'Ray cannot be used {f"at {address}" if address else "here"} ({" ".join(str(error).split())}).') from None
     try:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():    # Ray puts its own in their place
@@ -352,7 +354,7 @@ def ray_engine(address: str | None = None):
 
 # %% ../nbs/29_engines.ipynb #6b3da464
 def run_on_ray(ray, plan: Plan, pairs: list[Pair], shares: tuple[int, int, int]):
-    "Yields what workers of Ray did of the pairs, as `Fuser` gives it, block by block. Raises what a worker raises."
+    "Yields what workers of Ray did of the pairs, as `Fuser` gives it, block by block. Raises what a worker raises, ConnectionError where Ray gives up."
     if not pairs:       # as in a shard of few
         return
     context, (workers, cores, gpus) = ray.data.DataContext.get_current(), shares
@@ -368,6 +370,9 @@ def run_on_ray(ray, plan: Plan, pairs: list[Pair], shares: tuple[int, int, int])
             yield from batch['done']
     except ray.exceptions.RayTaskError as error:
         raise error.cause or error from None
+    except ray.exceptions.RayError as error:        # where a worker cannot begin, or the cluster ends
+        raise ConnectionError(f'Ray gave up ({str(error).strip().splitlines()[-1]}); each machine of a cluster needs medfusion[ray] of this version, '
+                              'in the Python by which Ray was begun there. What was fused by then is kept.') from error
 
 # %% ../nbs/29_engines.ipynb #66acb33a
 def fuse_on_ray(ct_dir, mri_dir, out_dir, model='wavelet', device='auto', batch_size=8, replace=False, progress=True, value_range=None,

@@ -288,3 +288,35 @@ def test_where_no_cluster_is_ray_is_not_asked(monkeypatch, address, why):
     with pytest.raises(ConnectionError, match=re.escape(f'No Ray cluster answers at {address} (') + f'.*{why}.*begin one by: ray start --head'):
         with engines.ray_engine(address):
             pass
+
+
+def test_a_machine_without_the_package_is_a_sentence(tmp_path):
+    "Its worker cannot begin; Ray says so in pages."
+    class RayError(Exception):
+        pass
+
+    class Lost:
+        DataContext, ActorPoolStrategy = SimpleNamespace(get_current=SimpleNamespace), dict
+        from_blocks = map_batches = lambda self, *_, **__: self
+
+        def iter_batches(self, **_):
+            raise RayError('The actor died in its creation task, __init__() (pid=7)\n  File "serialization.py", line 595\nModuleNotFoundError: No module named \'medfusion\'\n')
+    root = write_slices(tmp_path, 1)
+    pairs, _ = pairs_in(*(store_of(root / side) for side in ('CT', 'MRI')))
+    ray = SimpleNamespace(data=Lost(), exceptions=SimpleNamespace(RayTaskError=KeyError, RayError=RayError))
+    with pytest.raises(ConnectionError, match="^Ray gave up .ModuleNotFoundError: No module named 'medfusion'.; each machine .* needs medfusion"):
+        list(run_on_ray(ray, SimpleNamespace(batch_size=8), pairs, (1, 1, 0)))
+
+
+def test_a_cluster_of_another_version_is_a_sentence(monkeypatch):
+    ray = ModuleType('ray')
+    ray.is_initialized = lambda: False
+    ray.shutdown = lambda: None
+
+    def init(*_, **__):
+        raise RuntimeError('Version mismatch: The cluster was started with:\n    Ray: 2.60.0\n    Python: 3.12.1')
+    ray.init = init
+    monkeypatch.setitem(sys.modules, 'ray', ray), monkeypatch.setitem(sys.modules, 'ray.data', ModuleType('ray.data'))
+    with pytest.raises(ConnectionError, match='^Ray cannot be used at auto .Version mismatch: The cluster was started with: Ray: 2.60.0 Python: 3.12.1.'):
+        with engines.ray_engine('auto'):
+            pass
