@@ -270,8 +270,8 @@ def test_the_headline_waits_for_all_folds(tmp_path, monkeypatch):
     assert 'Means over 8 patients' in text and 'recipes: [wavelet_shipped]"\n' in text and 'case 41' not in text
     assert '-y "recipes: [resnet_shipped]" -y "cases: [\'1,2\', \'3,4,5\', \'6,7\', \'8\']"' in text
     assert '| **wavelet** | 0.60 ± 0.02 |' in text and '| maximum | 0.55 ± 0.02 |' in text
-    assert 'ResNet against the maximum, within each patient: ahead in invented (in 8 of 8); behind in' in text
-    assert 'wavelet against the maximum, within each patient: ahead in EN (in 8 of 8)' in text and 'behind in invented (in 0 of 8)' in text
+    assert '* ResNet: ahead in invented (in 8 of 8); behind in' in text
+    assert '* wavelet: ahead in EN (in 8 of 8)' in text and 'behind in invented (in 0 of 8)' in text
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert len(replace_blocks(readme, {'patients': text}).splitlines()) <= 120
 
