@@ -298,8 +298,8 @@ def parallel(slices: list) -> list[list]:
 def telling_tags() -> tuple[str, ...]:
     "The tags that tell two volumes of one series apart, the likeliest first."
     return ('ImageType', 'ComplexImageComponent', 'EchoTime', 'EchoNumbers', 'ConvolutionKernel', 'TemporalPositionIdentifier', 'TemporalPositionIndex', 'DiffusionBValue',
-            'SequenceName', 'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber', 'StackID',
-            'SliceThickness')
+            'SequenceName', 'InversionTime', 'FlipAngle', 'KVP', 'ContrastBolusAgent', 'SeriesNumber', 'SeriesDescription', 'TriggerTime', 'AcquisitionNumber',
+            'FrameAcquisitionNumber', 'StackID', 'SliceThickness')
 
 # %% ../nbs/30_scans.ipynb #aedb6eb9
 def places(slices: list) -> np.ndarray:
@@ -536,14 +536,14 @@ class Series:
 def laid_between(slices: list) -> dict[str, list]:
     """Slices that are all apart as regular volumes of which one lies between the slices of another, told by a tag: {what tells the volume: slices}; {} where they are no such volumes.
 
-    Slices that step evenly together may have been acquired in turns: the number of an acquisition, a stack or a heartbeat then tells nothing."""
-    stack, counters = stacked(slices), ('AcquisitionNumber', 'StackID', 'TriggerTime')
+    Slices that step evenly together may have been acquired in turns: the number of an acquisition, a stack or a heartbeat, a thickness and the name of a sequence then tell nothing."""
+    stack, uncertain = stacked(slices), ('AcquisitionNumber', 'FrameAcquisitionNumber', 'StackID', 'TriggerTime', 'SliceThickness', 'SequenceName')
     for tag in telling_tags():
         parts, words = {}, [_words(one.header.get(tag)) for one in stack.slices]
         for word, one in zip(words, stack.slices):
             parts.setdefault(f'{tag} {word}', []).append(one)
         fewest, turns = min(map(len, parts.values())), sum(before != after for before, after in zip(words, words[1:]))
-        if len(parts) < 2 or fewest < 3 or turns < fewest or tag in counters and len(uneven_steps(stack)) < fewest - 1:
+        if len(parts) < 2 or fewest < 3 or turns < fewest or tag in uncertain and len(uneven_steps(stack)) < fewest - 1:
             continue
         if not any(fault_of_steps(stacked(part)) for part in parts.values()):
             return parts

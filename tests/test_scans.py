@@ -417,9 +417,10 @@ def test_volumes_whose_slices_lie_between_each_other_are_told_apart(tmp_path, ta
     assert scan.image.GetSize()[2] == 7 and '6 slice(s) of its series were left aside' in notes(scan)
 
 
-def test_a_volume_that_was_acquired_in_turns_is_one(tmp_path):
-    "Every other slice in another acquisition; also where the last but one is missing, which is then said."
-    slices = [made(place, AcquisitionNumber=1 + index % 2) for index, place in enumerate(stack_positions(10))]
+@pytest.mark.parametrize('tag, values', [('AcquisitionNumber', (1, 2)), ('SliceThickness', (3, 2.9999)), ('SequenceName', ('*tse2d1_15', '*tse2d1_16'))])
+def test_a_volume_that_was_acquired_in_turns_is_one(tmp_path, tag, values):
+    "Every other slice in another acquisition, or of a thickness that is rounded otherwise; also where the last but one is missing, which is then said."
+    slices = [made(place, **{tag: values[index % 2]}) for index, place in enumerate(stack_positions(10))]
     scan = read_scan(write(tmp_path / 'whole', slices))
     assert_right(scan)
     assert scan.image.GetSize()[2] == 10
@@ -968,6 +969,14 @@ def test_what_a_maker_keeps_of_a_frame_for_itself_is_not_believed(tmp_path):
         frame.private_block(0x2005, 'Philips MR Imaging DD 005', create=True).add_new(0x0f, 'SQ', [own])
     save(whole, tmp_path / 'all.dcm')
     assert_right(read_scan(tmp_path))
+
+
+def test_two_acquisitions_in_an_enhanced_file(tmp_path):
+    places = stack_positions(4)
+    numbers = [{'FrameAcquisitionNumber': number, 'StackID': '1'} for number in (1, 2) for _ in places]
+    save(enhanced([*places, *places], slopes=[.25] * 4 + [.5] * 4, modality='MR', FrameContentSequence=numbers), tmp_path / 'both.dcm')
+    assert_refused(tmp_path, '2 volumes', 'FrameAcquisitionNumber 1', 'FrameAcquisitionNumber 2')
+    assert_right(read_scan(tmp_path, series=2))
 
 
 def test_magnitude_and_phase_in_an_enhanced_file(tmp_path):
