@@ -10,10 +10,10 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first
            'Series', 'laid_between', 'judged', 'notes_on_parts', 'list_series', 'meant_values', 'in_hounsfield',
            'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened', 'protocol_facts',
            'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image', 'unpacked',
-           'nifti_header', 'nifti_forms', 'nifti_geometry', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of',
-           'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats',
-           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
-           'scan_table', 'table_text']
+           'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path',
+           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti',
+           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
+           'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -857,6 +857,14 @@ def nifti_geometry(name: str, header: dict) -> tuple[np.ndarray, list[str]]:
         notes = [f'Its sform and qform are up to {apart:.1f} mm apart; the sform was believed.'] if apart > .1 else []
     return chosen, notes
 
+# %% ../nbs/30_scans.ipynb #67665251
+def labels_in(values: np.ndarray) -> int:
+    "How many values a volume (slices, rows, columns) has, if it is a mask or labels: fewer than 50 that, from a dozen on, are mostly those of the next voxel too; else 0."
+    some = values[::max(values.size // 2_000_000, 1)]
+    count, pair = len(np.unique(some)), np.stack([some[..., 1:], some[..., :-1]])
+    same = (pair[0] == pair[1])[pair.max(0) > some.min()]
+    return count if 1 < count < 12 or 12 <= count < 50 and same.mean() > .6 else 0
+
 # %% ../nbs/30_scans.ipynb #6d3750da
 def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     "The scan of an image whose header says nothing but its geometry. Raises ValueError where it is no volume."
@@ -866,9 +874,8 @@ def image_scan(image: sitk.Image, name: str, notes=()) -> Scan:
     is_hu = in_hounsfield(sitk.GetArrayViewFromImage(image), _a_ct())
     image, filled = (image, []) if is_hu else without_fillings(image)
     told = 'air near −1000 says that it is a CT in HU' if is_hu else 'there is no air near −1000, so it is taken for no CT'
-    found = sitk.GetArrayViewFromImage(image).ravel()
-    count = len(np.unique(found[::max(found.size // 1_000_000, 1)]))
-    labels = [f'It has {count} values, as a mask or labels have that belong to a scan; give the scan itself.'] if 1 < count < 50 else []
+    count = labels_in(sitk.GetArrayViewFromImage(image))
+    labels = [f'It has {count} values, as a mask or labels have that belong to a scan; give the scan itself.'] if count else []
     return Scan(image, 'CT' if is_hu else '', '', is_hu, notes=[*notes, *more, *filled, *labels, f'Its file names no modality; {told}.'])
 
 

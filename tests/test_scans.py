@@ -1288,9 +1288,14 @@ def test_values_that_were_measured_are_no_filling(tmp_path, values):
 @pytest.mark.parametrize('count', [2, 40, 200])
 def test_a_file_of_labels_is_no_mri_without_a_word(tmp_path, count):
     "A mask lies beside the scan that it was drawn on, and its name is much the same; it was registered well, and fused."
-    values = np.arange(16 * 12 * 6).reshape(16, 12, 6) % count
-    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), values, kind=np.int16))
+    values = np.arange(32 * 12 * 6).reshape(6, 12, 32) // 4 % count
+    scan = read_scan(nifti(tmp_path / 'a.nii', turned(), values.T, kind=np.int16))
     assert (f'It has {count} values' in notes(scan) and 'a mask or labels' in notes(scan)) == (count < 50)
+
+
+def test_an_mri_of_few_grey_levels_is_not_called_labels(tmp_path):
+    values = np.random.default_rng(0).normal(20, 4, (16, 12, 6)).clip(0, 40).round()
+    assert 'labels' not in notes(read_scan(nifti(tmp_path / 'a.nii', turned(), values, kind=np.uint8)))
 
 
 def test_filling_in_dicom_that_no_header_tells(tmp_path):
