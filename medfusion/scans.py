@@ -7,10 +7,10 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first
            'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
            'telling_tags', 'places', 'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint',
            'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
-           'Series', 'laid_between', 'judged', 'notes_on_parts', 'list_series', 'meant_values', 'in_hounsfield',
-           'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened', 'protocol_facts',
-           'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image', 'unpacked',
-           'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path',
+           'Series', 'laid_between', 'judged', 'notes_on_parts', 'rejoined', 'list_series', 'meant_values',
+           'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened',
+           'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image',
+           'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path',
            'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti',
            'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
            'series_row', 'scan_table', 'table_text']
@@ -22,6 +22,7 @@ import re
 import tempfile
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -572,20 +573,43 @@ def notes_on_parts(others: list[Series]) -> list[str]:
     told += [(sum(len(other.slices) for other in others[3:]), f'{len(others) - 3} more such parts')] if len(others) > 3 else []
     return [f'{count} slice(s) of its series were left aside ({what}).' for count, what in told]
 
+# %% ../nbs/30_scans.ipynb #26fb6625
+def rejoined(slices: list) -> list[Series]:
+    "Slices that are each alone by their header as series: one where five and more differ in their identifiers only and are a regular stack of one patient, which a note tells; else each for itself."
+    alike, found = {}, []
+    for one in slices:
+        alike.setdefault((*(str(one.header.get(tag) or '') for tag in ('Modality', 'SeriesNumber', 'SeriesDescription')), *slice_group(one)[3:]), []).append(one)
+    for group in (group for some in alike.values() for group in parallel(some)):
+        several = {tag: len({str(one.header.get(tag) or '').strip() for one in group}) for tag in ('PatientID', 'SeriesInstanceUID', 'FrameOfReferenceUID', 'StudyInstanceUID')}
+        own = [tag for tag, count in several.items() if count == len(group) and tag != 'StudyInstanceUID']
+        parts = judged(group) if len(group) >= 5 and own and set(several.values()) <= {1, len(group)} else []
+        if parts and 'PatientID' not in own and not any(part.fault for part in parts):
+            for part in parts:
+                part.notes.append(f'Each of its {len(part.slices)} slices has a {" and a ".join(own)} of its own; they were joined, for together they are a regular stack.')
+            found += parts
+            continue
+        for part in (part for one in group for part in judged([one])):
+            if parts and 'it is one slice' in part.fault:
+                part.fault = (f'it is one slice, and each of the {len(group)} like it has a {" and a ".join(own)} of its own, as programs leave them that make headers anonymous file by file; '
+                              'do that again so that slices of one series keep what they share')
+            found.append(part)
+    return found
+
 # %% ../nbs/30_scans.ipynb #fcde4ca3
 def list_series(path) -> tuple[list[Series], Folder]:
     "The series of a folder or file of DICOM, numbered from 1 and the largest volumes first, and what else was found there."
     found, groups = find_slices(path), {}
     for one in found.slices:
         groups.setdefault(slice_group(one), []).append(one)
-    series = [part for slices in groups.values() for group in parallel(slices) for part in judged(group)]
+    alone = [slices.pop() for slices in groups.values() if len(slices) == 1]
+    series = [part for slices in groups.values() for group in parallel(slices) for part in judged(group)] + rejoined(alone)
     series.sort(key=lambda one: (not one.is_volume, -len(one.slices) * one.header.Rows * one.header.Columns, one.name))
     parts = {}
     for one in series:
         parts.setdefault(series_key(one.header), []).append(one)
     for number, one in enumerate(series, start=1):
         one.number = number
-        one.notes += notes_on_parts([other for other in parts[series_key(one.header)] if other is not one])
+        one.notes += notes_on_parts([other for other in parts[series_key(one.header)] if other is not one and not other.fault == one.fault != ''])
         one.broken = [f'{sentence}.' for sentence in found.broken]
     return series, found
 
@@ -994,7 +1018,8 @@ def format_reader(path) -> Callable | None:
 # %% ../nbs/30_scans.ipynb #17ea827e
 def nothing_sentence(path, found: Folder, series: list) -> str:
     "Why there is no volume at a path, in a sentence."
-    refused = '; '.join(f'{one.name}, {len(one.slices)} slice(s): {one.fault}' for one in series[:5])
+    said = Counter((one.name, len(one.slices), one.fault) for one in series)
+    refused = '; '.join(f'{name}, {f"{times} × " * (times > 1)}{count} slice(s): {fault}' for (name, count, fault), times in list(said.items())[:5])
     others = f'It holds {len(found.others)} DICOM file(s) that are no scans ({", ".join(sorted(set(found.others)))}). ' if found.others else ''
     there = sorted(file for file in Path(path).glob('[!.]*') if file.exists()) if Path(path).is_dir() else [Path(path)]
     files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (

@@ -484,6 +484,34 @@ def test_slices_of_two_patients_are_never_one_volume(tmp_path):
     assert_refused(tmp_path, '2 volumes')
 
 
+OWN_NUMBERS = [('SeriesInstanceUID',), ('FrameOfReferenceUID',), ('SeriesInstanceUID', 'FrameOfReferenceUID', 'StudyInstanceUID')]
+
+
+@pytest.mark.parametrize('tags', OWN_NUMBERS, ids=str)
+def test_slices_with_a_number_of_their_own_each_are_joined_where_they_are_a_stack(tmp_path, tags):
+    "As a program leaves them that makes headers anonymous file by file; each was one slice, and the sentence said to name the folder that holds the others."
+    slices = [made(place, **{tag: f'1.7.{number}.{index}' for number, tag in enumerate(tags)}) for index, place in enumerate(stack_positions())]
+    scan = read_scan(write(tmp_path / 'whole', slices))
+    assert_right(scan)
+    assert scan.image.GetSize()[2] == 6 and 'Each of its 6 slices has' in notes(scan) and all(tag in notes(scan) for tag in tags[:2]) and len(scan.notes) == 1
+    assert_refused(write(tmp_path / 'gap', slices[:3] + slices[4:]), 'it is one slice', tags[0], 'anonymous', 'keep')
+    assert len(scan_table(tmp_path / 'gap')) == 5 and 'left aside' not in scan_table(tmp_path / 'gap')[0]['notes']
+
+
+@pytest.mark.parametrize('tag, told', [('PatientID', True), ('SeriesDescription', False), ('SeriesNumber', False), ('SOPInstanceUID', False)])
+def test_slices_of_other_patients_or_series_are_not_joined(tmp_path, tag, told):
+    values = [11 + index for index in range(6)] if tag == 'SeriesNumber' else [f'1.{index}' for index in range(6)]
+    folder = write(tmp_path, [made(place, **{'SeriesInstanceUID': f'1.7.{index}', tag: values[index]}) for index, place in enumerate(stack_positions())])
+    if tag == 'SOPInstanceUID':
+        assert_right(read_scan(folder))
+        for mixed in ('PatientID', 'FrameOfReferenceUID', 'StudyInstanceUID'):
+            assert_refused(write(tmp_path / mixed, [made(place, **{'SeriesInstanceUID': f'1.8.{index}', mixed: f'1.9.{index % 2}'}) for index, place in enumerate(stack_positions())]), 'it is one slice')
+    else:
+        text = assert_refused(folder, 'it is one slice')
+        assert (text.count('it is one slice') == 1 and 'CT head, 6 × 1 slice(s)' in text) == (tag != 'SeriesDescription')
+        assert ('PatientID' in text) == told
+
+
 def test_a_series_that_is_wanted_where_there_is_none_is_told_why(tmp_path):
     assert_refused(write(tmp_path / 'one', [made(stack_positions()[0])]), 'it is one slice', series='head')
     (tmp_path / 'two').mkdir()
