@@ -235,6 +235,10 @@ def files_in(folder) -> list[Path]:
             folders.clear()                          # a way that was gone already, or leads back up without an end
             continue
         known.add(real)
+        if not os.access(place, os.X_OK):
+            found[real] = Path(place)                # its files have names, and cannot be opened
+            folders.clear()
+            continue
         folders.sort()
         for file in (Path(place, name) for name in names):
             if file.is_file() or file.is_symlink() and not file.exists():
@@ -245,16 +249,17 @@ def files_in(folder) -> list[Path]:
 # %% ../nbs/30_scans.ipynb #0bcf9c55
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
-    path, found = Path(path), Folder([], [], [])
+    path, found, rest = Path(path), Folder([], [], []), []
     if not (path.is_dir() or path.is_file()):       # a pipe or a device would be read without an end
         raise FileNotFoundError(missing_sentence(path, 'folder or file'))
     for file in files_in(path) if path.is_dir() else [path]:
         try:
-            if not file.exists():
-                raise ValueError(f'{file.name} is a link to a file that is not there')
+            if file.is_dir() or not file.exists():
+                raise ValueError(f'{file.name} is ' + ('a folder that may not be looked into; see to it that you may enter it and read it' if file.is_dir() else 'a link to a file that is not there'))
             if (header := dicom_header(file)) is None:
                 if file.suffix.lower() in ('.dcm', '.ima') and file.name[0] != '.':
                     raise ValueError(f'{file.name} is no DICOM file, though it is called one; where it is empty, copy it again')
+                rest.append(file)
                 continue
             storage = pydicom.uid.UID(str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', ''))).name
             if header.get('Modality') in ('SEG', 'RTDOSE', 'RTSTRUCT', 'RTPLAN', 'RTIMAGE', 'PR', 'SR', 'KO', 'REG', 'DOC'):
@@ -267,7 +272,13 @@ def find_slices(path) -> Folder:
                 found.others.append(str(header.get('Modality') or storage))
         except ValueError as error:
             found.broken.append(str(error))
+    known = {_pattern(one.path) for one in found.slices}
+    found.broken.extend(f'{file.name} is no DICOM file, though it is named as those beside it are; copy it again' for file in rest if _pattern(file) in known)
     return found
+
+
+def _pattern(file):
+    return file.parent, re.sub(r'\d+', '0', file.name)
 
 # %% ../nbs/30_scans.ipynb #96554e0b
 def series_key(header) -> tuple:
@@ -1021,7 +1032,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     said = Counter((one.name, len(one.slices), one.fault) for one in series)
     refused = '; '.join(f'{name}, {f"{times} × " * (times > 1)}{count} slice(s): {fault}' for (name, count, fault), times in list(said.items())[:5])
     others = f'It holds {len(found.others)} DICOM file(s) that are no scans ({", ".join(sorted(set(found.others)))}). ' if found.others else ''
-    there = sorted(file for file in Path(path).glob('[!.]*') if file.exists()) if Path(path).is_dir() else [Path(path)]
+    there = [file for file in files_in(path) if file.parent == Path(path) and file.name[0] != '.' and file.exists()] if Path(path).is_dir() else [Path(path)]
     files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (
         format_reader, lambda file: file.suffix.lower() in ('.zip', '.gz', '.tgz', '.tar', '.bz2', '.xz', '.7z', '.rar'), lambda file: file.suffix.lower() in ('.hdr', '.img')))
     broken = ' '.join(f'{sentence}.' for sentence in found.broken[:5])

@@ -187,11 +187,22 @@ def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path, monkeypatch):
             raise PermissionError(13, 'Permission denied', str(place))
         return look(place)
     monkeypatch.setattr(os, 'scandir', scandir)
-    assert 'closed cannot be read' in scan_table(tmp_path)[0]['notes']
+    assert 'closed is a folder that may not be looked into' in scan_table(tmp_path)[0]['notes']
     scan = read_scan(tmp_path)
     assert_right(scan)
     assert notes(scan) == '1 file(s) beside it could not be read and were left out.'
-    assert_refused(tmp_path / 'closed', 'holds no DICOM images', 'closed cannot be read')
+    assert_refused(tmp_path / 'closed', 'holds no DICOM images', 'closed is a folder that may not be looked into')
+
+
+def test_a_folder_whose_files_may_be_listed_and_not_opened_is_told(tmp_path, monkeypatch):
+    "With the right to read and none to enter: the table of the whole folder was an error that was not foreseen."
+    write(tmp_path / 'seen', [made(place) for place in stack_positions()])
+    write(tmp_path / 'closed', [made(place, SeriesInstanceUID='1.2.9') for place in stack_positions()])
+    ask = os.access
+    monkeypatch.setattr(os, 'access', lambda place, mode: not str(place).endswith('closed') and ask(place, mode))
+    assert 'closed is a folder that may not be looked into; see to it that you may enter it' in scan_table(tmp_path)[0]['notes']
+    assert_right(read_scan(tmp_path))
+    assert_refused(tmp_path / 'closed', 'holds no DICOM images', 'closed is a folder that may not be looked into')
 
 
 def test_links_that_lead_nowhere_are_told(tmp_path):
@@ -1035,6 +1046,17 @@ def test_frames_without_positions(tmp_path):
 
 
 # Broken files
+
+@pytest.mark.parametrize('content', [b'', b'\0' * 4096], ids=['empty', 'zeros'])
+def test_a_file_that_is_named_as_the_slices_beside_it_and_is_none_is_told(tmp_path, content):
+    "As a copy that was broken off leaves it; where it was the last slice, that was missing without a word."
+    for index, place in enumerate(stack_positions()):
+        save(made(place), tmp_path / f'IM{index:04d}')
+    for name in ('IM0006', 'DONE', 'notes1', 'IM0006.txt'):
+        (tmp_path / name).write_bytes(content)
+    assert 'IM0006 is no DICOM file, though it is named as those beside it are; copy it again' in scan_table(tmp_path)[0]['notes']
+    assert notes(read_scan(tmp_path)) == '1 file(s) beside it could not be read and were left out.'
+
 
 @pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, RLELossless])
 def test_a_file_cut_off_in_its_pixels_is_named(tmp_path, syntax):
