@@ -7,7 +7,7 @@ __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first
            'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
            'telling_tags', 'places', 'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint',
            'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
-           'Series', 'laid_between', 'judged', 'notes_on_parts', 'rejoined', 'list_series', 'meant_values',
+           'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts', 'rejoined', 'list_series', 'meant_values',
            'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened',
            'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image',
            'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path',
@@ -577,6 +577,12 @@ def judged(slices: list, told='') -> list[Series]:
         found.append(Series(stack.slices, label, fault, 'fill_gaps' in fault, list(notes)))
     return found
 
+# %% ../nbs/30_scans.ipynb #d131b27d
+def few_of(broken: list[str]) -> list[str]:
+    "The first three of the sentences on files that cannot be read, and how many more there are."
+    more = len(broken) - 3
+    return broken[:3] + ([f'{more} more file{"s" * (more > 1)} cannot be read.'] if more > 0 else [])
+
 # %% ../nbs/30_scans.ipynb #fe5c9d6e
 def notes_on_parts(others: list[Series]) -> list[str]:
     "Sentences on the other parts of a series that was split: on each of three, and one on all the rest, which may be hundreds."
@@ -778,7 +784,7 @@ def notes_on_stack(stack: Stack, filled: bool) -> list[str]:
 def read_series(series: Series, fill_gaps: bool = False) -> Scan:
     "The scan of one series. Raises ValueError, naming series and place, where it is no volume, or has gaps that are not to be filled."
     if series.fault and not (series.gaps and fill_gaps):
-        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes, *series.broken]))
+        raise ValueError(' '.join([f'Series {series.number} ({series.name}) is not read: {series.fault}.', *series.notes, *few_of(series.broken)]))
     stack, header = stacked(series.slices), series.slices[0].header
     outside = -1000. if header.get('Modality') == 'CT' else 0.
     try:
@@ -1035,7 +1041,7 @@ def nothing_sentence(path, found: Folder, series: list) -> str:
     there = [file for file in files_in(path) if file.parent == Path(path) and file.name[0] != '.' and file.exists()] if Path(path).is_dir() else [Path(path)]
     files, packed, halves = (', '.join([file.name for file in there if meant(file)][:5]) for meant in (
         format_reader, lambda file: file.suffix.lower() in ('.zip', '.gz', '.tgz', '.tar', '.bz2', '.xz', '.7z', '.rar'), lambda file: file.suffix.lower() in ('.hdr', '.img')))
-    broken = ' '.join(f'{sentence}.' for sentence in found.broken[:5])
+    broken = ' '.join(few_of([f'{sentence}.' for sentence in found.broken]))
     hint = (f'Name one of its files: {files}.' if files else f'Unpack {packed} first.' if packed else
             f'{halves}: a pair (.hdr and .img) is not read; convert it to one file (.nii).' if halves else 'Give a folder of DICOM files, or a NIfTI, NRRD or MetaImage file.')
     what = f'{path} holds no volume: {refused}.' if series else f'{path} holds no DICOM images.'
@@ -1100,7 +1106,7 @@ def series_row(one: Series, root) -> dict:
         stack = stacked(one.slices)
         row['spacing'] = '×'.join(f'{s:.3g}' for s in (*one.slices[0].numbers('PixelSpacing', 2)[::-1], stack.step))
         notes += notes_on_stack(stack, False)
-    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes, *one.broken]) or 'whole'}
+    return row | {'notes': ' '.join([*notes, *notes_on_header(header), *one.notes, *few_of(one.broken)]) or 'whole'}
 
 # %% ../nbs/30_scans.ipynb #005b6ae5
 def scan_table(path) -> list[dict]:

@@ -1047,6 +1047,19 @@ def test_frames_without_positions(tmp_path):
 
 # Broken files
 
+def test_of_many_broken_files_a_few_are_named(tmp_path):
+    "As on a scratched CD: each row of the table had hundreds of sentences."
+    write(tmp_path, [made(place) for place in stack_positions()])
+    for index in range(40):
+        (tmp_path / f'bad{index:02d}.dcm').write_bytes(b'')
+    told = scan_table(tmp_path)[0]['notes']
+    assert told.count('is no DICOM file') == 3 and 'bad00.dcm' in told and told.endswith('37 more files cannot be read.')
+    assert notes(read_scan(tmp_path)) == '40 file(s) beside it could not be read and were left out.'
+    for one in tmp_path.glob('0*'):
+        one.unlink()
+    assert '37 more files cannot be read.' in assert_refused(tmp_path, 'holds no DICOM images', 'bad02.dcm')
+
+
 @pytest.mark.parametrize('content', [b'', b'\0' * 4096], ids=['empty', 'zeros'])
 def test_a_file_that_is_named_as_the_slices_beside_it_and_is_none_is_told(tmp_path, content):
     "As a copy that was broken off leaves it; where it was the last slice, that was missing without a word."
