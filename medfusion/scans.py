@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first_bytes', 'dicom_header', 'flat_frames', 'Slice',
            'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
-           'telling_tags', 'places', 'are_apart', 'told_apart', 'decoded', 'stored_frames', 'fingerprint',
-           'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps',
-           'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts', 'rejoined', 'list_series', 'meant_values',
-           'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step', 'evened',
-           'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image',
-           'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path',
-           'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti',
-           'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in',
-           'series_row', 'scan_table', 'table_text']
+           'telling_tags', 'places', 'are_apart', 'in_succession', 'told_apart', 'decoded', 'stored_frames',
+           'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry',
+           'fault_of_steps', 'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts', 'rejoined', 'list_series',
+           'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step',
+           'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles',
+           'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan',
+           'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
+           'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan',
+           'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -324,9 +324,19 @@ def are_apart(slices: list) -> bool:
     steps = np.diff(np.sort(places(slices)))
     return bool((steps > .01).all())
 
+# %% ../nbs/30_scans.ipynb #467dc050
+def in_succession(slices: list) -> dict[str, list]:
+    "The slices as volumes that were acquired one after the other, each at all places, by the time of each slice: {which of how many: slices}; {} where they are not."
+    time = lambda one: f'{one.header.get("AcquisitionDate") or ""} {one.header.get("AcquisitionTime") or ""}'
+    count = 1 + int((np.diff(np.sort(places(slices))) > .01).sum())                 # places
+    order = sorted(slices, key=time)
+    volumes = [order[start:start + count] for start in range(0, len(order), count)]
+    whole = len(order) % count == 0 and all(map(are_apart, volumes)) and all(time(before[-1]) < time(after[0]) for before, after in zip(volumes, volumes[1:]))
+    return {f'{number} of {len(volumes)} by AcquisitionTime': volume for number, volume in enumerate(volumes, start=1)} if whole and count > 1 < len(volumes) else {}
+
 # %% ../nbs/30_scans.ipynb #88dba005
 def told_apart(slices: list) -> dict[str, list]:
-    "The slices as volumes in each of which no place is taken twice, by a tag or two: {what tells the volume: slices}; {'': slices} where none does."
+    "The slices as volumes in each of which no place is taken twice, by a tag or two, or one after the other in time: {what tells the volume: slices}; {'': slices} where nothing does."
     tags, found = telling_tags(), {}
     text = lambda one, names: ', '.join(f'{name} {_words(one.header.get(name))}' for name in names)
     for names in [(name,) for name in tags] + [(a, b) for a in tags for b in tags if a < b]:
@@ -335,7 +345,7 @@ def told_apart(slices: list) -> dict[str, list]:
             found.setdefault(text(one, names), []).append(one)
         if len(found) > 1 and all(map(are_apart, found.values())) and max(map(len, found.values())) > 1:
             return found
-    return {'': slices}
+    return in_succession(slices) or {'': slices}
 
 
 def _words(value):

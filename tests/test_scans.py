@@ -397,6 +397,21 @@ def test_two_stacks_of_other_thickness_that_share_a_slice_are_told_apart(tmp_pat
     assert read_scan(tmp_path, series='SliceThickness 5').image.GetSpacing()[2] == 5
 
 
+@pytest.mark.parametrize('each', [0, .125], ids=['a volume at once', 'slice by slice'])
+def test_volumes_one_after_the_other_are_told_apart_by_their_time(tmp_path, each):
+    "As a CT perfusion whose volumes no other tag tells apart; what to do, the sentence said, was to remove the others by hand."
+    moments = [(volume, index, place) for volume in range(3) for index, place in enumerate(stack_positions())]
+    slices = [made(place, slope=.25 * (volume + 1), AcquisitionTime=f'1012{5 * volume + each * index:06.3f}') for volume, index, place in moments]
+    assert_refused(write(tmp_path / 'perfusion', slices), '3 volumes', '1 of 3 by AcquisitionTime', '3 of 3 by AcquisitionTime')
+    scan = read_scan(tmp_path / 'perfusion', series='2 of 3')
+    assert_right(scan)
+    assert {float(one.RescaleSlope) for one in scan.reference} == {.5}
+    assert_refused(write(tmp_path / 'less', slices[:-1]), 'no tag tells them apart')
+    for one in slices[6:]:
+        one.AcquisitionTime = '101200.000'
+    assert_refused(write(tmp_path / 'mixed', slices), 'no tag tells them apart')
+
+
 def test_of_many_volumes_in_one_series_each_tells_of_a_few(tmp_path):
     for number in range(7):
         write(tmp_path / str(number), [made(place, values=np.full(SHAPE, 9. * number), EchoTime=10 + number) for place in stack_positions(3)])
