@@ -450,11 +450,17 @@ class Stack(NamedTuple):
 
 # %% ../nbs/30_scans.ipynb #8eb3dc5c
 def stacked(slices: list) -> Stack:
-    "The slices from the lowest place along the normal to the highest."
+    "The slices from the lowest place along the normal to the highest. Where they lean by less than 0.1°, as by an orientation of three decimals, the axes are turned by it."
     axes = np.mean([one.axes for one in slices], 0)
     axes = np.linalg.svd(axes)[0] @ np.linalg.svd(axes)[2]
     positions = np.array([one.position for one in slices])
     order = np.argsort(positions @ axes[:, 2])
+    rise = (positions[order] - positions[order[0]]) @ axes
+    lean = rise[:, 2] @ rise / max(rise[:, 2] @ rise[:, 2], 1e-9)
+    if np.abs(lean[:2]).max() * rise[-1, 2] > .1 and np.hypot(*lean[:2]) < np.deg2rad(.1):
+        normal = axes @ lean / np.linalg.norm(lean)
+        down = np.cross(normal, axes[:, 0]) / np.linalg.norm(np.cross(normal, axes[:, 0]))
+        axes = np.stack([np.cross(down, normal), down, normal], 1)
     local = positions[order] @ axes
     return Stack([slices[index] for index in order], axes, local[:, 2], local[:, :2] - local[0, :2])
 

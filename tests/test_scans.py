@@ -19,6 +19,7 @@ from pydicom.uid import (CTImageStorage, DeflatedExplicitVRLittleEndian, Enhance
                          ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, generate_uid)
 
 from scipy.ndimage import binary_erosion
+from scipy.spatial.transform import Rotation
 
 from medfusion import scans
 from medfusion.scans import Scan, check_pair, decoded, dicom_header, list_series, read_scan, scan_table
@@ -140,6 +141,18 @@ def test_an_orientation_of_three_decimals_is_one(tmp_path):
     orientation = [.893, -.41, .185, .449, .805, -.386]
     assert_right(read_scan(write(tmp_path / 'a', [made(place, orientation) for place in stack_positions(orientation=orientation)])))
     assert_refused(write(tmp_path / 'b', [made(place, [1, 0, 0, .004, 1, 0]) for place in stack_positions()]), 'no valid ImageOrientationPatient')
+
+
+def test_an_orientation_of_three_decimals_does_not_lean(tmp_path):
+    "Over a whole head its rounding moves the last slice by more than 0.1 mm: the stack was said to lean by 0.0°, and resampled."
+    exact = Rotation.from_euler('xyz', (21, -19, -1), degrees=True).as_matrix()
+    slices = [made(np.array([-8., -6., 0.]) + 5. * index * exact[:, 2], (*exact[:, 0], *exact[:, 1])) for index in range(40)]
+    for one in slices:
+        one.ImageOrientationPatient = [round(float(x), 3) for x in one.ImageOrientationPatient]
+    scan = read_scan(write(tmp_path, slices))
+    assert_right(scan)
+    assert scan.image.GetSize() == (16, 12, 40) and not scan.notes
+    np.testing.assert_allclose(np.reshape(scan.image.GetDirection(), (3, 3))[:, 2], exact[:, 2], atol=1e-6)
 
 
 def test_other_files_are_ignored_and_the_folder_is_searched_whole(tmp_path):
