@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first_bytes', 'dicom_header', 'flat_frames', 'Slice',
            'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
-           'telling_tags', 'places', 'are_apart', 'in_succession', 'told_apart', 'decoded', 'stored_frames',
-           'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of', 'fault_of_geometry',
-           'fault_of_steps', 'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts', 'rejoined', 'list_series',
-           'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed', 'read_slices', 'even_step',
-           'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series', 'check_right_angles',
-           'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan',
-           'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti',
-           'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan',
-           'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
+           'telling_tags', 'places', 'are_apart', 'share_places', 'in_succession', 'told_apart', 'decoded',
+           'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
+           'fault_of_geometry', 'fault_of_steps', 'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts',
+           'rejoined', 'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed',
+           'read_slices', 'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
+           'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
+           'labels_in', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file',
+           'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
+           'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -324,6 +324,15 @@ def are_apart(slices: list) -> bool:
     steps = np.diff(np.sort(places(slices)))
     return bool((steps > .01).all())
 
+# %% ../nbs/30_scans.ipynb #69995215
+def share_places(volumes: list[list]) -> bool:
+    "Whether each of some volumes of one orientation (two slices and more) has a place in common with another, as the rotations that make up one volume have not."
+    where, number = places([one for volume in volumes for one in volume]), np.repeat(np.arange(len(volumes)), list(map(len, volumes)))
+    order = np.argsort(where)
+    near = np.diff(where[order]) <= .01
+    shared = {*number[order][1:][near], *number[order][:-1][near]}
+    return all(index in shared for index, volume in enumerate(volumes) if len(volume) > 1)
+
 # %% ../nbs/30_scans.ipynb #467dc050
 def in_succession(slices: list) -> dict[str, list]:
     "The slices as volumes that were acquired one after the other, each at all places, by the time of each slice: {which of how many: slices}; {} where they are not."
@@ -337,13 +346,14 @@ def in_succession(slices: list) -> dict[str, list]:
 # %% ../nbs/30_scans.ipynb #88dba005
 def told_apart(slices: list) -> dict[str, list]:
     "The slices as volumes in each of which no place is taken twice, by a tag or two, or one after the other in time: {what tells the volume: slices}; {'': slices} where nothing does."
-    tags, found = telling_tags(), {}
+    tags, counters, found = telling_tags(), {'AcquisitionNumber', 'FrameAcquisitionNumber', 'TriggerTime', 'SliceThickness'}, {}
     text = lambda one, names: ', '.join(f'{name} {_words(one.header.get(name))}' for name in names)
     for names in [(name,) for name in tags] + [(a, b) for a in tags for b in tags if a < b]:
         found = {}
         for one in slices:
             found.setdefault(text(one, names), []).append(one)
-        if len(found) > 1 and all(map(are_apart, found.values())) and max(map(len, found.values())) > 1:
+        whole = len(found) > 1 and all(map(are_apart, found.values())) and max(map(len, found.values())) > 1
+        if whole and (counters.isdisjoint(names) or share_places(list(found.values()))):
             return found
     return in_succession(slices) or {'': slices}
 

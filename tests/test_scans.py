@@ -380,6 +380,15 @@ def test_two_volumes_in_one_series_are_told_apart(tmp_path, tag, one, other):
     np.testing.assert_allclose(np.abs(found[0] - found[1]), 1)
 
 
+@pytest.mark.parametrize('again', [range(4, 8), [5]], ids=['a rotation', 'a slice'])
+def test_a_volume_is_not_split_into_its_rotations_because_one_was_repeated(tmp_path, again):
+    "As a sequential CT after the head moved: it was called three volumes of four slices each, to choose one of."
+    places = stack_positions(12)
+    slices = [made(place, AcquisitionNumber=index // 4) for index, place in enumerate(places)]
+    repeated = [made(places[index], slope=.5, AcquisitionNumber=3) for index in again]
+    assert_refused(write(tmp_path, slices + repeated), f'{len(again)} of its places are taken twice', f'the first at {3 * again[0]:.1f} mm')
+
+
 @pytest.mark.parametrize('tag, one, other', [('SeriesNumber', 4, 5), ('SeriesDescription', 'plain', 'contrast')])
 def test_two_series_of_one_uid_are_told_apart(tmp_path, tag, one, other):
     "As a program leaves them that makes headers anonymous: no tag told them apart, the sentence said."
