@@ -388,7 +388,7 @@ def notes_on_scans(ct: Scan, scans: dict, different_patients: bool = False) -> l
     Raises ValueError where they are not one CT in HU and different MRIs of its patient, in this order; see `check_pair`."""
     if not ct.is_hu:
         swapped = ct.modality == 'MR' or any(one.is_hu or one.modality == 'CT' for one in scans.values()) and ct.modality != 'CT'
-        remedy = ('the order is CT, then MRI' if swapped else 'export it with its rescale values' if ct.modality else
+        remedy = ('the order is CT, then MRI' if swapped else 'export it with its rescale values, and neither cut out nor clipped to a window: air near −1000 is looked for' if ct.modality else
                   'there is no air near −1000 in it, by which a file without a header is known; give it with its air, or, where the head was cut out, set what is around it to −1000')
         raise ValueError(f'The {"first scan" if swapped else "CT"} ({ct.description or "no description"}) is not in Hounsfield units, so no window can be chosen; {remedy}.')
     for one in (ct, *scans.values()):

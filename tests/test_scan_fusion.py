@@ -354,7 +354,7 @@ def test_what_is_refused_is_refused_in_a_sentence(scans):
             scan_fusion(ct, mri, **{'model': 'maximum', 'registered': True} | wrong)
     for pair, words in (((mri, mri), 't1 space.*Hounsfield.*order is CT, then MRI'), ((mri, ct), 't1 space.*order is CT, then MRI'),
                         ((ct, ct), 'thin bone.*order is CT, then MRI'), ((Scan(mri.image, '', 'x'), ct), 'order is CT, then MRI'),
-                        ((Scan(mri.image, 'CT', 'x'), mri), 'export it with its rescale values'),
+                        ((Scan(mri.image, 'CT', 'x'), mri), 'export it with its rescale values, and neither cut out nor clipped to a window: air near −1000 is looked for'),
                         ((Scan(sitk.Clamp(ct.image, sitk.sitkFloat32, 0, 90), '', 'brain alone'), mri), 'no air.*set what is around it to −1000'),
                         ((ct, {'t1': mri, 't2': Scan(mri.image, 'MR', 'copy')}), 't1 .t1 space. and t2 .copy. .*one and the same')):
         with pytest.raises(ValueError, match=words):
