@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Scan', 'plane_of', 'shape_text', 'patient_key', 'check_pair', 'first_bytes', 'dicom_header', 'flat_frames', 'Slice',
-           'Folder', 'ge_component', 'file_slices', 'files_in', 'find_slices', 'series_key', 'slice_group', 'parallel',
-           'telling_tags', 'places', 'are_apart', 'share_places', 'in_succession', 'told_apart', 'decoded',
-           'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked', 'uneven_steps', 'drift_of',
-           'fault_of_geometry', 'fault_of_steps', 'Series', 'laid_between', 'judged', 'few_of', 'notes_on_parts',
-           'rejoined', 'list_series', 'meant_values', 'in_hounsfield', 'fillings', 'without_fillings', 'placed',
-           'read_slices', 'even_step', 'evened', 'protocol_facts', 'notes_on_header', 'notes_on_stack', 'read_series',
-           'check_right_angles', 'upright_image', 'unpacked', 'nifti_header', 'nifti_forms', 'nifti_geometry',
-           'labels_in', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of', 'says_how_it_lies', 'read_image_file',
-           'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats', 'format_reader', 'nothing_sentence',
-           'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row', 'scan_table', 'table_text']
+           'Folder', 'ge_component', 'file_slices', 'files_in', 'name_pattern', 'find_slices', 'series_key',
+           'slice_group', 'parallel', 'telling_tags', 'places', 'are_apart', 'share_places', 'in_succession',
+           'told_apart', 'decoded', 'stored_frames', 'fingerprint', 'without_copies', 'Stack', 'stacked',
+           'uneven_steps', 'drift_of', 'fault_of_geometry', 'fault_of_steps', 'Series', 'laid_between', 'judged',
+           'few_of', 'notes_on_parts', 'rejoined', 'list_series', 'meant_values', 'in_hounsfield', 'fillings',
+           'without_fillings', 'placed', 'read_slices', 'even_step', 'evened', 'protocol_facts', 'notes_on_header',
+           'notes_on_stack', 'read_series', 'check_right_angles', 'upright_image', 'unpacked', 'nifti_header',
+           'nifti_forms', 'nifti_geometry', 'labels_in', 'image_scan', 'as_mri', 'itk_path', 'read_pixels_of',
+           'says_how_it_lies', 'read_image_file', 'nifti_values', 'read_nifti', 'write_nifti', 'volume_formats',
+           'format_reader', 'nothing_sentence', 'chosen_series', 'read_scan', 'scan_row', 'where_in', 'series_row',
+           'scan_table', 'table_text']
 
 # %% ../nbs/30_scans.ipynb #e2a6b05f
 import gzip
@@ -246,6 +247,11 @@ def files_in(folder) -> list[Path]:
                 found[aim] = min(found.get(aim, file), file, key=lambda one: (one.is_symlink(), one))
     return sorted(found.values())
 
+# %% ../nbs/30_scans.ipynb #1e38ae02
+def name_pattern(file: Path) -> tuple:
+    "What the names of a series of files in one folder have in common: the folder, and the name with 0 for each number in it."
+    return file.parent, re.sub(r'\d+', '0', file.name)
+
 # %% ../nbs/30_scans.ipynb #0bcf9c55
 def find_slices(path) -> Folder:
     "All DICOM slices of a folder and the folders in it, or of one file; what is not DICOM is ignored."
@@ -272,13 +278,9 @@ def find_slices(path) -> Folder:
                 found.others.append(str(header.get('Modality') or storage))
         except ValueError as error:
             found.broken.append(str(error))
-    known = {_pattern(one.path) for one in found.slices}
-    found.broken.extend(f'{file.name} is no DICOM file, though it is named as those beside it are; copy it again' for file in rest if _pattern(file) in known)
+    known = {name_pattern(one.path) for one in found.slices}
+    found.broken.extend(f'{file.name} is no DICOM file, though it is named as those beside it are; copy it again' for file in rest if name_pattern(file) in known)
     return found
-
-
-def _pattern(file):
-    return file.parent, re.sub(r'\d+', '0', file.name)
 
 # %% ../nbs/30_scans.ipynb #96554e0b
 def series_key(header) -> tuple:
