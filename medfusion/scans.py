@@ -526,8 +526,8 @@ def fault_of_steps(stack: Stack) -> str:
         twice = heights[:-1][np.diff(heights) <= .01]
         if heights[-1] - heights[0] <= .01:
             return f'all its slices are at one place, {heights[0]:.1f} mm; it is no volume'
-        return (f'{len(twice)} of its places are taken twice by slices that differ, the first at {twice[0]:.1f} mm, and no tag tells them apart; '
-                'remove those that do not belong to it')
+        remedy = 'remove those that do not belong to it' if len({one.path for one in stack.slices}) > 1 else 'export the volume that is meant as a series of its own'
+        return f'{len(twice)} of its places are taken twice by slices that differ, the first at {twice[0]:.1f} mm, and no tag tells them apart; {remedy}'
     stray = np.abs(stack.drift - (heights - heights[0])[:, None] * (drift_of(stack) if drift_of(stack).any() else np.zeros(2))).max(1)
     if stray.max() > .2:
         return f'the slice at {heights[int(stray.argmax())]:.1f} mm lies {stray.max():.1f} mm beside the line of the others; remove what does not belong to it'

@@ -1036,6 +1036,13 @@ def test_two_echoes_in_an_enhanced_file(tmp_path):
     assert_right(read_scan(tmp_path, series='EchoTime 80'))
 
 
+def test_volumes_of_one_file_that_nothing_tells_apart_are_to_be_exported_one_by_one(tmp_path):
+    "As directions of diffusion; frames were to be removed, which are no files."
+    places = stack_positions(4)
+    save(enhanced([*places, *places], slopes=[.25] * 4 + [.5] * 4, modality='MR'), tmp_path / 'both.dcm')
+    assert 'remove' not in assert_refused(tmp_path, '4 of its places are taken twice', 'export the volume that is meant as a series of its own')
+
+
 def test_what_a_maker_keeps_of_a_frame_for_itself_is_not_believed(tmp_path):
     "Philips repeats tags of the standard in a sequence of its own, where the place of a frame is that of another point of it."
     whole = enhanced(stack_positions(), modality='MR')
