@@ -1119,7 +1119,7 @@ def write_benchmark(folder: Path, columns: str = '', chosen: str = '', latex: Pa
         raise FileNotFoundError(f'{folder} holds no metrics.csv; name the folder of a finished medfusion benchmark.')
     asked = list(dict.fromkeys(split_values(columns))) if columns else read_run(folder)['parameters']['columns']
     names = list(dict.fromkeys(split_values(chosen))) if chosen else None
-    table = read_rows(folder / 'metrics.csv', comment='#', index_col='name')
+    table = read_rows(folder / 'metrics.csv', index_col='name')
     told = read_rows(folder / 'summary.csv') if (folder / 'summary.csv').is_file() else {}
     paper = paper_table(table, asked, names, seen=told['method'][told['trained_on'].notna()].tolist() if 'trained_on' in told else ())
     write_texts({latex: lambda: paper.text('latex'), markdown: lambda: paper.text('markdown')})

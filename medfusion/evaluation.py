@@ -42,6 +42,7 @@ from .files import (add_whole, file_bytes, files_for, find_naming, format_of, li
 from .inference import HeldStops, ahead, check_output, check_pair, fuse, read_slice, result_key, with_luminance
 from .metrics import (colour_columns, colour_kept, convention, evaluate_batches, lesion_contrast, lesions_kept, lower_is_better, measure,
                                rows_as_table, wanted_columns, write_table)
+from .tables import read_rows
 
 # %% ../nbs/21_evaluation.ipynb #1ffb14a9
 class JoinedPairs(ConcatDataset):
@@ -478,7 +479,7 @@ def read_published(path, names, columns=None) -> pd.DataFrame:
     Methods that lack a pair are left out, and a warning says so; another one tells of a value that is missing where the other pairs have it. Raises ValueError for a missing column, one of texts, or a pair given twice.
     """
     columns = reported_columns() if columns is None else list(columns)
-    table = pd.read_csv(path, comment='#', dtype={'name': str, 'method': str}, na_values=['-', '–'])
+    table = read_rows(path, na_values=dict.fromkeys([*wanted_columns(None), *columns], ['', '-', '–', 'nan', 'NaN', 'NA', 'N/A']))
     lacking = [column for column in ('method', 'name', *columns) if column not in table]
     if lacking:
         raise ValueError(f'{path} has no column {lacking[0]!r}; it needs method, name, {", ".join(columns)}.')

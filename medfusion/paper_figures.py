@@ -108,7 +108,7 @@ def record_table(source):
         return folds_table({recipe.replace('_shipped', ''): read_folds(path, recipe)[0] for recipe in folds})
     if found is None:
         raise FileNotFoundError(f'{path} holds no metrics.csv or summary.csv; name the folder of a medfusion benchmark.')
-    table = read_rows(found, comment='#')
+    table = read_rows(found)
     return table.set_index('name') if 'name' in table else table.assign(case=None, name='mean').set_index('name')
 
 # %% ../nbs/27_paper_figures.ipynb #3213c6e5

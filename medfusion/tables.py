@@ -11,6 +11,7 @@ __all__ = ['number_text', 'with_spread', 'marks', 'Form', 'latex_text', 'latex_l
 import re
 from collections.abc import Callable
 from io import StringIO
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,8 +188,12 @@ def write_tables(path, blocks) -> bool:
 
 # %% ../nbs/25_tables.ipynb #60c9ebaf
 def read_rows(file, **more) -> pd.DataFrame:
-    "The table in a CSV file whose rows are of patients and methods; `more` as of pandas' `read_csv`. Nothing but an empty field is missing: a patient may be called NA."
-    return pd.read_csv(file, **{'dtype': {'name': str, 'method': str, 'case': str}} | more, keep_default_na=False, na_values='')
+    """The table in a CSV file whose rows are of patients and methods; `more` as of pandas' `read_csv`. Lines with a # in front of the head are left aside.
+
+    Nothing but an empty field is missing: a patient may be called NA, a method `net #2`."""
+    lines = (file if hasattr(file, 'read') else StringIO(Path(file).read_text(encoding='utf-8-sig'))).read().splitlines(keepends=True)
+    rows = StringIO(''.join(dropwhile(lambda line: line.startswith('#'), lines)))
+    return pd.read_csv(rows, **{'dtype': {'name': str, 'method': str, 'case': str}, 'na_values': ''} | more, keep_default_na=False)
 
 # %% ../nbs/25_tables.ipynb #a11f3274
 def write_record(path, told: str, notebook: str, table, digits: int = 5) -> Path:

@@ -263,6 +263,12 @@ def test_hidden_folders_are_no_methods(pairs, tmp_path):
     assert list(E.find_external(tmp_path, pairs)) == ['theirs']
 
 
+def test_published_methods_may_be_called_anything(tmp_path):
+    (tmp_path / 'published.csv').write_text('# told\nmethod,name,EN,SD,VIF_min\nnet #2,1.png,1,2,-\nNA,1.png,3,,0.5\n')
+    table = E.read_published(tmp_path / 'published.csv', ['1.png'], ['EN', 'SD'])
+    assert table.method.tolist() == ['net #2', 'NA'] and table.EN.tolist() == [1, 3] and table.VIF_min.isna().tolist() == [True, False]
+
+
 def test_a_published_value_that_is_missing_is_told(tmp_path):
     (tmp_path / 'published.csv').write_text('method,name,EN,SD\nold,1,5,\nold,2,5,\nnew,1,5,60\nnew,2,5,\n')
     with pytest.warns(UserWarning, match='SD of 1 of 2 pairs of new is missing in .*published.csv; its mean is over the others') as said:

@@ -107,6 +107,12 @@ def test_a_text_without_its_two_comments_is_refused(text):
         T.replace_blocks(text, {'a': 'new'})
 
 
+def test_a_method_may_have_a_sign_of_a_comment_in_its_name(tmp_path):
+    (tmp_path / 'metrics.csv').write_text('# a convention\n# and more\nname,method,case,VIF\np#1_001.png,net #2,p#1_,0.5\n#2_001.png,#1,#2_,0.25\n')
+    table = T.read_rows(tmp_path / 'metrics.csv', index_col='name')
+    assert table.values.tolist() == [['net #2', 'p#1_', .5], ['#1', '#2_', .25]] and list(table.index) == ['p#1_001.png', '#2_001.png']
+
+
 def test_a_record_comes_back_as_it_was(tmp_path):
     table = pd.DataFrame({'case': ['01', '2'], 'kind': ['# 3, dark', 'bright'], 'VIF': [0.123456789, np.nan]})
     path = T.write_record(tmp_path / 'record.csv', 'two\npatients', 'none.ipynb', table)
@@ -114,7 +120,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     pd.testing.assert_frame_equal(T.read_record(path, 'patients', dtype={'case': str}), table.round(5))
     table = pd.DataFrame({'case': ['NA', '007'], 'method': ['null', 'None'], 'VIF': [.5, np.nan]})      # they may be called so
     pd.testing.assert_frame_equal(T.read_record(T.write_record(path, 'patients', 'none.ipynb', table), 'patients', dtype={'case': str}), table)
-    pd.testing.assert_frame_equal(T.read_rows(path, comment='#'), table)
+    pd.testing.assert_frame_equal(T.read_rows(path), table)
     for content in (b'', b'# a line alone\n', b'VIF\n0.5\n', b'# \xff\xfe\nVIF\n0.5\n'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r'record\.csv is no record of a table .* make it anew'):
