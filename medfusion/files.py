@@ -648,8 +648,8 @@ def kind_pattern(names) -> dict[str, str]:
 def check_order(ct, mri) -> None:
     "Raises ValueError where the names of two folders, patterns or files say that the first is an MRI and the second the CT; arrays have no names."
     names = [Path(place).name for place in (ct, mri) if isinstance(place, (str, os.PathLike))]
-    kinds = [set(re.split('[-_. ]+', stem_of(name).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair'} for name in names]
-    if len(kinds) == 2 and kinds[1] == {'ct'} and kinds[0] and 'ct' not in kinds[0]:
+    kinds = [set(re.split('[-_. ]+', stem_of(name).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair', 'pet', 'spect'} for name in names]
+    if len(kinds) == 2 and kinds[1] == {'ct'} and kinds[0] - {'pet', 'spect'} and 'ct' not in kinds[0]:     # PET-CT is a PET
         raise ValueError(f'The order is CT, then MRI, and by their names {names[0]} is an MRI and {names[1]} a CT; swap them, or rename them.')
 
 # %% ../nbs/00_files.ipynb #35c75ddf

@@ -82,7 +82,7 @@ def markdown_lines(rows: list[list[str]], note: str = '') -> list[str]:
 # %% ../nbs/25_tables.ipynb #c7c4d6df
 def forms() -> dict[str, Form]:
     "The forms of a table, by name."
-    return {'markdown': Form('.md', '**{}**', '<u>{}</u>', str, markdown_lines),
+    return {'markdown': Form('.md', '**{}**', '<u>{}</u>', lambda text: str(text).replace('|', r'\|'), markdown_lines),
             'latex': Form('.tex', r'\textbf{{{}}}', r'\underline{{{}}}', latex_text, latex_lines)}
 
 # %% ../nbs/25_tables.ipynb #0b34f537

@@ -1020,3 +1020,10 @@ def test_a_read_only_disk_is_told_by_the_name_of_the_file(tmp_path, monkeypatch)
             disk.setattr(os, name, refuse)
         with pytest.raises(OSError, match=r'/x\.csv could not be written \(Read-only file system\); nothing was changed\. Choose another folder'):
             write_atomically(tmp_path / 'x.csv', b'')
+
+
+def test_a_pet_of_a_pet_ct_is_no_ct_beside_an_mri():
+    for first, second in (('MRI', 'PET-CT'), ('t1.png', 'spect_ct.png'), ('PET', 'CT'), ('pet_ct', 'mri')):
+        files.check_order(first, second)
+    with pytest.raises(ValueError, match='MRI_PET is an MRI and CT a CT'):
+        files.check_order('MRI_PET', 'CT')

@@ -113,6 +113,11 @@ def test_a_method_may_have_a_sign_of_a_comment_in_its_name(tmp_path):
     assert table.values.tolist() == [['net #2', 'p#1_', .5], ['#1', '#2_', .25]] and list(table.index) == ['p#1_001.png', '#2_001.png']
 
 
+def test_a_bar_in_a_name_makes_no_column_of_a_table_in_markdown():
+    table = pd.DataFrame({'VIF': [.5]}, index=pd.Index(['a|b'], name='method'))
+    assert T.render(table).splitlines()[-1] == r'| a\|b | 0.500 |'
+
+
 def test_a_record_comes_back_as_it_was(tmp_path):
     table = pd.DataFrame({'case': ['01', '2'], 'kind': ['# 3, dark', 'bright'], 'VIF': [0.123456789, np.nan]})
     path = T.write_record(tmp_path / 'record.csv', 'two\npatients', 'none.ipynb', table)
