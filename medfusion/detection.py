@@ -511,8 +511,8 @@ def check_fused(task, fused, trials: list) -> Path:
             raise ValueError(f'{fused / name}.png has {shape[0]} × {shape[1]} pixels, its sources {wanted[0]} × {wanted[1]}; '
                              'fuse it at the size of the sources.')
     for dtype, value in largest.items():
-        if sentence := unused_range(fused, value, dtype):
-            warnings.warn(f'{sentence.rpartition("; ")[0]}; write them over the whole range of their type.', stacklevel=2)
+        if sentence := unused_range(fused, value, dtype, fused=True):
+            warnings.warn(sentence, stacklevel=2)
     return fused
 
 # %% ../nbs/23_detection.ipynb #5395b19c

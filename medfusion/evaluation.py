@@ -364,8 +364,9 @@ def faults_sentence(faults: list[str], of: int, path=None) -> str:
     if of == 1:
         return faults[0]
     rest = 'a table on disk (a CSV) would keep the others' if path is None else f'the others are in {path}, and the same call measures what is missing'
+    some = f'{len(faults)} of {of} rows could not be measured, {rest}' if len(faults) < of else f'None of {of} rows could be measured'
     more = f'; and {len(faults) - 3} more' if len(faults) > 3 else ''
-    return f'{len(faults)} of {of} rows could not be measured, {rest}: {"; ".join(fault.rstrip(".") for fault in faults[:3])}{more}.'
+    return f'{some}: {"; ".join(fault.rstrip(".") for fault in faults[:3])}{more}.'
 
 # %% ../nbs/21_evaluation.ipynb #b4cfa0df
 def columns_there(path) -> list[str]:
@@ -404,7 +405,8 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
         write_table(whole, path)
     if faults:
         raise ValueError(faults_sentence(faults, len(triples), path))
-    for sentence in filter(None, (unused_range(folder, value, dtype) for (folder, dtype), value in largest.items())):
+    sources = {path.parent for paths in triples for path in paths[:2]}
+    for sentence in filter(None, (unused_range(folder, value, dtype, folder not in sources) for (folder, dtype), value in largest.items())):
         warnings.warn(sentence, stacklevel=3)
     numbers = whole[[name for name in whole if name in asked or name in colour_columns()]]
     return rows_as_table(numbers.index, numbers, list(numbers), preset)
@@ -423,6 +425,9 @@ def check_table_place(path, inputs, told='') -> None:
     if first and there != told:
         theirs, ours = (line.partition(':')[0] + ''.join(line.partition('; of ')[1:]) for line in (there, told))
         raise FileExistsError(f'{path} holds other rows ({theirs}) than those asked for ({ours}); name another file, or its rows would be lost.')
+    ours = {'name', 'files', *wanted_columns(None), *colour_columns()}
+    if own := [name for name in heads.decode(errors='replace').strip().split(',') if name not in ours] if first else []:
+        raise FileExistsError(f'{path} has a column {own[0]!r} that is none of the measurements; name another file, or it would be lost.')
 
 # %% ../nbs/21_evaluation.ipynb #e89a6d55
 def evaluate_files(ct, mri, fused, preset='cvpr', columns=None, value_range=None, path=None) -> pd.DataFrame:

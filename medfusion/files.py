@@ -177,18 +177,19 @@ def read_pixels(path, data=None):
         raise ValueError(f'{path} {error}') from error
 
 # %% ../nbs/00_files.ipynb #a1712e0a
-def unused_range(where, largest, dtype):
+def unused_range(where, largest, dtype, fused=False):
     """The sentence that warns of a slice, or a folder of them, whose largest value is far below its type's; else ''.
 
-    Far below: in the lowest eighth. All-black slices are another matter. The remedy is `value_range`.
+    Far below: in the lowest eighth. All-black slices are another matter. The remedy is `value_range`, which is that of sources; `fused` slices are written anew.
     """
     top = np.iinfo(dtype).max if np.dtype(dtype).kind in 'ui' else 1
     if not 0 < largest <= top / 8:
         return ''
     bits = int(largest).bit_length() if top > 1 else 0
     fitting = 2 ** max(bits, 8) - 1 if top > 255 else f'{float(largest):.3g}'
+    remedy = f'if they use a part of the range only, say which: value_range=(0, {fitting}), --range 0,{fitting}.'
     return (f'{where}: the largest value is {largest:.6g} of {top}, so the slices are nearly black; '
-            f'if they use a part of the range only, say which: value_range=(0, {fitting}), --range 0,{fitting}.')
+            f'{"write them over the whole range of their type." if fused else remedy}')
 
 # %% ../nbs/00_files.ipynb #f9e69fcc
 def check_graded(path, pixels):

@@ -440,7 +440,7 @@ def test_nothing_but_faults_leaves_the_table_that_was_there(triples, pairs):
     before = (triples / 't.csv').read_bytes()
     for name in pairs.names:
         (triples / 'F' / name).write_bytes(b'no image')
-    with pytest.raises(ValueError, match='4 of 4 rows .*; and 1 more'):
+    with pytest.raises(ValueError, match='None of 4 rows .*; and 1 more'):
         measured(triples)
     assert (triples / 't.csv').read_bytes() == before
 
@@ -619,3 +619,28 @@ def test_a_column_in_which_no_rival_has_a_number_is_left_out():
 def test_the_best_in_a_column_of_artefacts_has_the_least():
     means = pd.DataFrame({'VIF': [.4, .6], 'invented': [.001, .05], 'SCD': [np.nan, np.nan]}, index=['average', 'maximum'])
     assert E.best_in(means) == {'VIF': 'maximum', 'invented': 'average'}
+
+
+def test_a_column_of_ones_own_is_not_lost(tmp_path):
+    data_set = slices(tmp_path, np.uint8)
+    [fused] = E.write_fused(tmp_path / 'fused', data_set, {'7001.png': torch.rand(1, 1, 48, 40)})
+    arguments = [*folders(data_set), fused.parent, 'cvpr', ['SD'], None, tmp_path / 't.csv']
+    E.evaluate_folders(*arguments)
+    told, head, row = (tmp_path / 't.csv').read_text().splitlines()
+    (tmp_path / 't.csv').write_text(f'{told}\n{head},rating\n{row},good\n')
+    with pytest.raises(FileExistsError, match="t.csv has a column 'rating' that is none of the measurements; name another file, or it would be lost"):
+        E.evaluate_folders(*arguments)
+    assert 'good' in (tmp_path / 't.csv').read_text()
+
+
+def test_of_fused_slices_that_are_nearly_black_no_range_is_the_remedy(tmp_path):
+    data_set = slices(tmp_path, np.uint8)
+    [fused] = E.write_fused(tmp_path / 'fused', data_set, {'7001.png': torch.rand(1, 1, 48, 40)})
+    write_image(fused, np.uint16(read_image(fused)) * 16)
+    with pytest.warns(UserWarning, match='fused: .* nearly black; write them over the whole range of their type') as said:
+        E.evaluate_folders(*folders(data_set), fused.parent, columns=['SD'])
+    assert len(said) == 1 and '--range' not in str(said[0].message)
+
+
+def test_where_no_row_can_be_measured_no_others_are_told_of():
+    assert E.faults_sentence(['a is empty.', 'b is empty.'], 2, 't.csv') == 'None of 2 rows could be measured: a is empty; b is empty.'
