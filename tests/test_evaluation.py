@@ -115,7 +115,7 @@ def test_jpegs_of_another_method_are_said(tmp_path):
     data_set = slices(tmp_path, np.uint8)
     (tmp_path / 'fused').mkdir()
     write_image(tmp_path / 'fused' / '7001.jpg', np.zeros((48, 40), np.uint8))
-    with pytest.warns(UserWarning, match='fused holds 1 JPEG files, such as 7001.jpg: their compression alone changes the metrics'):
+    with pytest.warns(UserWarning, match='fused holds 1 JPEG file, such as 7001.jpg: their compression alone changes the metrics'):
         E.find_fused(tmp_path / 'fused', data_set)
 
 
@@ -644,3 +644,17 @@ def test_of_fused_slices_that_are_nearly_black_no_range_is_the_remedy(tmp_path):
 
 def test_where_no_row_can_be_measured_no_others_are_told_of():
     assert E.faults_sentence(['a is empty.', 'b is empty.'], 2, 't.csv') == 'None of 2 rows could be measured: a is empty; b is empty.'
+
+
+def test_what_is_odd_about_fused_files_is_told_wherever_they_are_judged(tmp_path):
+    data_set = slices(tmp_path, np.uint8)
+    [fused] = E.write_fused(tmp_path / 'fused', data_set, {'7001.png': torch.rand(1, 1, 48, 40)})
+    write_image(tmp_path / 'dark.png', np.uint16(read_image(fused)) * 16)
+    with pytest.warns(UserWarning, match='nearly black; write them over the whole range') as said:
+        E.fused_image({'7001.png': tmp_path / 'dark.png'}, data_set[0])
+    assert len(said) == 1 and '--range' not in str(said[0].message)
+    write_image(fused.with_suffix('.jpg'), read_image(fused))
+    fused.unlink()
+    for judge in (lambda: E.find_fused(fused.parent, data_set), lambda: E.evaluate_folders(*folders(data_set), fused.parent, columns=['SD'])):
+        with pytest.warns(UserWarning, match=r'fused holds 1 JPEG file, such as 7001.jpg: their compression alone changes the metrics'):
+            judge()
