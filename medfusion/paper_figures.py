@@ -18,7 +18,7 @@ from .files import Pair, absolute_path, files_for, is_folder, is_slice_name, lis
 from .inference import fuse, is_name, named_model
 from .metrics import lower_is_better
 from .runs import checkpoints_in, read_run, resolve_path
-from .tables import read_rows, titles
+from .tables import chosen, read_rows, titles
 
 # %% ../nbs/27_paper_figures.ipynb #709a427a
 def named_method(spec):
@@ -254,5 +254,6 @@ def paper_figure(sources, kind='slices', models=(), pairs=(), columns=(), titles
     among = [pair.name for pair in there] if absolute_path(sources[0]) != there[0].ct else [path.name for path in list_images(beside)]
     if len(sources) == 1:
         fused = absolute_path(sources[0]) / 'fused'
-        models = [f'{title_of(name)}={fused / name}' for name in models or sorted(path.name for path in fused.iterdir() if not path.name.startswith('.'))]
+        models = chosen(models, sorted(path.name for path in fused.iterdir() if not path.name.startswith('.')), 'method', f'among the slices in {fused} (others are drawn from a CT and an MRI folder, with -m NAME=FOLDER)')
+        models = [f'{title_of(name)}={fused / name}' for name in models]
     return draw(rows_of(found, models, titles, device, value_range, among), **layout)

@@ -111,10 +111,10 @@ def titles() -> dict[str, str]:
             'copy_ct': 'copy of CT', 'copy_mri': 'copy of MRI'}
 
 # %% ../nbs/25_tables.ipynb #bdf626d7
-def chosen(wanted, there, what: str) -> list[str]:
+def chosen(wanted, there, what: str, where: str = 'in this table') -> list[str]:
     "The wanted names in their order, each once, all that are `there` where none is named; ValueError for one that is not there."
     if unknown := [name for name in wanted or () if name not in there]:
-        raise ValueError(f'There is no {what} {unknown[0]!r} in this table; there are {", ".join(map(str, there))}.')
+        raise ValueError(f'There is no {what} {unknown[0]!r} {where}; there are {", ".join(map(str, there))}.')
     return list(dict.fromkeys(wanted or there))
 
 # %% ../nbs/25_tables.ipynb #3d9cc55d

@@ -282,3 +282,8 @@ def test_rules_are_called_as_in_the_table():
     called = {'wavelet rule', 'copy of CT'}
     assert called <= {text.get_text() for text in bars_figure(table, ['VIF']).axes[0].get_yticklabels()}
     assert called <= {text.get_text() for text in radar_figure(table, ['EN', 'VIF', 'Qabf']).findobj(matplotlib.text.Text)}
+
+
+def test_a_method_whose_slices_a_benchmark_does_not_keep_is_named(benchmark):
+    with pytest.raises(ValueError, match=r"no method 'others' among the slices in .*fused \(others are drawn from a CT and an MRI folder, with -m NAME=FOLDER\); there are network, theirs"):
+        paper_figure([benchmark], models=['others'])
