@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['named_method', 'finished_slices', 'slice_of', 'pairs_of', 'chosen_pairs', 'rows_of', 'record_table', 'title_of',
-           'shown_rows', 'sample_told', 'column_panels', 'best_first', 'bars_figure', 'box_figure', 'radar_figure',
-           'box_of', 'figure_kinds', 'paper_figure']
+           'shown_rows', 'sample_told', 'note_below', 'column_panels', 'best_first', 'bars_figure', 'box_figure',
+           'radar_figure', 'box_of', 'figure_kinds', 'paper_figure']
 
 # %% ../nbs/27_paper_figures.ipynb #9345b1ac
+import textwrap
+
 import numpy as np
 import pandas as pd
 
@@ -137,6 +139,15 @@ def sample_told(table):
     told = f'{slices} slices of {patients} patient{"s" * (patients > 1)}' if slices > patients else f'{patients} patient{"s" * (patients > 1)}'
     return told + ', not the same for every method' * (len({frozenset(cases) for _, cases in table.groupby('method').case}) > 1)
 
+# %% ../nbs/27_paper_figures.ipynb #16c0fafa
+def note_below(figure, note):
+    "Writes a note below a Figure, in as many lines as the width of its paper asks for, which makes it so much higher."
+    label, lines = figure.supxlabel(note, fontsize=7), 1
+    while label.get_window_extent().width > figure.bbox.width and lines < len(note.split()):
+        lines += 1
+        label.set_text(textwrap.fill(note, len(note) // lines + 8))
+    figure.set_figheight(figure.get_figheight() + 0.12 * label.get_text().count('\n'))
+
 # %% ../nbs/27_paper_figures.ipynb #b54fe3d4
 def column_panels(columns, methods, draw, note, width=7.0):
     "A matplotlib Figure with axes for each column, the methods from above downwards, into which `draw(axis, column)` draws; the `note` stands below."
@@ -152,7 +163,7 @@ def column_panels(columns, methods, draw, note, width=7.0):
     for axis in axes.flat[len(columns):]:
         axis.axis('off')
     axes[0, 0].set(yticks=range(len(methods)), yticklabels=[title_of(name) for name in methods], ylim=(len(methods) - 0.4, -0.6))
-    figure.supxlabel(note, fontsize=7)
+    note_below(figure, note)
     return figure
 
 # %% ../nbs/27_paper_figures.ipynb #c31636ad
@@ -216,7 +227,7 @@ def radar_figure(source, columns=(), methods=(), width=5.0):
     axis.grid(color='0.85')
     figure.legend(loc='outside right center', fontsize=7, frameon=False)
     best = f', the best of {rows.method.nunique()}' * (rows.method.nunique() > len(names))
-    figure.supxlabel(f'Rank among the {len(table)} methods shown{best} ({sample_told(rows)}); the rim is rank 1, the best.', fontsize=7)
+    note_below(figure, f'Rank among the {len(table)} methods shown{best} ({sample_told(rows)}); the rim is rank 1, the best.')
     return figure
 
 # %% ../nbs/27_paper_figures.ipynb #4a88deea

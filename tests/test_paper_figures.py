@@ -57,7 +57,7 @@ def benchmark(folder, tmp_path):
 def words(figure):
     "All that is written on a figure."
     import matplotlib
-    return ' '.join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    return ' '.join(text.get_text().replace('\n', ' ') for text in figure.findobj(matplotlib.text.Text))
 
 
 @pytest.mark.parametrize('spec, wanted', [('wavelet', ('wavelet', 'wavelet')), ('run:resnet_fusion/x_1', ('x 1', 'run:resnet_fusion/x_1')),
@@ -287,3 +287,13 @@ def test_rules_are_called_as_in_the_table():
 def test_a_method_whose_slices_a_benchmark_does_not_keep_is_named(benchmark):
     with pytest.raises(ValueError, match=r"no method 'others' among the slices in .*fused \(others are drawn from a CT and an MRI folder, with -m NAME=FOLDER\); there are network, theirs"):
         paper_figure([benchmark], models=['others'])
+
+
+@pytest.mark.parametrize('kind', CHARTS)
+@pytest.mark.parametrize('width', [2.5, 5, 7])
+def test_the_note_below_a_chart_is_on_the_paper(benchmark, kind, width):
+    figure = paper_figure([benchmark], kind, columns=['EN', 'VIF', 'Qabf'], width=width)
+    figure.draw_without_rendering()
+    told, paper = figure._supxlabel.get_window_extent(), figure.bbox
+    assert paper.x0 <= told.x0 and told.x1 <= paper.x1 and paper.y0 <= told.y0
+    assert all(axis.get_window_extent().y0 > told.y1 for axis in figure.axes)
