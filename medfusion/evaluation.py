@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['JoinedPairs', 'judged_pairs', 'fused_image', 'fuse_pairs', 'in_colours', 'write_fused', 'lossy_sentence',
-           'find_fused', 'find_external', 'reported_columns', 'evaluate', 'summarise', 'ranks', 'cases_trained_on',
-           'lesion_table', 'lesions_kept_table', 'read_three', 'row_key', 'Measured', 'measure_three', 'rows_there',
-           'keyed_table', 'GrowingTable', 'results_of', 'in_processes', 'kept_rows', 'faults_sentence', 'columns_there',
-           'told_of_table', 'table_of_files', 'check_table_place', 'evaluate_files', 'evaluate_folders', 'colour_table',
-           'read_published', 'holm', 'rank_biserial', 'paired_tests', 'compare', 'best_in', 'pairwise', 'reading_notes',
-           'run_numbers']
+           'false_colours', 'false_colours_sentence', 'find_fused', 'find_external', 'reported_columns', 'evaluate',
+           'summarise', 'ranks', 'cases_trained_on', 'lesion_table', 'lesions_kept_table', 'read_three', 'row_key',
+           'Measured', 'measure_three', 'rows_there', 'keyed_table', 'GrowingTable', 'results_of', 'in_processes',
+           'kept_rows', 'faults_sentence', 'columns_there', 'told_of_table', 'table_of_files', 'check_table_place',
+           'evaluate_files', 'evaluate_folders', 'colour_table', 'read_published', 'holm', 'rank_biserial',
+           'paired_tests', 'compare', 'best_in', 'pairwise', 'reading_notes', 'run_numbers']
 
 # %% ../nbs/21_evaluation.ipynb #575c0954
 import csv
@@ -124,6 +124,17 @@ def lossy_sentence(fused) -> str:
     return (f'{lossy[0].parent} holds {len(lossy)} JPEG file{"s" * (len(lossy) > 1)}, such as {lossy[0].name}: their compression alone changes the metrics; '
             'compare a method by PNG or TIFF files.')
 
+# %% ../nbs/21_evaluation.ipynb #2b7f1c48
+def false_colours(fused, mri) -> bool:
+    "Whether a fused array has colours, more than JPEG's traces, where its second source has none: a colour map may have made them."
+    return fused.ndim == 3 and mri.ndim == 2 and bool(np.ptp(to_float(fused), axis=2).max() > 8 / 255)
+
+# %% ../nbs/21_evaluation.ipynb #4eee151a
+def false_colours_sentence(folder, number) -> str:
+    "What to say of so many fused slices in a folder that have `false_colours`; '' for none."
+    told = f'{number} fused slices are in colour and their sources are' if number > 1 else 'a fused slice is in colour and its sources are'
+    return f'{folder}: {told} grey, so that luminance is measured; where a colour map made the colours (plt.imsave without cmap), write them grey.' * bool(number)
+
 # %% ../nbs/21_evaluation.ipynb #fac997ed
 def find_fused(folder, data_set, pattern='') -> dict[str, Path]:
     """The file of every pair's fused image in a folder, {name of the pair: file}, found by the name without its suffix.
@@ -147,6 +158,10 @@ def find_external(folder, data_set, pattern='') -> dict[str, dict[str, Path]]:
             if sizes[0] != sizes[1]:
                 raise ValueError(f'The fused image of {pair.name} has {"{} x {}".format(*sizes[0])} pixels, its sources '
                                  f'{"{} x {}".format(*sizes[1])} ({files[pair.name]}); fuse it at the size of the sources.')
+    for name, files in methods.items():
+        coloured = [false_colours(read_slice(files[pair.name], quiet=True), read_slice(pair.mri, data_set.value_range, quiet=True)) for pair in data_set.pairs]
+        if sentence := false_colours_sentence(Path(folder) / name, sum(coloured)):
+            warnings.warn(sentence, stacklevel=2)
     return methods
 
 # %% ../nbs/21_evaluation.ipynb #eb624f08
@@ -242,12 +257,13 @@ def row_key(name: str, files, preset='cvpr', value_range=None) -> str:
 
 # %% ../nbs/21_evaluation.ipynb #4b8efc15
 class Measured(NamedTuple):
-    "What became of three files: the name of the pair, its `row_key`, {column: value}, {(folder, type): largest value}; and the fault, a sentence, if there is one."
+    "What became of three files: the name of the pair, its `row_key`, {column: value}, {(folder, type): largest value}, whether it has `false_colours`; and the fault, a sentence, if there is one."
     name: str
     key: str = ''
     values: dict = {}
     largest: dict = {}
     fault: str = ''
+    coloured: bool = False
 
 # %% ../nbs/21_evaluation.ipynb #a27d1e81
 def measure_three(paths, preset='cvpr', columns=None, value_range=None) -> Measured:
@@ -264,7 +280,7 @@ def measure_three(paths, preset='cvpr', columns=None, value_range=None) -> Measu
             values = {column: value.item() for column, value in measure(fused, ct, mri, preset, columns).items()}
         if arrays[1].ndim == 3:
             values |= colour_kept(to_float(arrays[2]), to_float(arrays[1]))
-        return Measured(name, row_key(name, files, preset, value_range), values, largest)
+        return Measured(name, row_key(name, files, preset, value_range), values, largest, coloured=false_colours(arrays[2], arrays[1]))
     except (ValueError, OSError, MemoryError) as error:
         reason = getattr(error, 'strerror', None) or str(error) or 'there is not enough memory for it'
         return Measured(name, fault=reason if name in reason else f'{name}: {reason}')
@@ -398,7 +414,7 @@ def told_of_table(path, inputs, preset='cvpr', value_range=None) -> str:
 def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=None, jobs=1, progress=False, told='') -> pd.DataFrame:
     "The table of triples (CT, MRI, fused) of files; arguments as of `evaluate_folders`, and `told_of_table`. Raises ValueError for faults, after all others were measured."
     asked, columns = wanted_columns(columns), wanted_columns([*wanted_columns(columns), *columns_there(path)])   # a table loses no column
-    table, faults, largest = GrowingTable(columns, told, path if len(triples) > 1 else None), [], {}
+    table, faults, largest, coloured = GrowingTable(columns, told, path if len(triples) > 1 else None), [], {}, 0
     table.rows |= kept_rows(triples, path, table.columns, preset, value_range)
     left = [paths for paths in triples if paths[0].name not in table.rows]
     task = partial(measure_three, preset=preset, columns=columns, value_range=value_range)
@@ -407,6 +423,7 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
             faults.append(found.fault) if found.fault else table.add(found)
             for place, value in found.largest.items():
                 largest[place] = max(value, largest.get(place, 0))
+            coloured += found.coloured
             bar.update()
     whole = keyed_table({ct.name: table.rows[ct.name] for ct, _, _ in triples if ct.name in table.rows}, table.columns, told)
     if whole[colour_columns()].isna().all(axis=None):
@@ -418,7 +435,7 @@ def table_of_files(triples, preset='cvpr', columns=None, value_range=None, path=
     sources = {path.parent for paths in triples for path in paths[:2]}
     for sentence in filter(None, (unused_range(folder, value, dtype, folder not in sources) for (folder, dtype), value in largest.items())):
         warnings.warn(sentence, stacklevel=3)
-    if sentence := lossy_sentence([fused for _, _, fused in triples]):
+    for sentence in filter(None, (lossy_sentence([fused for _, _, fused in triples]), false_colours_sentence(triples[0][2].parent, coloured))):
         warnings.warn(sentence, stacklevel=3)
     numbers = whole[[name for name in whole if name in asked or name in colour_columns()]]
     return rows_as_table(numbers.index, numbers, list(numbers), preset)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -658,3 +659,18 @@ def test_what_is_odd_about_fused_files_is_told_wherever_they_are_judged(tmp_path
     for judge in (lambda: E.find_fused(fused.parent, data_set), lambda: E.evaluate_folders(*folders(data_set), fused.parent, columns=['SD'])):
         with pytest.warns(UserWarning, match=r'fused holds 1 JPEG file, such as 7001.jpg: their compression alone changes the metrics'):
             judge()
+
+
+def test_the_colours_of_a_colour_map_are_told(tmp_path):
+    data_set = slices(tmp_path, np.uint8)
+    (tmp_path / 'others' / 'mapped').mkdir(parents=True)
+    grey = read_image(data_set.pairs[0].ct)
+    write_image(tmp_path / 'others' / 'mapped' / '7001.png', np.dstack([grey, 255 - grey, grey // 2]))
+    for judge in (lambda: E.find_external(tmp_path / 'others', data_set), lambda: E.evaluate_folders(*folders(data_set), tmp_path / 'others' / 'mapped', columns=['SD'])):
+        with pytest.warns(UserWarning, match='mapped: a fused slice is in colour and its sources are grey, so that luminance is measured') as said:
+            judge()
+        assert len(said) == 1
+    write_image(data_set.pairs[0].mri, np.dstack([grey, 255 - grey, grey // 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        E.find_external(tmp_path / 'others', data_set), E.evaluate_folders(*folders(data_set), tmp_path / 'others' / 'mapped', columns=['SD'])
