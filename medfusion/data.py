@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from .files import (absolute_path, clear_scratch, is_slice_name, list_images, list_pairs, lock_file,
-                             read_image, read_json, read_pair, read_pixels, sha256_of, slice_name, source_folders,
+                             new_parents, read_image, read_json, read_pair, read_pixels, sha256_of, slice_name, source_folders,
                              split_pattern, stem_of, suffix_of, temporary_name, to_depth, to_float, unused_range,
                              write_atomically, write_json)
 
@@ -528,8 +528,7 @@ def fill_dataset(root, replace=False):
         for name in ('new', 'old'):
             (scratch / name).mkdir()
         yield scratch / 'new'
-        root.mkdir(parents=True, exist_ok=True)
-        with locked_folder(root):
+        with new_parents(root / 'split_info.json'), locked_folder(root):     # of a folder that was not there nothing is left
             check_held_cases(root, replace)  # somebody else may have been quicker
             exchange_files(root, scratch / 'new', scratch / 'old')
     except OSError as error:

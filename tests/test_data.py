@@ -922,3 +922,12 @@ def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
     for file, text in (('a.txt', '1000.png'), ('a.csv', 'name\n1000.png\n'), ('a.json', '["1000.png"]')):
         (tmp_path / file).write_text(text, encoding='utf-8-sig')
         assert names_in_part(tmp_path / file, 'test') == ['1000.png']
+
+
+def test_of_a_filling_that_is_stopped_no_folder_is_left(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, 'exchange_files', stopped)
+    with pytest.raises(KeyboardInterrupt), data.fill_dataset(tmp_path / 'new' / 'Dataset') as folder:
+        (folder / 'train').mkdir()
+    assert not list(tmp_path.iterdir())
