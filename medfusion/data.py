@@ -778,7 +778,7 @@ def place_in_case(name, pattern=None):
     except (re.error, IndexError, TypeError, ValueError):
         raise ValueError(f'{pattern!r} is no rule for {name}; give a regular expression with the groups case and slice, the latter '
                          "of digits, such as '(?P<case>.+)_(?P<slice>[0-9]+)'.") from None
-    raise ValueError(f'The case and the number of {name} cannot be told by {pattern!r}; give another rule (case_pattern).')
+    raise ValueError(f'The case and the number of {name} cannot be told by {pattern!r}; give another rule (case_pattern, --case-pattern).')
 
 # %% ../nbs/02_data.ipynb #2a870a74
 def listed_names(path, part):

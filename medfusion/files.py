@@ -605,7 +605,9 @@ def list_images(folder) -> list[Path]:
         raise (ValueError if place.exists() else FileNotFoundError)(missing_sentence(place, 'folder'))
     paths = [place / name for name in sorted(filter(is_slice_name, os.listdir(place))) if not os.path.isdir(os.path.join(place, name))]
     if not paths:
-        raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); fill it or choose another folder.{scan_words(os.listdir(place))}')
+        inside = [one for one in sorted(place.iterdir()) if one.is_dir() and os.access(one, os.R_OK) and any(map(is_slice_name, os.listdir(one)))]
+        remedy = f'slices lie in {some_names(inside)} there: give such a folder, or put all slices into one' if inside else 'fill it or choose another folder'
+        raise ValueError(f'{place} holds no slice ({", ".join(image_suffixes())}); {remedy}.{scan_words(os.listdir(place))}')
     if foreign := [ascii(path.name) for path in paths if re.search(r'[\udc80-\udcff]', path.name)]:
         raise ValueError(f'The name of {foreign[0]} in {place} is not UTF-8; rename it.')
     named = [path for path in paths if slice_name(path, pattern) is not None]

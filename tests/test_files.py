@@ -599,7 +599,9 @@ def test_missing_empty_and_false_folders(tmp_path):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('no folder')
     (tmp_path / 'loop').symlink_to('loop')
-    for name, error, sentence in (('none', FileNotFoundError, 'There is no folder'), ('empty', ValueError, 'holds no slice'),
+    make(tmp_path / 'nested/P1', '1000.png'), (tmp_path / 'nested/P0').mkdir()
+    for name, error, sentence in (('none', FileNotFoundError, 'There is no folder'), ('empty', ValueError, 'holds no slice .*; fill it'),
+                                  ('nested', ValueError, 'holds no slice .*; slices lie in P1 there'),
                                   ('file', ValueError, 'is no folder'), ('loop', FileNotFoundError, 'is a link to')):
         for folders in ((tmp_path / name, good), (good, tmp_path / name)):
             with pytest.raises(error, match=sentence) as caught:
