@@ -542,7 +542,7 @@ def fill_dataset(root, replace=False):
 def plan_split(names, where, split=None, val=1, test=1, seed=0, case_of=case_of):
     """(split, the rule in words) for slices of these names: the given one, checked, or one drawn by `split_by_case`.
 
-    Raises `ValueError` if names do not tell the cases, a case of the split has no slice, a case of the slices no part.
+    Raises `ValueError` if names do not tell the cases, of which a given split is only warned, a case of the split has no slice, a case of the slices no part.
     """
     there = {case_of(name) for name in names}
     if split is None:
@@ -556,6 +556,10 @@ def plan_split(names, where, split=None, val=1, test=1, seed=0, case_of=case_of)
     if forgotten:
         raise ValueError(f'Case {", ".join(sort_cases(forgotten))} of {where} is in no part of the split; '
                          "list it under 'held_out' to leave it out.")
+    try:
+        check_names(names, case_of, where)
+    except ValueError as error:
+        warnings.warn(f'{str(error).partition(";")[0]}; read as they are, one patient may lie on two sides of this split.', stacklevel=2)
     return split, 'by case, as given'
 
 # %% ../nbs/02_data.ipynb #65fa0be2

@@ -7,9 +7,9 @@ __all__ = ['PaintedLesion', 'painted_lesions', 'chosen_lesions', 'lesion_region'
            'painted_names', 'PaintedSlice', 'painted_slices', 'lesion_channels', 'outputs_at', 'method_for',
            'fuse_pairs_rounded', 'fused_slice', 'LesionOutputs', 'outputs_of', 'in_two_halves', 'Verdict', 'judge',
            'leave_one_head_out', 'calibrate_amplitude', 'with_controls', 'detection_table', 'heads_note',
-           'summarise_detection', 'efficiency_table', 'efficiency_note', 'lesion_pictures', 'roc_curve', 'check_names',
-           'write_task', 'is_trial', 'task_fault', 'read_task', 'task_slices', 'check_fused', 'score_task',
-           'PhantomLesion', 'phantom_lesions', 'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask',
+           'summarise_detection', 'efficiency_table', 'efficiency_note', 'lesion_pictures', 'roc_curve',
+           'check_painted_names', 'write_task', 'is_trial', 'task_fault', 'read_task', 'task_slices', 'check_fused',
+           'score_task', 'PhantomLesion', 'phantom_lesions', 'PhantomHead', 'phantom_heads', 'scan_head', 'PhantomTask',
            'phantom_outputs', 'phantom_verdicts', 'calibrate_contrast', 'bootstrap_heads', 'phantom_numbers',
            'phantom_table']
 
@@ -404,7 +404,7 @@ def roc_curve(absent, present) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.concatenate([[0], share[::-1]]) for share in above)
 
 # %% ../nbs/23_detection.ipynb #7e775c1c
-def check_names(data_set, lesions: dict, paintings: int = 3) -> None:
+def check_painted_names(data_set, lesions: dict, paintings: int = 3) -> None:
     "Raises ValueError for a slice of a data set that is named like a painted one of another: a task could hold one of them only."
     names = [data_set[index]['name'] for index in range(len(data_set))]
     painted = {made: name for name in names for lesion in lesions.values() for made in painted_names(name, lesion, paintings) if made != stem_of(name)}
@@ -416,11 +416,11 @@ def check_names(data_set, lesions: dict, paintings: int = 3) -> None:
 def write_task(data_set, folder, kinds=None, area: float = 0.9, paintings: int = 3, seed: int = 0) -> Path:
     """The folder, with CT/ and MRI/ that hold the painted pairs of a data set, and task.json, which `score_task` reads.
 
-    Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none, and see `check_names`.
+    Raises FileExistsError for a folder that is not empty, ValueError for a kind that is none, and see `check_painted_names`.
     """
     folder, lesions, trials = Path(folder), chosen_lesions(kinds), []
     check_vacant(folder)        # before minutes are spent
-    check_names(data_set, lesions, paintings)
+    check_painted_names(data_set, lesions, paintings)
     amplitudes = {name: calibrate_amplitude(data_set, lesion, area, paintings, seed) for name, lesion in lesions.items()}
     with whole_folder(folder) as made:
         for kind in ('CT', 'MRI'):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import medfusion.data as data
 from medfusion.data import (CTMRIDataset, audit_split, case_of, check_names, check_sides, check_split, crop_pair,
-                            download_harvard, fill_dataset, harvard_split, inspect_dataset, names_in_part, prepare_dataset,
+                            download_harvard, fill_dataset, harvard_split, inspect_dataset, names_in_part, plan_split, prepare_dataset,
                             recorded_files, split_by_case, split_files, write_split_info)
 from medfusion.files import list_pairs, read_image, read_json, sha256_of, to_float, write_image
 
@@ -931,3 +931,14 @@ def test_of_a_filling_that_is_stopped_no_folder_is_left(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), data.fill_dataset(tmp_path / 'new' / 'Dataset') as folder:
         (folder / 'train').mkdir()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_that_is_given_for_names_that_tell_no_case_is_warned_of():
+    "By the rule P1-11 and P1-12 are two cases, and one patient may lie on both sides."
+    names = ['P1-11.png', 'P1-12.png', 'P2-11.png']
+    with pytest.warns(UserWarning, match='The case of P1-11.png in mine cannot be told from its name; read as they are, one patient may lie on two sides'):
+        plan_split(names, 'mine', {'train': ['P1-11', 'P2-11'], 'test': ['P1-12']})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plan_split(['1011.png', '2011.png'], 'mine', {'train': ['1'], 'test': ['2']})
+        plan_split(names, 'mine', {'train': ['P1'], 'test': ['P2']}, case_of=lambda name: name[:2])
