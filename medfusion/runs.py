@@ -894,7 +894,7 @@ def read_run(folder: str | Path) -> dict:
 def find_run(name: str, results: str | Path = '../results', first=()) -> Path:
     """The folder of a recorded run: 'NAME', or 'METHOD/NAME' where two methods have a run of that name.
 
-    METHOD is the folder in results/; runs of the methods `first` count before others of the same name. Raises FileNotFoundError, or ValueError where the name is ambiguous or no name.
+    METHOD is the folder in results/; runs of the methods `first` count before others of the same name, and are named first where there is none. Raises FileNotFoundError, or ValueError where the name is ambiguous or no name.
     """
     method, _, run = name.rpartition('/')
     check_run_name(run)
@@ -903,8 +903,9 @@ def find_run(name: str, results: str | Path = '../results', first=()) -> Path:
     found = sorted(path.parent for path in records if path.parent.name == run)
     found = [path for path in found if path.parent.name in first] or found
     if not found:
-        there = sorted({f'{path.parent.parent.name}/{path.parent.name}' for path in root.glob('*/*/run.json')})
-        raise FileNotFoundError(f'There is no run {name} in {root}; there is {", ".join(there[:8]) or "none at all"}.')
+        there = sorted((path.parts[-3] not in first, f'{path.parts[-3]}/{path.parts[-2]}') for path in root.glob('*/*/run.json'))
+        listed = ', '.join(run for _, run in there[:8]) + f' and {len(there) - 8} more' * (len(there) > 8)
+        raise FileNotFoundError(f'There is no run {name} in {root}; there is {listed or "none at all"}.')
     if len(found) > 1:
         choices = ' or '.join(f'{path.parent.name}/{run}' for path in found)
         raise ValueError(f'{name} is a run of several methods; write {choices} in its place, as in run:{found[0].parent.name}/{run}.')

@@ -796,6 +796,14 @@ def test_finding_runs(tmp_path):
             find_run(name, tmp_path)
 
 
+def test_a_run_that_is_not_there_beside_many_benchmarks(tmp_path):
+    "The runs of networks are named first, and how many more there are is said."
+    for folder in [*(f'benchmark/{k}' for k in range(9)), 'resnet_fusion/mine']:
+        write_run(tmp_path / folder, method=folder.partition('/')[0], parameters={}, state='finished', started=0)
+    with pytest.raises(FileNotFoundError, match=r'there is resnet_fusion/mine, benchmark/0, .*, benchmark/6 and 2 more\.$'):
+        find_run('two', tmp_path, first=['resnet_fusion'])
+
+
 def test_the_command_that_goes_on(tmp_path, monkeypatch):
     "Whole, for whoever started the run, and papermill understands it."
     for name in ('JPY_SESSION_NAME', 'MEDFUSION_COMMAND'):
