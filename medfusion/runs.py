@@ -924,6 +924,8 @@ def run_checkpoint(folder: str | Path) -> Path:
     Raises FileNotFoundError where it is gone, ValueError where another run has replaced it.
     """
     folder, record = resolve_path(folder), read_run(folder)
+    if record['method'] == 'benchmark':
+        raise FileNotFoundError(f'The run in {folder} is that of a benchmark, which trains no network; name the run of a training.')
     places = [folder / 'checkpoints', recorded_root(folder, record)]
     best = [name for name in record['checkpoints'] if name.endswith('_best.pt')] or list(record['checkpoints'])
     found = [place / 'final' / record['method'] / name for place in places for name in best[:1]]

@@ -804,6 +804,13 @@ def test_a_run_that_is_not_there_beside_many_benchmarks(tmp_path):
         find_run('two', tmp_path, first=['resnet_fusion'])
 
 
+def test_a_benchmark_has_no_network(tmp_path):
+    "It is no training that lost its network, so that to train it again would be no remedy."
+    write_run(tmp_path / 'benchmark' / 'mine', method='benchmark', parameters={}, state='finished', started=0)
+    with pytest.raises(FileNotFoundError, match=r'benchmark/mine is that of a benchmark, which trains no network; name the run of a training\.$'):
+        run_checkpoint(tmp_path / 'benchmark' / 'mine')
+
+
 def test_the_command_that_goes_on(tmp_path, monkeypatch):
     "Whole, for whoever started the run, and papermill understands it."
     for name in ('JPY_SESSION_NAME', 'MEDFUSION_COMMAND'):
