@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['as_picture', 'as_array', 'window_level', 'new_figure', 'palette', 'line_colours', 'graphs', 'mosaic', 'panel',
            'overlay', 'checkerboard', 'blend', 'coloured', 'colour_bar', 'difference', 'marked', 'Box',
-           'largest_disagreement', 'chosen_boxes', 'Grid', 'grid_of', 'Tile', 'fitting', 'draw_tile', 'sheet',
-           'part_scale', 'free_corners', 'part_places', 'row_tiles', 'comparison', 'difference_figure',
+           'largest_disagreement', 'chosen_boxes', 'Grid', 'grid_of', 'Tile', 'fitting', 'in_lines', 'draw_tile',
+           'sheet', 'part_scale', 'free_corners', 'part_places', 'row_tiles', 'comparison', 'difference_figure',
            'figure_formats', 'figure_bytes', 'save_figure', 'map_overlay', 'maps_figure', 'draw_curves',
            'training_curves', 'schematic', 'in_vectors']
 
@@ -321,6 +321,19 @@ def fitting(texts, room, largest=8):
     longest = max((TextPath((0, 0), text, size=largest).get_extents().width for text in texts if text.strip()), default=0)
     return max(5, largest * min(1, room / longest)) if longest else largest
 
+# %% ../nbs/01_figures.ipynb #94ebd55e
+def in_lines(text, room, size=8, most=2):
+    "A text in as many lines, at most `most`, as make none longer than `room` points at a font size; what has no place is left out of its middle."
+    for letters in range(len(text), 0, -1):     # of a line
+        lines = textwrap.wrap(text, letters)
+        if len(lines) > most:
+            kept = letters * most - 1
+            ends = text[:kept - kept // 2] + '…' + text[len(text) - kept // 2:]
+            lines = [ends[start:start + letters] for start in range(0, len(ends), letters)]
+        if all(TextPath((0, 0), line, size=size).get_extents().width <= room + 0.1 for line in lines):
+            return '\n'.join(lines)
+    return text
+
 # %% ../nbs/01_figures.ipynb #f78ee01d
 def draw_tile(axis, tile, title_size=8, label_size=8):
     "Draws a Tile into axes of its size: its pixels as they are, its marks, frame and texts."
@@ -328,7 +341,7 @@ def draw_tile(axis, tile, title_size=8, label_size=8):
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set(visible=bool(tile.frame), color=tile.frame or 'none', linewidth=1.2)
     axis.set_title(tile.title, fontsize=title_size, pad=3)
-    axis.set_ylabel(tile.label, fontsize=label_size, labelpad=3)
+    axis.set_ylabel(tile.label, fontsize=label_size, labelpad=2 if '\n' in tile.label else 3, linespacing=1)
     for box, colour in tile.marks:
         corner = box.left - 0.5, box.top - 0.5      # of a pixel, whose centre has whole numbers
         axis.add_patch(matplotlib.patches.Rectangle(corner, box.width, box.height, fill=False, color=colour, linewidth=1))
@@ -341,11 +354,13 @@ def sheet(tiles, width, dpi):
     "A matplotlib Figure of some Tiles, `width` dots wide and as high as they need, at `dpi` dots an inch."
     height = max(tile.top + tile.height for tile in tiles) + 2
     figure = new_figure((width + 1e-6) / dpi, (height + 1e-6) / dpi, dpi=dpi)     # whole dots, whatever the last bit
-    title_size, label_size = (fitting([getattr(tile, text) for tile in tiles], 72 / dpi * max(getattr(tile, side) for tile in tiles))
-                              for text, side in (('title', 'width'), ('label', 'height')))
+    title_size = fitting([tile.title for tile in tiles], 72 / dpi * max(tile.width for tile in tiles))
+    points = 0.9 * 72 / dpi         # of a dot along a label, whose letters, of few dots, are drawn up to a tenth wider
+    label_size = fitting([tile.label for tile in tiles], points * min((tile.height for tile in tiles if tile.label), default=0))
     for tile in tiles:
         place = tile.left / width, 1 - (tile.top + tile.height) / height, tile.width / width, tile.height / height
-        draw_tile(figure.add_axes(place), tile, title_size, label_size)
+        label = in_lines(tile.label, points * tile.height, label_size)
+        draw_tile(figure.add_axes(place), tile._replace(label=label), title_size, label_size)
     return figure
 
 # %% ../nbs/01_figures.ipynb #f4589503

@@ -319,3 +319,19 @@ def test_no_epoch_is_no_history(history):
 def test_an_unknown_quantity_is_named():
     with pytest.raises(ValueError, match="No history has 'ssin'; there is loss, ssim"):
         training_curves({'a': [{'epoch': 1, 'train_loss': 1.0, 'val_ssim': 0.5, 'lr': 0.1}]}, ['ssin'])
+
+
+@pytest.mark.parametrize('label', ['1000: worst slice of wavele', '1000: worst slice of resnet', '41000: the worst slice of wavelet-lite', 'patient_1001_axial_slice_of_the_first_visit', 'x' * 200])
+def test_labels_of_rows_stay_at_their_rows(label):
+    "They ran over each other and over the ends of the paper; of one that has no room in two lines the middle is left out."
+    image = np.zeros((64, 64), np.float32)
+    rows = {f'{number}{label}{number}': dict.fromkeys('abcdef', image) for number in range(2)}
+    figure = comparison(rows, boxes=0, width=1.25 * 6, dpi=90)
+    FigureCanvasAgg(figure).draw()
+    labelled = [axis for axis in figure.axes if axis.get_ylabel()]
+    for number, axis in enumerate(labelled):
+        told, place = axis.yaxis.label.get_window_extent(), axis.get_window_extent()
+        assert told.x0 >= 0 and told.height <= place.height and told.x1 <= place.x0
+        text = axis.get_ylabel().replace('\n', '')
+        assert text.startswith(str(number)) and text.endswith(str(number)) and ('…' in text) == (len(label) > 100)
+    assert len(labelled) == 2
