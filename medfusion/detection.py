@@ -379,7 +379,7 @@ def efficiency_table(table: pd.DataFrame, search: bool = False) -> pd.DataFrame:
 # %% ../nbs/23_detection.ipynb #4f757040
 def efficiency_note() -> str:
     "What the words of an `efficiency_table` mean."
-    return ('Efficiency: the share of what CT and MRI side by side tell a model observer of a lesion that the fused image still tells, 1 all and 0 nothing; '
+    return ('Efficiency: the share of what CT and MRI side by side tell a model observer of a lesion that the fused image still tells, 0 nothing, 1 all, and more where a linear observer does better on it; '
             'mean and least: of the kinds of lesions in the row.')
 
 # %% ../nbs/23_detection.ipynb #7381091b
