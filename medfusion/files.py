@@ -10,8 +10,8 @@ __all__ = ['absolute_path', 'missing_sentence', 'to_float', 'to_depth', 'check_r
            'whole_folder', 'write_synced', 'way_to_write', 'write_atomically', 'encode_image', 'write_image',
            'together', 'sha256_of', 'plain', 'write_json', 'read_json', 'lock_file', 'cut_torn_line', 'add_whole',
            'append_line', 'is_slice_name', 'split_pattern', 'is_folder', 'slice_name', 'some_names', 'list_images',
-           'Pair', 'name_key', 'sort_by_key', 'kind_pattern', 'check_order', 'source_folders', 'named_unlike',
-           'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
+           'Pair', 'name_key', 'sort_by_key', 'kind_words', 'kind_pattern', 'check_order', 'source_folders',
+           'named_unlike', 'match_images', 'list_pairs', 'naming_ways', 'find_naming', 'files_for', 'read_pair']
 
 # %% ../nbs/00_files.ipynb #83d3f8c9
 import errno
@@ -637,10 +637,15 @@ def sort_by_key(folder, title, by_stem):
                          f'slice; remove or rename one.' for paths in stems.values() if len(paths) > 1 for path in paths}
     return {name_key(slice_name(path, pattern), by_stem): path for paths in stems.values() for path in paths}, faults
 
+# %% ../nbs/00_files.ipynb #a8fd1fcb
+def kind_words() -> tuple[str, ...]:
+    "The words by which names of slices and folders tell their kind, in lower case."
+    return 'ct', 'mri', 'mr', 't1', 't2', 'flair', 'pet', 'spect'
+
 # %% ../nbs/00_files.ipynb #a2589b3e
 def kind_pattern(names) -> dict[str, str]:
     "{word for a kind of image, in lower case: pattern} of the names that end or begin in one (`34010_CT`); '' for names without."
-    words, found = 'ct|mri|mr|t1|t2|flair|pet|spect', {}
+    words, found = '|'.join(kind_words()), {}
     for name in names:
         told = re.fullmatch(rf'(?i)((?P<first>{words})[-_. ]+)?(?P<name>.+?)([-_. ]+(?P<last>{words}))?', stem_of(name))
         word = (told['last'] or told['first'] or '').lower() if told and not (told['first'] and told['last']) else ''
@@ -651,7 +656,7 @@ def kind_pattern(names) -> dict[str, str]:
 def check_order(ct, mri) -> None:
     "Raises ValueError where the names of two folders, patterns or files say that the first is an MRI and the second the CT; arrays have no names."
     names = [Path(place).name for place in (ct, mri) if isinstance(place, (str, os.PathLike))]
-    kinds = [set(re.split('[-_. ]+', stem_of(name).lower())) & {'ct', 'mri', 'mr', 't1', 't2', 'flair', 'pet', 'spect'} for name in names]
+    kinds = [set(re.split('[-_. ]+', stem_of(name).lower())) & {*kind_words()} for name in names]
     if len(kinds) == 2 and kinds[1] == {'ct'} and kinds[0] - {'pet', 'spect'} and 'ct' not in kinds[0]:     # PET-CT is a PET
         raise ValueError(f'The order is CT, then MRI, and by their names {names[0]} is an MRI and {names[1]} a CT; swap them, or rename them.')
 
