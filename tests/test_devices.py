@@ -126,7 +126,7 @@ def check_fusing():
     from medfusion.explorer import maps_of
     from medfusion.inference import fuse, has_dial
     from medfusion.metrics import measure
-    pair = torch.rand(2, 2, 1, 50, 61)
+    pair = torch.rand(2, 2, 1, 50, 61, generator=torch.Generator().manual_seed(11))     # no fused value lies within 1e-4 of the middle of two grey levels, where the last bit decides
     pair[..., 30:] *= pair[..., 30:] > 0.4
     for name, network in networks().items():
         for dial in [{'lesions': 0.}, {}, {'lesions': 1.}] if has_dial(network) else [{}]:
